@@ -1,0 +1,238 @@
+"""Masks as files: three formats, one identity; checked when read, whole or absent when written."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, safe_open
+
+from sparse_ft.errors import UserError
+from sparse_ft.files import atomic_path
+from sparse_ft.masks.mask_set import MaskSet, combine_digests, packed_shape, tensor_digest
+
+__all__ = ["FORMATS", "FORMAT_VERSION", "MaskFileWriter", "load_masks", "read_header", "save_masks"]
+
+FORMATS = ("safetensors", "npz", "pt")
+FORMAT_VERSION = 1
+_HEADER_KEY = "sparse_ft_masks"
+_HEADER_ROOM = 64 * 1024  # bytes kept free for metadata that is known only when the last mask is written
+
+
+def save_masks(masks: MaskSet, path: str | Path) -> Path:
+    """Writes a mask set; the suffix chooses the format: ``.safetensors``, ``.npz`` or ``.pt``.
+
+    Raises:
+        UserError: another suffix.
+    """
+    writers = {".safetensors": _save_safetensors, ".npz": _save_npz, ".pt": _save_pt}
+    _by_suffix(path, writers)(masks, Path(path))
+    return Path(path)
+
+
+def load_masks(path: str | Path) -> MaskSet:
+    """Reads a mask set and checks it: format version, shapes, bits beyond the row's end, checksum.
+
+    Raises:
+        UserError: the file is missing, truncated, edited, or no mask file of sparse_ft.
+    """
+    path = Path(path)
+    readers = {".safetensors": _load_safetensors, ".npz": _load_npz, ".pt": _load_pt}
+    header, packed = _read(path, _by_suffix(path, readers))
+    try:
+        shapes = {str(name): tuple(map(int, shape)) for name, shape in header["shapes"].items()}
+        masks = MaskSet(packed, shapes, header["metadata"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"Mask file {path} is damaged: {error}. Make it again with compute_masks.") from None
+    if masks.checksum != header["checksum"]:
+        raise UserError(
+            f"Mask file {path} was changed after it was written: its checksum is {masks.checksum[:12]}, it says"
+            f" {str(header['checksum'])[:12]}. Make it again with compute_masks."
+        )
+    return masks
+
+
+def read_header(path: str | Path) -> dict[str, Any]:
+    """``{"checksum", "shapes", "metadata", "version"}`` of a mask file, without its bits (safetensors) where
+    the format allows it.
+
+    Raises:
+        UserError: as `load_masks`, except for damage in the bits.
+    """
+    path = Path(path)
+    readers = {".safetensors": _safetensors_header, ".npz": _npz_header, ".pt": lambda p: _load_pt(p)[0]}
+    return _read(path, _by_suffix(path, readers))
+
+
+def make_header(checksum: str, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, Any]) -> str:
+    """The JSON that every format carries."""
+    header = {
+        "version": FORMAT_VERSION,
+        "checksum": checksum,
+        "shapes": {name: list(shapes[name]) for name in sorted(shapes)},
+        "metadata": dict(metadata),
+    }
+    return json.dumps(header, allow_nan=False)
+
+
+class MaskFileWriter:
+    """Writes a ``.safetensors`` mask file tensor by tensor, in any order, from several threads.
+
+    Memory stays at one packed tensor. The file appears under its name at ``close``; ``abort`` (or a
+    killed process) leaves what was there before.
+
+    Args:
+        path: the file to write.
+        shapes: shape of every mask, by name.
+    """
+
+    def __init__(self, path: str | Path, shapes: Mapping[str, tuple[int, ...]]):
+        self.path = Path(path)
+        self.shapes = {name: tuple(shapes[name]) for name in sorted(shapes)}
+        self._offsets: dict[str, tuple[int, int]] = {}
+        end = 0
+        for name, shape in self.shapes.items():
+            size = int(np.prod(packed_shape(shape), dtype=np.int64))
+            self._offsets[name] = (end, end + size)
+            end += size
+        # safetensors allows spaces after the header's JSON, so its length can be fixed before its text is.
+        longest = len(self._header_bytes("0" * 64, {})) + _HEADER_ROOM
+        self._header_size = (longest + 7) // 8 * 8
+        self._digests: dict[str, bytes] = {}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._temporary = self.path.with_name(f".{self.path.stem}.{uuid.uuid4().hex[:8]}.part.safetensors")
+        self._file = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+
+    def write(self, name: str, packed: np.ndarray) -> None:
+        """Writes the packed bits ``uint8 [..., ceil(C/8)]`` of one mask.
+
+        Raises:
+            ValueError: bits of another shape or dtype, or a name written twice.
+        """
+        if packed.dtype != np.uint8 or packed.shape != packed_shape(self.shapes[name]):
+            raise ValueError(f"{name}: bits {packed.dtype} {packed.shape} do not fit {self.shapes[name]}")
+        if name in self._digests:
+            raise ValueError(f"{name} is written twice")
+        packed = np.ascontiguousarray(packed)
+        self._digests[name] = tensor_digest(packed)
+        view, offset = memoryview(packed).cast("B"), 8 + self._header_size + self._offsets[name][0]
+        while view:  # pwrite may write less than asked
+            written = os.pwrite(self._file, view, offset)
+            view, offset = view[written:], offset + written
+
+    def close(self, metadata: Mapping[str, Any]) -> str:
+        """Finishes the file with its metadata; returns the checksum.
+
+        Raises:
+            ValueError: a mask was not written, or the metadata exceed 64 KiB.
+        """
+        missing = set(self.shapes) - set(self._digests)
+        if missing:
+            self.abort()
+            raise ValueError(f"masks not written: {sorted(missing)[:5]}")
+        checksum = combine_digests({n: (self.shapes[n], self._digests[n]) for n in self.shapes})
+        header = self._header_bytes(checksum, metadata)
+        if len(header) > self._header_size:
+            self.abort()
+            raise ValueError(f"the metadata of {self.path} exceed {_HEADER_ROOM} bytes")
+        os.pwrite(self._file, self._header_size.to_bytes(8, "little") + header.ljust(self._header_size), 0)
+        os.fsync(self._file)
+        os.close(self._file)
+        self._file = -1
+        os.replace(self._temporary, self.path)
+        return checksum
+
+    def abort(self) -> None:
+        """Removes what was written; a file of the same name from before stays. Safe to call twice."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+        self._temporary.unlink(missing_ok=True)
+
+    def _header_bytes(self, checksum: str, metadata: Mapping[str, Any]) -> bytes:
+        entries: dict[str, Any] = {"__metadata__": {_HEADER_KEY: make_header(checksum, self.shapes, metadata)}}
+        for name, (begin, end) in self._offsets.items():
+            shape = list(packed_shape(self.shapes[name]))
+            entries[name] = {"dtype": "U8", "shape": shape, "data_offsets": [begin, end]}
+        return json.dumps(entries).encode()
+
+
+def _save_safetensors(masks: MaskSet, path: Path) -> None:
+    writer = MaskFileWriter(path, masks.shapes)
+    try:
+        for name, packed in masks.packed.items():
+            writer.write(name, packed.numpy())
+        writer.close(masks.metadata)
+    finally:
+        writer.abort()
+
+
+def _save_npz(masks: MaskSet, path: Path) -> None:
+    header = make_header(masks.checksum, masks.shapes, masks.metadata).encode()
+    arrays = {name: packed.numpy() for name, packed in masks.packed.items()}
+    with atomic_path(path) as temporary:
+        np.savez(temporary, **{_HEADER_KEY: np.frombuffer(header, np.uint8)}, **arrays)
+
+
+def _save_pt(masks: MaskSet, path: Path) -> None:
+    header = make_header(masks.checksum, masks.shapes, masks.metadata)
+    with atomic_path(path) as temporary:
+        torch.save({_HEADER_KEY: header, "bits": masks.packed}, temporary)
+
+
+def _safetensors_header(path: Path) -> dict[str, Any]:
+    with safe_open(path, framework="pt") as file:
+        return json.loads((file.metadata() or {})[_HEADER_KEY])
+
+
+def _load_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    return _safetensors_header(path), load_file(path)
+
+
+def _npz_header(path: Path) -> dict[str, Any]:
+    with np.load(path, allow_pickle=False) as file:
+        return json.loads(bytes(file[_HEADER_KEY]))
+
+
+def _load_npz(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    with np.load(path, allow_pickle=False) as file:
+        packed = {name: torch.from_numpy(file[name]) for name in file.files if name != _HEADER_KEY}
+    return _npz_header(path), packed
+
+
+def _load_pt(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    content = torch.load(path, weights_only=True, map_location="cpu")
+    return json.loads(content[_HEADER_KEY]), dict(content["bits"])
+
+
+def _by_suffix(path: str | Path, choices: Mapping[str, Callable]) -> Callable:
+    suffix = Path(path).suffix
+    if suffix not in choices:
+        raise UserError(f"Mask file {path}: the suffix '{suffix}' is none of {', '.join(choices)}.")
+    return choices[suffix]
+
+
+def _read(path: Path, reader: Callable) -> Any:
+    if not path.is_file():
+        raise UserError(f"Mask file {path} does not exist. Make it with compute_masks.")
+    damage = (SafetensorError, zipfile.BadZipFile, UnpicklingError, RuntimeError, ValueError, EOFError, OSError)
+    try:
+        result = reader(path)
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} is no mask file of sparse_ft. Make one with compute_masks.") from None
+    except damage as error:
+        raise UserError(f"Mask file {path} cannot be read, it is truncated or foreign: {error}") from None
+    header = result[0] if isinstance(result, tuple) else result
+    if not isinstance(header, dict) or header.get("version") != FORMAT_VERSION:
+        found = header.get("version") if isinstance(header, dict) else None
+        raise UserError(f"Mask file {path} has format version {found}, this program reads {FORMAT_VERSION}.")
+    return result

@@ -1,0 +1,111 @@
+"""Progress of long work: the parts report, whoever started them decides how it is shown."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TextIO
+
+__all__ = ["SILENT", "BarProgress", "LineProgress", "Progress", "shown_progress"]
+
+
+class Progress:
+    """What a long piece of work reports. This base class shows nothing.
+
+    ``start`` opens a stage of ``total`` steps, ``advance`` moves it, ``stop`` closes it. Stages do not
+    nest: a new ``start`` closes the one before.
+    """
+
+    def start(self, stage: str, total: float, unit: str = "") -> None:
+        """Opens a stage: its name, the number of steps and their unit (``B`` for bytes)."""
+
+    def advance(self, amount: float = 1, note: str = "") -> None:
+        """Moves the open stage by ``amount``; ``note`` is a short remark such as the current loss."""
+
+    def stop(self) -> None:
+        """Closes the open stage."""
+
+
+SILENT = Progress()
+
+
+class BarProgress(Progress):
+    """A bar on the terminal for the open stage, with rate and time left."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress as Rich, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        self._rich = Rich(
+            TextColumn("{task.description:<28}"),
+            BarColumn(bar_width=30),
+            TextColumn("{task.fields[done]:>22}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}", style="dim"),
+            console=Console(stderr=True),
+            transient=False,
+        )
+        self._task = None
+        self._unit = ""
+
+    def start(self, stage: str, total: float, unit: str = "") -> None:
+        self.stop()
+        self._unit = unit
+        self._rich.start()
+        self._task = self._rich.add_task(stage, total=total, done=_amounts(0, total, unit), note="")
+
+    def advance(self, amount: float = 1, note: str = "") -> None:
+        if self._task is None:
+            return
+        task = self._rich.tasks[-1]
+        done = _amounts(task.completed + amount, task.total or 0, self._unit)
+        fields = {"note": note} if note else {}
+        self._rich.update(self._task, advance=amount, done=done, **fields)
+
+    def stop(self) -> None:
+        if self._task is None:
+            return
+        self._rich.stop()
+        self._rich.remove_task(self._task)
+        self._task = None
+
+
+class LineProgress(Progress):
+    """One line when a stage starts and one when it ends, for logs and pipes."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stderr
+        self._stage: str | None = None
+
+    def start(self, stage: str, total: float, unit: str = "") -> None:
+        self.stop()
+        self._stage, self._total, self._unit = stage, total, unit
+        self._done, self._note, self._began = 0.0, "", time.monotonic()
+        print(f"{stage} ...", file=self._stream, flush=True)
+
+    def advance(self, amount: float = 1, note: str = "") -> None:
+        if self._stage is not None:
+            self._done += amount
+            self._note = note or self._note
+
+    def stop(self) -> None:
+        if self._stage is None:
+            return
+        seconds = time.monotonic() - self._began
+        note = f", {self._note}" if self._note else ""
+        amounts = _amounts(self._done, self._total, self._unit)
+        print(f"{self._stage}: {amounts} in {seconds:.1f} s{note}", file=self._stream, flush=True)
+        self._stage = None
+
+
+def shown_progress() -> Progress:
+    """Bars where stderr is a terminal, lines elsewhere."""
+    return BarProgress() if sys.stderr.isatty() else LineProgress()
+
+
+def _amounts(done: float, total: float, unit: str) -> str:
+    if unit == "B":
+        return f"{done / 1e9:.2f}/{total / 1e9:.2f} GB" if total >= 1e9 else f"{done / 1e6:.1f}/{total / 1e6:.1f} MB"
+    return f"{done:g}/{total:g} {unit}".rstrip()
