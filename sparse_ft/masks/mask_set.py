@@ -156,5 +156,3 @@ def _check_packed(name: str, packed: torch.Tensor, shape: tuple[int, ...]) -> No
     spare = shape[-1] % 8
     if spare and packed.numel() and int(packed[..., -1].max()) >> spare:
         raise ValueError(f"{name}: bits are set beyond the end of a row")
-
-
