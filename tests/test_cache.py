@@ -14,7 +14,8 @@ import pytest
 from sparse_ft.cache import cache_dir, wheel_file, wheel_files
 from sparse_ft.errors import UserError
 
-MEMBERS = {"sft_probe/data/one.jsonl": b'{"a": 1}\n' * 1000, "sft_probe/two.bin": bytes(range(256)) * 64}
+ONE, TWO = "sft_probe/data/one.jsonl", "sft_probe/two.bin"
+MEMBERS = {ONE: b'{"a": 1}\n' * 1000, TWO: bytes(range(256)) * 64}
 
 
 def make_wheel(folder: Path) -> tuple[Path, str]:
@@ -23,8 +24,14 @@ def make_wheel(folder: Path) -> tuple[Path, str]:
     with zipfile.ZipFile(path, "w") as archive:
         for name, content in MEMBERS.items():
             archive.writestr(name, content)
-        metadata = "Metadata-Version: 2.1\nName: sft-probe\nVersion: 1.0\nRequires-Dist: sft-absent-dependency\n"
-        archive.writestr(f"{info}/METADATA", metadata)
+        metadata = [
+            "Metadata-Version: 2.1",
+            "Name: sft-probe",
+            "Version: 1.0",
+            "Requires-Dist: sft-absent",
+            "",
+        ]
+        archive.writestr(f"{info}/METADATA", "\n".join(metadata))
         archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr(f"{info}/RECORD", "")
     return path, hashlib.sha256(path.read_bytes()).hexdigest()
@@ -70,15 +77,15 @@ def test_members_are_extracted_once_and_the_wheel_is_not_kept(wheels, monkeypatc
     assert [file.read_bytes() for file in found] == list(MEMBERS.values())
     assert not list(cache_dir().rglob("*.whl")) and not list(cache_dir().glob(".download-*"))
     path.unlink()  # from now on only the cache can answer
-    assert wheel_file("sft-probe", "1.0", digest, "sft_probe/two.bin") == found[1]
+    assert wheel_file("sft-probe", "1.0", digest, TWO) == found[1]
 
 
 def test_a_second_member_is_fetched_beside_the_first(wheels):
     _, digest = wheels
-    one = wheel_file("sft-probe", "1.0", digest, "sft_probe/data/one.jsonl")
+    one = wheel_file("sft-probe", "1.0", digest, ONE)
     before = one.stat().st_mtime_ns
-    two = wheel_file("sft-probe", "1.0", digest, "sft_probe/two.bin")
-    assert two.read_bytes() == MEMBERS["sft_probe/two.bin"]
+    two = wheel_file("sft-probe", "1.0", digest, TWO)
+    assert two.read_bytes() == MEMBERS[TWO]
     assert one.stat().st_mtime_ns == before
 
 
@@ -86,7 +93,7 @@ def test_wrong_digest_is_refused_and_leaves_nothing(wheels):
     _, digest = wheels
     wrong = "0" * 64
     with pytest.raises(UserError, match=digest) as caught:
-        wheel_file("sft-probe", "1.0", wrong, "sft_probe/two.bin")
+        wheel_file("sft-probe", "1.0", wrong, TWO)
     assert wrong in str(caught.value) and "\n" not in str(caught.value)
     assert [name for name in files_of(cache_dir()) if not name.startswith("locks/")] == []
 
@@ -95,17 +102,17 @@ def test_truncated_wheel_is_refused(wheels):
     path, digest = wheels
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UserError):
-        wheel_file("sft-probe", "1.0", digest, "sft_probe/two.bin")
+        wheel_file("sft-probe", "1.0", digest, TWO)
     assert not [name for name in files_of(cache_dir()) if not name.startswith("locks/")]
 
 
 def test_half_written_file_is_not_taken_for_a_whole_one(wheels):
     """What a killed extraction leaves is a part file; the name itself must still be fetched."""
     _, digest = wheels
-    two = wheel_file("sft-probe", "1.0", digest, "sft_probe/two.bin")
+    two = wheel_file("sft-probe", "1.0", digest, TWO)
     two.rename(two.with_name(".two.12345678.part.bin"))
     two.with_name(".two.12345678.part.bin").write_bytes(b"half")
-    assert wheel_file("sft-probe", "1.0", digest, "sft_probe/two.bin").read_bytes() == MEMBERS["sft_probe/two.bin"]
+    assert wheel_file("sft-probe", "1.0", digest, TWO).read_bytes() == MEMBERS[TWO]
 
 
 def test_extraction_that_fails_leaves_no_file_under_the_name(wheels, monkeypatch):
@@ -118,30 +125,32 @@ def test_extraction_that_fails_leaves_no_file_under_the_name(wheels, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr("shutil.copyfileobj", stop_half_way)
         with pytest.raises(OSError, match="No space"):
-            wheel_file("sft-probe", "1.0", digest, "sft_probe/two.bin")
+            wheel_file("sft-probe", "1.0", digest, TWO)
     assert not [name for name in files_of(cache_dir()) if not name.startswith("locks/")]
-    assert wheel_file("sft-probe", "1.0", digest, "sft_probe/two.bin").read_bytes() == MEMBERS["sft_probe/two.bin"]
+    assert wheel_file("sft-probe", "1.0", digest, TWO).read_bytes() == MEMBERS[TWO]
 
 
 def test_absent_wheel_says_what_to_do_in_one_line(wheels):
     path, digest = wheels
     path.unlink()
-    with pytest.raises(UserError, match="sft-probe==1.0.*PIP_FIND_LINKS") as caught:
-        wheel_file("sft-probe", "1.0", digest, "sft_probe/two.bin")
+    with pytest.raises(UserError, match=r"sft-probe==1\.0.*PIP_FIND_LINKS") as caught:
+        wheel_file("sft-probe", "1.0", digest, TWO)
     assert "\n" not in str(caught.value)
 
 
 def test_absent_member_is_named(wheels):
     _, digest = wheels
     with pytest.raises(UserError, match="sft_probe/three"):
-        wheel_files("sft-probe", "1.0", digest, ["sft_probe/two.bin", "sft_probe/three"])
+        wheel_files("sft-probe", "1.0", digest, [TWO, "sft_probe/three"])
 
 
 def test_two_processes_at_once_both_get_the_whole_file(wheels):
     _, digest = wheels
-    member = "sft_probe/data/one.jsonl"
-    code = f"from sparse_ft.cache import wheel_file; print(wheel_file('sft-probe', '1.0', '{digest}', '{member}'))"
-    running = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    code = (
+        f"from sparse_ft.cache import wheel_file; print(wheel_file('sft-probe', '1.0', '{digest}', '{ONE}'))"
+    )
+    command = [sys.executable, "-c", code]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     outputs = [process.communicate()[0].strip() for process in running]
     assert [process.returncode for process in running] == [0, 0]
-    assert outputs[0] == outputs[1] and Path(outputs[0]).read_bytes() == MEMBERS[member]
+    assert outputs[0] == outputs[1] and Path(outputs[0]).read_bytes() == MEMBERS[ONE]
