@@ -1,0 +1,43 @@
+"""Peak memory of a piece of work, on the device it runs on."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+__all__ = ["peak_bytes", "reset_peak"]
+
+_CLEAR = Path("/proc/self/clear_refs")
+_STATUS = Path("/proc/self/status")
+
+
+def reset_peak(device: torch.device | str = "cpu") -> None:
+    """Starts a new measurement: the peak from now on.
+
+    On Linux the process's high-water mark is reset; where the system does not allow that, the peak counts
+    from the start of the process.
+    """
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    try:
+        _CLEAR.write_text("5")  # proc(5): resets VmHWM to the present resident size
+    except OSError:
+        pass
+
+
+def peak_bytes(device: torch.device | str = "cpu") -> int:
+    """Bytes at the peak since `reset_peak`: allocated on a CUDA device, else resident in this process."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        for line in _STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

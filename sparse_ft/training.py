@@ -1,0 +1,279 @@
+"""Fine-tuning with the Hugging Face Trainer: loss on the answers only, and what it cost."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from sparse_ft.errors import UserError
+from sparse_ft.memory import peak_bytes, reset_peak
+from sparse_ft.progress import SILENT, Progress
+from sparse_ft.tasks.examples import Example
+
+__all__ = ["AnswerCollator", "NonFiniteLossError", "TrainingResult", "TrainingSettings", "train"]
+
+_IGNORED = -100  # the label that torch's cross entropy leaves out
+
+
+class NonFiniteLossError(RuntimeError):
+    """The training loss became NaN or infinite."""
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How to train. ``batch_size`` counts sequences per device and accumulation step."""
+
+    learning_rate: float = 2e-4
+    max_steps: int = 100
+    batch_size: int = 8
+    gradient_accumulation: int = 1
+    warmup_fraction: float = 0.1
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    gradient_checkpointing: str = "none"  # none | reentrant | non_reentrant
+    save_steps: int = 0  # 0: no Trainer checkpoints
+    seed: int = 0
+
+    @property
+    def examples_needed(self) -> int:
+        """Examples that ``max_steps`` steps consume on one device."""
+        return self.max_steps * self.batch_size * self.gradient_accumulation
+
+    def check(self) -> None:
+        """Refuses settings that cannot train.
+
+        Raises:
+            UserError: naming the first such setting.
+        """
+        for name in ("max_steps", "batch_size", "gradient_accumulation"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if not 0 < self.learning_rate < 10:
+            raise UserError(f"learning_rate is {self.learning_rate}; it must be above 0 (typical: 1e-4 to 5e-4).")
+        if not 0 <= self.warmup_fraction < 1:
+            raise UserError(f"warmup_fraction is {self.warmup_fraction}; it must lie in [0, 1).")
+        if self.gradient_checkpointing not in ("none", "reentrant", "non_reentrant"):
+            raise UserError(
+                f"gradient_checkpointing is '{self.gradient_checkpointing}'; choose none, reentrant or non_reentrant."
+            )
+
+
+@dataclass
+class TrainingResult:
+    """What training gave and cost. What could not be measured is None.
+
+    ``loss`` is the mean over the last tenth of the steps; ``loss_curve`` holds (step, loss). Throughput counts
+    non-padding tokens and leaves out the first ``warmup_steps_untimed`` steps.
+    """
+
+    loss: float | None
+    loss_curve: list[tuple[int, float]]
+    steps: int
+    tokens: int
+    seconds: float
+    tokens_per_second: float | None
+    samples_per_second: float | None
+    warmup_steps_untimed: int
+    peak_bytes: int
+    protocol: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class AnswerCollator:
+    """Batches examples so that all answers end together at the right edge.
+
+    Padding goes to the left; the model then needs logits for the last K+1 positions only (K: the longest
+    answer of the batch), a large part of the work where the vocabulary is large. Position ids start at 0 at
+    each example's first token, so padding changes nothing.
+
+    Returns (for B examples, T the longest):
+        input_ids int64 [B, T], attention_mask int64 [B, T], position_ids int64 [B, T],
+        labels int64 [B, K+1] (-100 outside the answer), logits_to_keep = K+1.
+    """
+
+    pad_token_id: int
+
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        longest = max(len(example["input_ids"]) for example in examples)
+        keep = 1 + max(len(example["input_ids"]) - example["answer_start"] for example in examples)
+        ids = torch.full((len(examples), longest), self.pad_token_id)
+        attention = torch.zeros(len(examples), longest, dtype=torch.int64)
+        labels = torch.full((len(examples), keep), _IGNORED)
+        for row, example in enumerate(examples):
+            tokens = torch.tensor(example["input_ids"])
+            answer = tokens[example["answer_start"] :]
+            ids[row, longest - len(tokens) :] = tokens
+            attention[row, longest - len(tokens) :] = 1
+            labels[row, keep - len(answer) :] = answer
+        positions = (attention.cumsum(1) - 1).clamp(min=0)
+        return {
+            "input_ids": ids,
+            "attention_mask": attention,
+            "position_ids": positions,
+            "labels": labels,
+            "logits_to_keep": keep,
+        }
+
+
+def train(
+    model: torch.nn.Module,
+    examples: Sequence[Example],
+    settings: TrainingSettings,
+    output_dir: str | Path,
+    pad_token_id: int = 0,
+    progress: Progress = SILENT,
+    resume_from: str | Path | None = None,
+) -> TrainingResult:
+    """Trains the parameters of ``model`` that require gradients, in place, and leaves it in eval mode.
+
+    Args:
+        model: a causal language model or a PEFT model around one, on its device.
+        examples: tokenised examples, see `sparse_ft.tasks.examples`.
+        settings: see `TrainingSettings`.
+        output_dir: where the Trainer may write its checkpoints (nothing is written when ``save_steps`` is 0).
+        pad_token_id: any id; padding is masked.
+        resume_from: a Trainer checkpoint to go on from.
+
+    Raises:
+        UserError: settings that cannot train, or no examples.
+        NonFiniteLossError: the loss became NaN or infinite.
+    """
+    settings.check()
+    if not examples:
+        raise UserError("There are no training examples; is the task's train split empty?")
+    rows = [{"input_ids": example.input_ids, "answer_start": example.answer_start} for example in examples]
+    device = next(model.parameters()).device
+    watch = _Watch(settings, progress)
+    if settings.gradient_checkpointing != "none":
+        model.enable_input_require_grads()  # reentrant checkpoints need an input that requires a gradient
+    trainer = Trainer(
+        model=model,
+        args=_arguments(settings, output_dir, device),
+        train_dataset=rows,
+        data_collator=AnswerCollator(pad_token_id),
+        callbacks=[watch],
+    )
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    use_cache = model.config.use_cache
+    model.config.use_cache = False
+    reset_peak(device)
+    progress.start("train", settings.max_steps, "steps")
+    try:
+        trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    finally:
+        progress.stop()
+        model.config.use_cache = use_cache
+        if settings.gradient_checkpointing != "none":
+            model.gradient_checkpointing_disable()
+            model.disable_input_require_grads()
+        model.eval()
+    return watch.result(peak_bytes(device), _protocol(settings, model, rows, device))
+
+
+def _arguments(settings: TrainingSettings, output_dir: str | Path, device: torch.device) -> TrainingArguments:
+    checkpointing = settings.gradient_checkpointing
+    return TrainingArguments(
+        output_dir=str(output_dir),
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        max_steps=settings.max_steps,
+        learning_rate=settings.learning_rate,
+        warmup_steps=math.ceil(settings.warmup_fraction * settings.max_steps),
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        lr_scheduler_type="linear",
+        seed=settings.seed,
+        use_cpu=device.type == "cpu",
+        gradient_checkpointing=checkpointing != "none",
+        gradient_checkpointing_kwargs={"use_reentrant": checkpointing == "reentrant"},
+        # Sequences of like length share a batch, so that little is spent on padding.
+        train_sampling_strategy="group_by_length",
+        include_num_input_tokens_seen="non_padding",
+        logging_strategy="steps",
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # a NaN must be seen, not replaced by the mean
+        save_strategy="steps" if settings.save_steps else "no",
+        save_steps=settings.save_steps or 500,
+        save_total_limit=1,
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=device.type == "cuda",
+        remove_unused_columns=False,
+        label_names=["labels"],
+    )
+
+
+class _Watch(TrainerCallback):
+    """Reports progress, keeps the loss curve and the clock, stops at a loss that is not finite."""
+
+    def __init__(self, settings: TrainingSettings, progress: Progress):
+        self._progress = progress
+        # The first steps pay for allocations and compilation; a two-step run has only the second to show.
+        self._untimed = min(2, settings.max_steps - 1)
+        self._batch = settings.batch_size * settings.gradient_accumulation
+        self._curve: list[tuple[int, float]] = []
+        self._marks: list[tuple[float, int]] = []  # (clock, tokens seen) at the start and after each step
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._marks = [(time.perf_counter(), state.num_input_tokens_seen)]
+        self._first_step = state.global_step
+        self._processes = args.world_size
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._marks.append((time.perf_counter(), state.num_input_tokens_seen))
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        loss = (logs or {}).get("loss")
+        if loss is None:
+            return
+        loss = float(loss)
+        self._curve.append((state.global_step, loss))
+        self._progress.advance(1, note=f"loss {loss:.4f}")
+        if not math.isfinite(loss):
+            raise NonFiniteLossError(f"the training loss is {loss} at step {state.global_step}")
+
+    def result(self, peak: int, protocol: dict[str, Any]) -> TrainingResult:
+        steps = len(self._marks) - 1
+        (began, tokens_before), (ended, tokens) = self._marks[0], self._marks[-1]
+        timed = steps - self._untimed
+        rate, samples = None, None
+        if timed > 0:
+            clock, seen = self._marks[self._untimed]
+            rate = (tokens - seen) / (ended - clock)
+            samples = timed * self._batch * self._processes / (ended - clock)
+        last = [loss for _, loss in self._curve[-max(1, len(self._curve) // 10) :]]
+        return TrainingResult(
+            loss=sum(last) / len(last) if last else None,
+            loss_curve=self._curve,
+            steps=steps,
+            tokens=tokens - tokens_before,
+            seconds=ended - began,
+            tokens_per_second=rate,
+            samples_per_second=samples,
+            warmup_steps_untimed=self._untimed,
+            peak_bytes=peak,
+            protocol=protocol,
+        )
+
+
+def _protocol(settings: TrainingSettings, model, rows: list[dict[str, Any]], device: torch.device) -> dict[str, Any]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return {
+        **asdict(settings),
+        "n_examples": len(rows),
+        "max_seq_len_seen": max(len(row["input_ids"]) for row in rows),
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+    }
