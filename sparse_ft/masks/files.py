@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import uuid
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, safe_open
 
 from sparse_ft.errors import UserError
 from sparse_ft.files import atomic_path
-from sparse_ft.masks.mask_set import MaskSet, combine_digests, packed_shape, tensor_digest
+from sparse_ft.masks.mask_set import MaskSet, combine_digests, packed_shape
 
 __all__ = ["FORMATS", "FORMAT_VERSION", "MaskFileWriter", "load_masks", "read_header", "save_masks"]
 
@@ -108,6 +109,7 @@ class MaskFileWriter:
         longest = len(self._header_bytes("0" * 64, {})) + _HEADER_ROOM
         self._header_size = (longest + 7) // 8 * 8
         self._digests: dict[str, bytes] = {}
+        self._begun: dict[str, tuple[Any, int]] = {}  # SHA-256 so far and bytes so far of unfinished tensors
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._temporary = self.path.with_name(f".{self.path.stem}.{uuid.uuid4().hex[:8]}.part.safetensors")
         self._file = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
@@ -120,11 +122,29 @@ class MaskFileWriter:
         """
         if packed.dtype != np.uint8 or packed.shape != packed_shape(self.shapes[name]):
             raise ValueError(f"{name}: bits {packed.dtype} {packed.shape} do not fit {self.shapes[name]}")
-        if name in self._digests:
+        if name in self._digests or name in self._begun:
             raise ValueError(f"{name} is written twice")
-        packed = np.ascontiguousarray(packed)
-        self._digests[name] = tensor_digest(packed)
-        view, offset = memoryview(packed).cast("B"), 8 + self._header_size + self._offsets[name][0]
+        self.append(name, packed)
+
+    def append(self, name: str, packed: np.ndarray) -> None:
+        """Writes the next rows of one mask, so that memory need not hold a whole one.
+
+        The rows of one tensor come in order and from one thread at a time; tensors may be interleaved.
+
+        Raises:
+            ValueError: more bytes than the tensor has.
+        """
+        view = memoryview(np.ascontiguousarray(packed)).cast("B")
+        begin, end = self._offsets[name]
+        hasher, done = self._begun.get(name) or (hashlib.sha256(), 0)
+        if name in self._digests or begin + done + len(view) > end:
+            raise ValueError(f"{name}: more rows than {self.shapes[name]} has")
+        hasher.update(view)
+        self._begun[name] = (hasher, done + len(view))
+        if begin + done + len(view) == end:
+            self._digests[name] = hasher.digest()
+            del self._begun[name]
+        offset = 8 + self._header_size + begin + done
         while view:  # pwrite may write less than asked
             written = os.pwrite(self._file, view, offset)
             view, offset = view[written:], offset + written
