@@ -1,0 +1,266 @@
+"""Whole models in memory: load, mask, restore, save. The checkpoint's tensor names rule throughout."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from sparse_ft.errors import UserError
+from sparse_ft.files import atomic_folder
+from sparse_ft.masks.checks import check_masks
+from sparse_ft.masks.mask_set import MaskSet
+from sparse_ft.models.checkpoint import Checkpoint
+from sparse_ft.models.names import Slot, prunable_names, role, slots
+
+__all__ = [
+    "apply_masks",
+    "load_model",
+    "load_state_into",
+    "load_tokenizer",
+    "prunable_shapes",
+    "quiet_transformers",
+    "resolve_device",
+    "resolve_dtype",
+    "save_model",
+]
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_device(device: str = "auto") -> torch.device:
+    """The device of that name; ``auto`` is the first CUDA device, else the CPU.
+
+    Raises:
+        UserError: no such device here.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"device '{device}' is no device; use auto, cpu, cuda or cuda:N") from None
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"device '{device}' is not here: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA "
+            "devices; use auto or cpu, or install a torch built for your GPU"
+        )
+    return found
+
+
+def resolve_dtype(dtype: str, device: torch.device | str) -> torch.dtype:
+    """The torch dtype of that name; ``auto`` depends on the device.
+
+    ``auto`` is bfloat16 on a CUDA device that computes in it, else float32. Not every CPU has bfloat16
+    instructions, and without them it is slower than float32, so there the safe precision is the default
+    and ``bfloat16`` a choice. float16 is never the default: training in it needs loss scaling.
+
+    Raises:
+        UserError: a name that is not auto, float32, bfloat16 or float16.
+    """
+    if dtype in _DTYPES:
+        return _DTYPES[dtype]
+    if dtype != "auto":
+        raise UserError(f"dtype '{dtype}' is not one of auto, {', '.join(_DTYPES)}")
+    on_cuda = torch.device(device).type == "cuda"
+    return (
+        torch.bfloat16
+        if on_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        else torch.float32
+    )
+
+
+def load_model(
+    folder: str | Path, dtype: torch.dtype | str = "auto", device: torch.device | str = "auto"
+) -> PreTrainedModel:
+    """The causal language model of a Hugging Face folder, in eval mode, ready to run.
+
+    Only safetensors are read and no code from the folder is run. Attention is ``sdpa``.
+
+    Args:
+        folder: ``config.json`` and ``model*.safetensors`` with every weight of the model.
+        dtype: of the parameters, or a name for `resolve_dtype`.
+        device: or a name for `resolve_device`.
+
+    Raises:
+        UserError: no checkpoint there, an unreadable one, or one that lacks weights. transformers would
+            initialise those at random and go on, as happens with an adapter that was never merged.
+    """
+    device = resolve_device(device) if isinstance(device, str) else device
+    dtype = resolve_dtype(dtype, device) if isinstance(dtype, str) else dtype
+    Checkpoint(folder)  # says in one line what transformers says in a page: absent, truncated, pickled
+    with quiet_transformers():
+        try:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                str(folder),
+                dtype=dtype,
+                attn_implementation="sdpa",
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                device_map={"": device} if device.type != "cpu" else None,
+                output_loading_info=True,
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{folder} cannot be loaded as a language model: {error}") from error
+    for problem in ("missing_keys", "mismatched_keys"):
+        if report[problem]:
+            names = sorted(str(name) for name in report[problem])
+            raise UserError(
+                f"{folder} does not hold the whole model: {len(names)} {problem.replace('_', ' ')}, first "
+                f"{names[0]}; is it an adapter that was not merged, or a checkpoint of another configuration?"
+            )
+    return model.eval()
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a Hugging Face folder. Without a pad token (LLaMA-2) it pads with its end token.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises bare Exceptions
+        raise UserError(f"{folder} has no tokenizer that transformers can read: {error}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: str | Path) -> Path:
+    """Writes a plain Hugging Face checkpoint; the folder appears when it is complete.
+
+    Tied weights are stored once, and the experts of a Mixtral under the names its hub checkpoints use.
+    An earlier checkpoint in that place is replaced.
+
+    Raises:
+        UserError: the folder holds something that is no checkpoint.
+        ValueError: the model has unmerged adapters.
+    """
+    folder = Path(folder)
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file():
+        raise UserError(f"{folder} exists and holds something else than a checkpoint; choose another folder")
+    unmerged = [name for name, _ in model.named_parameters() if "lora_" in name or ".base_layer." in name]
+    if unmerged:
+        raise ValueError(f"merge the adapters first: the model has {unmerged[0]}")
+    _repair_generation_config(model)
+    with quiet_transformers(), atomic_folder(folder) as part:
+        model.save_pretrained(part)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(part)
+        mode = (part / "config.json").stat().st_mode
+        for file in part.glob("*.safetensors"):  # safetensors writes them for the owner's eyes only
+            file.chmod(mode)
+    return folder
+
+
+def prunable_shapes(model: PreTrainedModel, fused: bool = False) -> dict[str, tuple[int, ...]]:
+    """Shapes of a loaded model's prunable tensors, by checkpoint name, in name order.
+
+    Args:
+        model: a plain (not wrapped) llama, mistral or mixtral model.
+        fused: name the experts of a block as transformers holds them, as 3-D tensors, and not one by one.
+    """
+    parameters = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in prunable_names(model.config.to_dict(), parameters):
+        what, shape = role(name), parameters[name]
+        if what.expert != -1 or fused:
+            shapes[name] = shape
+            continue
+        experts, rows, columns = shape
+        matrices = ("w1", "w3") if what.projection == "gate_up_proj" else ("w2",)
+        prefix = f"model.layers.{what.block}.block_sparse_moe.experts"
+        for expert in range(experts):
+            for matrix in matrices:
+                shapes[f"{prefix}.{expert}.{matrix}.weight"] = (rows // len(matrices), columns)
+    return dict(sorted(shapes.items()))
+
+
+@torch.no_grad()
+def apply_masks(model: PreTrainedModel, masks: MaskSet) -> None:
+    """Sets every masked weight of the model to zero (+0.0, even where it was negative), in place.
+
+    Raises:
+        UserError: the masks are not exactly those of this model's prunable tensors; nothing was changed.
+    """
+    fused = any(name.endswith(("gate_up_proj", "experts.down_proj")) for name in masks.shapes)
+    check_masks(masks, prunable_shapes(model, fused))
+    for name, slot in slots(model.config.to_dict(), masks.shapes).items():
+        weight = slot.view(model.get_parameter(slot.parameter))
+        weight.masked_fill_(~masks[name].to(weight.device), 0)
+
+
+@torch.no_grad()
+def load_state_into(
+    model: PreTrainedModel, checkpoint: Checkpoint | str | Path, names: Iterable[str] | None = None
+) -> None:
+    """Copies a checkpoint's weights into a model of the same architecture that is already in memory.
+
+    A worker that keeps its base model undoes in this way what pruning or training did to it, in the time
+    of a copy instead of a load.
+
+    Args:
+        model: a plain (not wrapped) model; its dtype and device stay, values are rounded to that dtype.
+        checkpoint: where the weights are.
+        names: the checkpoint tensors to restore; all by default.
+
+    Raises:
+        UserError: a tensor that the checkpoint or the model does not have, or of another shape.
+    """
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = Checkpoint(checkpoint)
+    wanted = set(checkpoint.names) if names is None else set(names)
+    known = slots(checkpoint.config, wanted.intersection(checkpoint.prunable))
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    targets: dict[Path, dict[str, torch.Tensor]] = defaultdict(dict)
+    for name in sorted(wanted):
+        # The router is the one tensor that is not prunable and yet goes by another name in the model.
+        slot = known.get(name) or Slot(name.replace(".block_sparse_moe.", ".mlp."))
+        shape = checkpoint.shape(name)
+        if slot.parameter not in parameters:
+            raise UserError(f"the model has no parameter for {name} of {checkpoint.folder}")
+        target = slot.view(parameters[slot.parameter])
+        if tuple(target.shape) != shape:
+            raise UserError(
+                f"{name} is {shape} in {checkpoint.folder} and {tuple(target.shape)} in the model"
+            )
+        targets[checkpoint.shard(name)][name] = target
+    for file, tensors in targets.items():
+        with safe_open(file, framework="pt") as source:  # mapped, so the bytes are copied once
+            for name, target in tensors.items():
+                target.copy_(source.get_tensor(name))
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Holds back the progress bars of transformers, which would break into the caller's own display."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def _repair_generation_config(model: PreTrainedModel) -> None:
+    """Makes a generation config savable that its own publisher wrote against the rules.
+
+    Some hub checkpoints (LLaMA-2 among them at first) set a temperature without sampling; transformers
+    loads that with a warning and then refuses to save it. Sampling is what such a config meant.
+    """
+    generation = getattr(model, "generation_config", None)
+    if generation is None:
+        return
+    try:
+        generation.validate(strict=True)
+    except ValueError:
+        generation.do_sample = True

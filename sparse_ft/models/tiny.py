@@ -1,0 +1,142 @@
+"""Complete models of random weights in under 2 MB: for tests, and for a study that takes a minute.
+
+They have what real models have and what code likes to overlook: fewer key/value heads than heads, a head
+size that is not hidden size over heads, tied and untied embeddings, a mixture of experts, and rows whose
+length is no multiple of 8, so that packed bits have a rest.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+)
+
+from sparse_ft.models.loading import save_model
+
+__all__ = ["KINDS", "RECIPE", "make_tiny", "tiny_config", "tiny_tokenizer"]
+
+KINDS = ("tiny-llama", "tiny-mistral", "tiny-mixtral")
+RECIPE = 1  # raised with every change here that changes the files, so that no cache keeps old ones
+
+_VOCABULARY = 512
+_CONTEXT = 2048
+_SEEDS = {"tiny-llama": 11, "tiny-mistral": 12, "tiny-mixtral": 13}
+
+# What the merges are learned from: the words of the tasks' prompts, and ordinary English.
+_TEXT = """
+Question: is it true that the water of the sea is the same as the water of a river?
+Answer: yes, yes, yes, or no, no, no; true, true, true, or false, false, false
+Question: can you play the game with more than two players at the same time?
+Answer: no
+Passage: The first season of the series was shown in the United States in the year of the war. It has since
+been one of the most popular shows, and there are now more than one hundred episodes. In 2017 it was said
+that the next season would be the last one. They have not been seen together for a long time, which is why
+some people think that there will never be another one. He was born in New York and went to school there.
+Question: Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. How
+many clips did Natalia sell altogether in April and May?
+Answer: She sold 48 / 2 = 24 clips in May. Altogether she sold 48 + 24 = 72 clips. #### 72
+A man is sitting on a roof. He starts pulling up roofing with his hands and then he is using a knife to cut
+it. A woman is standing in the kitchen, talking to the camera, and shows how to make a cake with flour and
+eggs. The player throws the ball, runs down the field and is stopped. What do we do when this is the right
+answer? Either we know it, or we do not; from what has been said about these things no more can be found.
+""".strip()
+
+
+def tiny_config(kind: str) -> PretrainedConfig:
+    """The architecture of a tiny model.
+
+    Raises:
+        ValueError: not one of ``KINDS``.
+    """
+    common = {
+        "vocab_size": _VOCABULARY,
+        "max_position_embeddings": _CONTEXT,
+        "num_hidden_layers": 2,
+        # Wide enough that logits differ: at the usual 0.02 so small a model answers everything alike.
+        "initializer_range": 0.12,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "architectures": [f"{kind.removeprefix('tiny-').capitalize()}ForCausalLM"],
+    }
+    if kind == "tiny-llama":
+        return LlamaConfig(
+            hidden_size=60,
+            intermediate_size=148,
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            tie_word_embeddings=True,
+            **common,
+        )
+    if kind == "tiny-mistral":
+        return MistralConfig(
+            hidden_size=52,
+            intermediate_size=132,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            sliding_window=None,
+            tie_word_embeddings=False,
+            **common,
+        )
+    if kind == "tiny-mixtral":
+        return MixtralConfig(
+            hidden_size=36,
+            intermediate_size=44,
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            tie_word_embeddings=False,
+            **common,
+        )
+    raise ValueError(f"{kind} is not one of {', '.join(KINDS)}")
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE of 512 tokens that reads any text and, as LLaMA's does, puts ``<s>`` before it."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=_VOCABULARY,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_TEXT.splitlines(), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        model_max_length=_CONTEXT,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def make_tiny(kind: str, folder: str | Path) -> Path:
+    """Writes a tiny model as a float32 Hugging Face checkpoint; the same bytes every time.
+
+    The weights are drawn from a fixed seed, and the caller's random state is left as it was.
+
+    Raises:
+        ValueError: not one of ``KINDS``.
+    """
+    config = tiny_config(kind)
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.manual_seed(_SEEDS[kind])
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    return save_model(model, tiny_tokenizer(), folder)
