@@ -1,0 +1,43 @@
+"""What a sparse LoRA is made with: settings that need no PEFT to be read and checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sparse_ft.errors import UserError
+
+__all__ = ["MODES", "SPARSE_MODES", "LoraSettings"]
+
+SPARSE_MODES = ("sparse_to_dense", "sparse_to_sparse")
+MODES = ("dense", *SPARSE_MODES, "full")
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Rank, scaling and places of an adapter.
+
+    Attributes:
+        r: rank of the factors.
+        alpha: the update is scaled by alpha / r.
+        dropout: probability of dropping an input of the adapter while training. Experts (Mixtral) take none.
+        target_modules: projections to adapt (``q_proj`` ... ``down_proj``, ``w1`` ``w2`` ``w3`` for experts);
+            None adapts every prunable projection.
+
+    Raises:
+        UserError: a rank or alpha that is not positive, a dropout outside [0, 1).
+    """
+
+    r: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    target_modules: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise UserError(f"lora_r is {self.r}: the rank of an adapter is 1 or more.")
+        if not self.alpha > 0:
+            raise UserError(f"lora_alpha is {self.alpha}: it must be positive.")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"lora_dropout is {self.dropout}: it lies in [0, 1).")
+        if self.target_modules is not None:
+            object.__setattr__(self, "target_modules", tuple(self.target_modules))

@@ -1,0 +1,123 @@
+"""Sparse LoRA of fused experts: parameters ``[E, out, in]`` that are not the weight of a linear map."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.lora import layer as peft_layer
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from sparse_ft.lora.peft_config import SparseLoRAConfig
+from sparse_ft.lora.function import effective_weight, masked_weight, prune_
+from sparse_ft.lora.layer import MaskedBase
+
+__all__ = ["ParamWrapper"]
+
+
+class _MaskedProxy(nn.Module):
+    """Stands in for the parameter while the experts run: W -> ``(W + s B A) . M``."""
+
+    def __init__(self, factor_a: Tensor, factor_b: Tensor, packed: Tensor, scaling: float) -> None:
+        super().__init__()
+        self.factors, self.packed, self.scaling = (factor_a, factor_b), packed, scaling
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return masked_weight(weight, *self.factors, self.packed, self.scaling)
+
+
+class ParamWrapper(MaskedBase, peft_layer.ParamWrapper):
+    """A parameter ``[E, out, in]`` (or ``[out, in]``) with a low-rank update an expert, under one mask.
+
+    The class keeps PEFT's name because PEFT recognises nested wrappers by that string.
+    """
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, parameter_name: str, config: SparseLoRAConfig,
+                 **kwargs: Any) -> None:  # fmt: skip
+        super().__init__(base_layer, adapter_name, parameter_name=parameter_name, config=config, **kwargs)
+        self.init_mask()
+        self._under_mask = {adapter_name: config.sparse_mode == "sparse_to_sparse"}
+
+    @property
+    def lora_variants(self) -> dict[tuple[str, ...], None]:
+        return {(): None, ("sparse_to_sparse",): None}  # PEFT knows no variant classes for parameters
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: SparseLoRAConfig, **kwargs: Any) -> None:
+        super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
+        if hasattr(self, "_under_mask"):  # a second adapter on a layer that exists
+            self._under_mask[adapter_name] = config.sparse_mode == "sparse_to_sparse"
+
+    def is_masked(self, adapter_name: str) -> bool:
+        """Whether this adapter lives under the mask (``sparse_to_sparse``)."""
+        return self._under_mask[adapter_name]
+
+    @property
+    def masked_parameter(self) -> nn.Parameter:
+        return self.get_param()
+
+    def _factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        """``A [E, r, in]`` and ``B [E, out, r]`` in their own dtype, as views that autograd follows."""
+        weight_a, weight_b = self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
+        if self.get_param().dim() == 2:
+            return weight_a, weight_b
+        factor_a = weight_a.reshape(self.num_experts, -1, weight_a.shape[-1])
+        factor_b = weight_b.reshape(weight_b.shape[0], -1, self.num_experts).permute(2, 0, 1)
+        if not self._did_swap_in_out_features:  # the parameter is [E, in, out]
+            return factor_b.mT, factor_a.mT
+        return factor_a, factor_b
+
+    def effective_weight(self, adapter_name: str) -> Tensor:
+        factors = self._factors(adapter_name)
+        return effective_weight(self.get_param(), *factors, self.required_mask(), self.scaling[adapter_name])
+
+    def get_delta_weight(self, adapter_name: str, *args: Any, **kwargs: Any) -> Tensor:
+        """``s (B A) . M`` (``s B A`` in ``sparse_to_dense``), in the parameter's shape and dtype."""
+        delta = super().get_delta_weight(adapter_name, *args, **kwargs)
+        return prune_(delta, self.required_mask()) if self.is_masked(adapter_name) else delta
+
+    @contextmanager
+    def _activate_lora(self, active_adapters: list[str]) -> Iterator[None]:
+        packed = self.required_mask()
+        adapter = self.single_adapter()
+        if adapter is None or not self.is_masked(adapter):
+            with super()._activate_lora(active_adapters):
+                yield
+            return
+        module, name = self.get_base_layer(), self.parameter_name
+        trainable = self.get_param().requires_grad
+        proxy = _MaskedProxy(*self._factors(adapter), packed, self.scaling[adapter])
+        # unsafe: without it torch runs the whole proxy once more, only to compare shapes.
+        parametrize.register_parametrization(module, name, proxy, unsafe=True)
+        module.parametrizations[name].original.requires_grad_(trainable)
+        try:
+            with parametrize.cached():
+                yield
+        finally:
+            self._remove_parametrizations()
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Writes the effective weight into the parameter (``sparse_to_sparse``); else as PEFT does."""
+        names = peft_layer.check_adapters_to_merge(self, adapter_names)
+        masked = [name for name in names if name in self.lora_A and self.is_masked(name)]
+        if not masked:
+            super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            return
+        if len(names) > 1 or self.merged_adapters:
+            raise ValueError("sparse LoRA merges one adapter")
+        parameter, merged = self.get_param(), self.effective_weight(masked[0])
+        if safe_merge and not torch.isfinite(merged).all():
+            raise ValueError(f"The merged weights are not finite; adapter {masked[0]} seems to be broken")
+        self._cache_store("sparse_base", parameter.data)
+        parameter.data = merged
+        self.merged_adapters.append(masked[0])
+
+    def unmerge(self) -> None:
+        """Gives back exactly the base weight."""
+        if self.merged_adapters and self.is_masked(self.merged_adapters[0]):
+            self.get_param().data = self._cache_pop("sparse_base")
+            self.merged_adapters.clear()
+        else:
+            super().unmerge()

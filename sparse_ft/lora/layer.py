@@ -1,0 +1,198 @@
+"""LoRA layers that know their mask: the linear map, as a variant of `peft.tuners.lora.Linear`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import Linear, LoraVariant
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparse_ft.errors import UserError
+from sparse_ft.lora.config import SPARSE_MODES
+from sparse_ft.lora.function import effective_weight, masked_linear, prune_, rank_one_factors
+from sparse_ft.lora.peft_config import SparseLoRAConfig
+from sparse_ft.masks.mask_set import unpack_bits
+
+__all__ = ["MaskedBase", "SparseLinearVariant", "SparseLoRALayer", "sparse_layer"]
+
+
+def sparse_layer(
+    target: nn.Module, adapter_name: str, config: SparseLoRAConfig, parameter_name: str | None = None, **kwargs: Any
+) -> nn.Module:
+    """The layer that PEFT puts in the place of ``target``: for a linear map, or for a parameter of a module.
+
+    Raises:
+        UserError: a module that is no linear map (an embedding, say).
+    """
+    base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
+    if parameter_name is not None:
+        from sparse_ft.lora.experts import ParamWrapper
+
+        return ParamWrapper(target, adapter_name, parameter_name=parameter_name, config=config, **kwargs)
+    if not isinstance(base, nn.Linear):
+        raise UserError(f"Sparse LoRA cannot adapt a {type(base).__name__}; choose linear maps as target_modules.")
+    return SparseLoRALayer(target, adapter_name, config=config, **kwargs)
+
+
+class MaskedBase:
+    """Mixin of PEFT layers: holds the mask of the base weight, and refuses to work without it.
+
+    The bits lie in a non-persistent buffer: they follow the module to its device and stay out of every
+    checkpoint; `attach_mask` brings them back after a reload.
+    """
+
+    sparse_mask: Tensor | None
+
+    def init_mask(self) -> None:
+        """Declares the buffers; to be called once, after ``nn.Module.__init__``."""
+        for name in ("sparse_mask", "mask_out", "mask_in"):
+            self.register_buffer(name, None, persistent=False)
+
+    @property
+    def masked_parameter(self) -> nn.Parameter:
+        """The base weight under the mask."""
+        return self.get_base_layer().weight
+
+    def attach_mask(self, packed: Tensor) -> None:
+        """Takes the bits ``uint8 [..., ceil(C/8)]`` and zeroes the masked base weights, in place.
+
+        Raises:
+            ValueError: another mask is attached already.
+        """
+        weight = self.masked_parameter
+        packed = packed.to(weight.device)
+        if self.sparse_mask is not None and not torch.equal(self.sparse_mask, packed):
+            raise ValueError("another mask is attached to this layer")
+        prune_(weight.data, packed)
+        self.sparse_mask = packed
+        if weight.dim() == 2:
+            factors = rank_one_factors(unpack_bits(packed, weight.shape[-1]))
+            if factors is not None:
+                self.mask_out, self.mask_in = (factor.to(weight.device) for factor in factors)
+
+    def required_mask(self) -> Tensor:
+        """The attached bits.
+
+        Raises:
+            UserError: none are attached.
+        """
+        if self.sparse_mask is None:
+            raise UserError("This sparse LoRA has no mask attached: load it with sparse_ft.lora.load_sparse_lora.")
+        return self.sparse_mask
+
+    def effective_weight(self, adapter_name: str) -> Tensor:
+        """``(W + s B A) . M`` of one adapter, in the dtype of ``W``: what forward uses and what merge writes."""
+        raise NotImplementedError
+
+    def reset_lora_parameters(self, adapter_name: str, init_lora_weights: Any) -> None:
+        """Starts A and B as plain LoRA does; the modes' names are no initialisations of PEFT."""
+        super().reset_lora_parameters(adapter_name, True if init_lora_weights in SPARSE_MODES else init_lora_weights)
+
+    def single_adapter(self) -> str | None:
+        """The active adapter of this layer.
+
+        Raises:
+            UserError: several; the mask of a sum of adapters is not the sum of two masked weights.
+        """
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        if len(names) > 1:
+            raise UserError(f"Sparse LoRA works with one active adapter, these are active: {', '.join(names)}.")
+        return names[0] if names else None
+
+
+class SparseLinearVariant(LoraVariant):
+    """``y = x ((W + s B A) . M)^T``, and a merge that is the same arithmetic."""
+
+    def supports_lora_conversion(self) -> bool:
+        return False  # (BA).M has full rank
+
+    @staticmethod
+    def init(module: SparseLoRALayer, adapter_name: str, **kwargs: Any) -> None:
+        """Nothing to prepare: the mask is attached once the whole model is wrapped."""
+
+    @staticmethod
+    def forward(
+        module: SparseLoRALayer, active_adapter: str, x: Tensor, result: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
+        """The whole output (``result``, the base layer's own, is not needed)."""
+        packed = module.required_mask()
+        base = module.get_base_layer()
+        factor_a, factor_b = module.lora_A[active_adapter].weight, module.lora_B[active_adapter].weight
+        scaling, dropout = module.scaling[active_adapter], module.lora_dropout[active_adapter]
+        if module.training and module.mask_out is not None:
+            # (B A) . M = (m_out . B)(A . m_in): two thin products, no weight gradient. Only while training:
+            # evaluation below uses the very weight that merge writes.
+            low = F.linear(module._cast_input_dtype(dropout(x), factor_a.dtype), factor_a * module.mask_in)
+            update = F.linear(low, factor_b * module.mask_out.unsqueeze(1)) * scaling
+            output = base(x)
+            return (output + update).to(output.dtype)
+        if module.training and isinstance(dropout, nn.Dropout):
+            # Dropout touches the adapter's input alone, so W and the masked product need a pass each.
+            factor_a, factor_b = factor_a.to(x.dtype), factor_b.to(x.dtype)
+            return base(x) + masked_linear(dropout(x), None, factor_a, factor_b, packed, scaling)
+        return masked_linear(x, base.weight, factor_a, factor_b, packed, scaling, base.bias)
+
+    @staticmethod
+    def merge_safe(module: SparseLoRALayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        module.keep_base(orig_weight)
+        return module.effective_weight(active_adapter)
+
+    @staticmethod
+    def merge_unsafe(module: SparseLoRALayer, active_adapter: str, orig_weight: nn.Parameter) -> None:
+        module.keep_base(orig_weight.data)
+        orig_weight.data = module.effective_weight(active_adapter)
+
+    @staticmethod
+    def unmerge(module: SparseLoRALayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        return module._cache_pop("sparse_base")  # subtracting a rounded sum would not give W back
+
+
+class SparseLoRALayer(MaskedBase, Linear):
+    """A linear map with a low-rank update under a mask (or, in ``sparse_to_dense``, beside one)."""
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: SparseLoRAConfig, **kwargs: Any) -> None:
+        super().__init__(base_layer, adapter_name, config=config, **kwargs)
+        self.init_mask()
+
+    @property
+    def lora_variants(self) -> dict[tuple[str, ...], type[LoraVariant] | None]:
+        return {(): None, ("sparse_to_sparse",): SparseLinearVariant}
+
+    def is_masked(self, adapter_name: str) -> bool:
+        """Whether this adapter lives under the mask (``sparse_to_sparse``)."""
+        return adapter_name in self.lora_variant
+
+    def effective_weight(self, adapter_name: str) -> Tensor:
+        return effective_weight(
+            self.get_base_layer().weight,
+            self.lora_A[adapter_name].weight,
+            self.lora_B[adapter_name].weight,
+            self.required_mask(),
+            self.scaling[adapter_name],
+        )
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """``s (B A) . M`` (``s B A`` in ``sparse_to_dense``), ``[out, in]``."""
+        delta = super().get_delta_weight(adapter)
+        return prune_(delta, self.required_mask()) if self.is_masked(adapter) else delta
+
+    def keep_base(self, weight: Tensor) -> None:
+        """Keeps W while an adapter is merged, so that unmerging gives back exactly W.
+
+        Raises:
+            UserError: an adapter is merged already.
+        """
+        if self.merged_adapters:
+            raise UserError(f"Adapter {self.merged_adapters[0]} is merged already; unmerge it first.")
+        self._cache_store("sparse_base", weight)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.required_mask()
+        adapter = self.single_adapter()
+        if self.disable_adapters or self.merged or adapter is None or not self.is_masked(adapter):
+            return super().forward(x, *args, **kwargs)
+        if kwargs.pop("adapter_names", None) is not None:
+            raise UserError("Sparse LoRA does not mix adapters in one batch.")
+        return self.lora_variant[adapter].forward(self, active_adapter=adapter, x=x)
