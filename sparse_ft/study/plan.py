@@ -1,0 +1,169 @@
+"""From a study's YAML to its cells, and to the mask sets that they share."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sparse_ft.errors import UserError
+from sparse_ft.study.config import CellConfig, MaskConfig, parse_levels
+from sparse_ft.study.parsing import Parser
+
+__all__ = ["MaskSetPlan", "Plan", "Study", "load_study", "make_cell", "make_plan", "mask_set_of", "needs_calibration"]
+
+_CALIBRATED = ("gradient", "taylor", "wanda", "sparsegpt")
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study as its YAML file says it.
+
+    Attributes:
+        name: of the parent run and of the output folder.
+        grid: values of any cell fields; the cells are their product.
+        cell: values of cell fields that are the same everywhere.
+        dense_baseline: add one dense cell for every (model, task, seed).
+    """
+
+    name: str
+    grid: Mapping[str, list[Any]]
+    cell: Mapping[str, Any] = field(default_factory=dict)
+    dense_baseline: bool = True
+
+
+@dataclass(frozen=True)
+class MaskSetPlan:
+    """One run of the mask engine: all levels that some cells need of the same kind of mask."""
+
+    config: MaskConfig
+
+    @property
+    def name(self) -> str:
+        """Folder and run name."""
+        what = self.config.method
+        if what != "random":
+            what += f"_{self.config.importance}_{self.config.scope}"
+        seed = "" if self.config.seed == 0 else f"_seed{self.config.seed}"
+        return f"{self.config.model.rstrip('/').split('/')[-1]}_{what}{seed}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All work of a study. ``mask_sets[i]`` serves the cells whose entry in ``mask_set_of`` is i (None: no masks)."""
+
+    study: Study
+    cells: tuple[CellConfig, ...]
+    mask_sets: tuple[MaskSetPlan, ...]
+    mask_set_of: tuple[int | None, ...]
+
+
+def load_study(path: str | Path) -> Study:
+    """Reads a study's YAML.
+
+    Raises:
+        UserError: the file is missing, not YAML, or has keys or values that no study has.
+    """
+    path = Path(path)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"Study {path} does not exist; configs/ holds examples.") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"Study {path} is not valid YAML: {error}") from None
+    if not isinstance(content, dict) or not isinstance(content.get("grid"), dict) or not content["grid"]:
+        raise UserError(f"Study {path} has no 'grid:' with lists of values; configs/ holds examples.")
+    known = {entry.name for entry in fields(Study)}
+    unknown = sorted(set(content) - known)
+    if unknown:
+        raise UserError(f"Study {path}: unknown key '{unknown[0]}'; a study has {', '.join(sorted(known))}.")
+    content.setdefault("name", path.stem)
+    grid = {axis: _axis(path, axis, values) for axis, values in content["grid"].items()}
+    return Study(**{**content, "grid": grid, "cell": content.get("cell") or {}})
+
+
+def make_cell(values: Mapping[str, Any], where: str = "the cell") -> CellConfig:
+    """A cell from plain values, with types and choices checked.
+
+    Raises:
+        UserError: an unknown field or a value that it cannot take.
+    """
+    return Parser(CellConfig).values(values, where)
+
+
+def make_plan(study: Study) -> Plan:
+    """The cells of a study in the order they run, dense baselines first, each cell once.
+
+    Raises:
+        UserError: a field or value that no cell has.
+    """
+    where, parser = f"Study {study.name}", Parser(CellConfig)
+    common = parser.values(study.cell, where)
+    # Every axis value is checked once, not once a cell.
+    axes = [[getattr(parser.values({axis: v}, where), axis) for v in values] for axis, values in study.grid.items()]
+    points = [replace(common, **dict(zip(study.grid, values, strict=True))) for values in itertools.product(*axes)]
+    dense = [replace(point, mode="dense") for point in points] if study.dense_baseline else []
+    cells = {}
+    for cell in dense + points:
+        if not 0 <= cell.sparsity <= 1:
+            raise UserError(f"{where}: sparsity is {cell.sparsity}; it must lie between 0 and 1.")
+        cells.setdefault(cell.key(), cell)
+
+    sets: dict[MaskConfig, list[float]] = {}
+    kinds = []
+    for cell in cells.values():
+        kind = mask_set_of(cell)
+        kinds.append(kind)
+        if kind is not None:
+            sets.setdefault(kind, []).append(cell.sparsity)
+    order = list(sets)
+    plans = []
+    for kind, levels in sets.items():
+        text = ",".join(f"{level:g}" for level in sorted(set(levels)))
+        plans.append(MaskSetPlan(replace(kind, sparsities=text)))
+    numbers = tuple(None if kind is None else order.index(kind) for kind in kinds)
+    return Plan(study, tuple(cells.values()), tuple(plans), numbers)
+
+
+def needs_calibration(config: MaskConfig) -> bool:
+    """Whether making these masks takes text."""
+    if config.method == "random":
+        return False
+    return config.importance in _CALIBRATED or config.allocation == "owl"
+
+
+def mask_set_of(cell: CellConfig) -> MaskConfig | None:
+    """The mask set that a cell needs, without levels; cells with equal ones share it. None: it needs none.
+
+    Fields that cannot change the masks are set to one value: the task for data-free importances, the seed
+    where nothing is drawn.
+    """
+    if not cell.pruned or cell.masks != "none":
+        return None
+    kind = cell.mask_config("", "")
+    if needs_calibration(kind):
+        return kind
+    blank = MaskConfig()
+    kind = replace(
+        kind,
+        task="",
+        data_dir="none",
+        calibration_samples=blank.calibration_samples,
+        calibration_seq_len=blank.calibration_seq_len,
+    )
+    if kind.method == "random":
+        return replace(kind, importance="magnitude", scope="layer")
+    return replace(kind, seed=0)
+
+
+def _axis(path: Path, axis: str, values: Any) -> list[Any]:
+    if axis == "sparsity" and isinstance(values, str):
+        return list(parse_levels(values))
+    values = values if isinstance(values, list) else [values]
+    if not values:
+        raise UserError(f"Study {path}: the axis '{axis}' of the grid is empty.")
+    return values
