@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["UserError"]
+__all__ = ["DataMissingError", "ModelUnavailableError", "UserError"]
 
 
 class UserError(Exception):
@@ -14,3 +14,11 @@ class UserError(Exception):
     def __init__(self, message: str):
         # One line, whatever was interpolated: a message that wraps is a message that is not read.
         super().__init__(" ".join(str(message).split()))
+
+
+class ModelUnavailableError(UserError):
+    """A model that cannot be had: unknown, gated, or the hub is out of reach."""
+
+
+class DataMissingError(UserError):
+    """Task data that cannot be had: no such task, split or file, or the hub is out of reach."""

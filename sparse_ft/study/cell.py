@@ -1,0 +1,275 @@
+"""One cell: masks on, fine-tune, merge, save, prove, score. Plain results; nothing is logged here."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from sparse_ft.evaluation import Evaluation, EvaluationSettings, evaluate
+from sparse_ft.files import write_json
+from sparse_ft.lora.config import LoraSettings
+from sparse_ft.lora.model import apply_sparse_lora, merge_all_lora_weights, remask, validate_sparsity_preserved
+from sparse_ft.masks.checks import check_masks
+from sparse_ft.masks.files import load_masks
+from sparse_ft.masks.mask_set import MaskSet
+from sparse_ft.models.checkpoint import Checkpoint
+from sparse_ft.models.loading import apply_masks, save_model
+from sparse_ft.progress import Progress
+from sparse_ft.study.config import CellConfig
+from sparse_ft.study.failures import ValidationFailedError
+from sparse_ft.study.workbench import Workbench
+from sparse_ft.tasks.examples import training_examples
+from sparse_ft.training import TrainingResult, TrainingSettings, train
+from sparse_ft.validation import Validation, validate_checkpoint
+
+__all__ = ["CellResult", "run_cell"]
+
+
+@dataclass
+class CellResult:
+    """What a cell measured. A metric that was not measured is absent.
+
+    Attributes:
+        metrics: by their names in MLflow.
+        protocol: how accuracy, perplexity and throughput were measured.
+        series: metric -> [(step, value)].
+        tags: what identifies the inputs, and warnings.
+        artifacts: (file or folder, folder among the run's artifacts).
+        merged: the merged checkpoint, where it was kept.
+    """
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    protocol: dict[str, Any] = field(default_factory=dict)
+    series: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+    artifacts: list[tuple[Path, str]] = field(default_factory=list)
+    merged: Path | None = None
+
+
+def run_cell(cell: CellConfig, mask_file: Path | None, bench: Workbench, folder: Path) -> CellResult:
+    """Runs a cell on this machine.
+
+    Args:
+        cell: what to run.
+        mask_file: its masks; None for a dense cell.
+        bench: keeps the base model between cells.
+        folder: the cell's own folder; what ``cell.keep`` names stays there.
+
+    Raises:
+        UserError: anything the user can put right: model, data, masks that do not fit.
+        NonFiniteLossError: training diverged.
+        ValidationFailedError: the merged checkpoint breaks what the mode promises.
+    """
+    result, clock = CellResult(), _Clock()
+    folder.mkdir(parents=True, exist_ok=True)
+    with clock("load"):
+        settings = _training_settings(cell)
+        settings.check()
+        checkpoint, tokenizer = bench.checkpoint(cell.model), bench.tokenizer(cell.model)
+        task = bench.task(cell.task, cell.data_dir, _count(cell.num_fewshot))
+        masks = _masks(mask_file, checkpoint, result)
+        examples = training_examples(task, tokenizer, cell.max_seq_len, settings.examples_needed, cell.seed)
+    scores = _Scores(cell, bench, tokenizer, task)
+
+    with clock("load"), bench.borrow(cell) as model:
+        if masks is not None:
+            apply_masks(model, masks)
+        if cell.score_untuned:
+            with clock("eval_untuned"):
+                _log_untuned(result, scores, model, masks)
+        with clock("train"):
+            torch.manual_seed(cell.seed)
+            adapted = apply_sparse_lora(model, _lora_settings(cell), cell.mode, masks)
+            trained = train(
+                adapted, examples, settings, folder / "trainer", tokenizer.pad_token_id, progress=bench.progress
+            )
+        _log_training(result, trained)
+        if cell.keep != "none" and cell.mode != "full":
+            adapted.save_pretrained(folder / "adapter")
+            result.artifacts.append((folder / "adapter", "adapter"))
+        base_violations = 0
+        if cell.mode == "sparse_to_dense":
+            with adapted.disable_adapter():  # what this mode keeps sparse is the base under the adapter
+                base_violations = sum(validate_sparsity_preserved(adapted, masks).values())
+        with clock("merge"):
+            merged = merge_all_lora_weights(adapted)
+        with clock("save"):
+            target = save_model(merged, tokenizer, folder / "merged")
+        with clock("validate"):
+            kept_all = MaskSet({}, {}) if masks is None else masks
+            validation = validate_checkpoint(target, kept_all, base=checkpoint, progress=bench.progress)
+            _log_validation(result, cell, validation, base_violations, folder)
+        with clock("eval"):
+            _log_scores(result, scores(merged, "score"), "")
+            result.protocol.update(scores.protocol)
+        if cell.mode == "sparse_to_dense":
+            with clock("eval_remasked"):
+                remask(merged, masks)
+                _log_scores(result, scores(merged, "score re-masked"), "_remasked")
+    if cell.keep == "all" or cell.register_as != "none":
+        result.merged = target
+    else:
+        shutil.rmtree(target)
+    shutil.rmtree(folder / "trainer", ignore_errors=True)
+    result.metrics.update(clock.metrics())
+    return result
+
+
+class _Scores:
+    """Scores a model as the cell asks."""
+
+    def __init__(self, cell: CellConfig, bench: Workbench, tokenizer, task):
+        self._cell, self._bench, self._tokenizer, self._task = cell, bench, tokenizer, task
+        self._settings = EvaluationSettings(
+            limit=_count(cell.eval_limit),
+            batch_size=cell.eval_batch_size,
+            perplexity_seq_len=cell.perplexity_seq_len,
+            perplexity_windows=cell.perplexity_windows,
+        )
+        self.protocol: dict[str, Any] = {}
+
+    def __call__(self, model: PreTrainedModel, stage: str) -> Evaluation:
+        progress = _Staged(self._bench.progress, stage)
+        evaluation = evaluate(model, self._tokenizer, self._task, self._settings, progress)
+        self.protocol = evaluation.protocol
+        return evaluation
+
+    def untuned(self, model: PreTrainedModel, checksum: str) -> tuple[str, Evaluation]:
+        cell = self._cell
+        key = (
+            cell.model,
+            cell.task,
+            cell.data_dir,
+            cell.num_fewshot,
+            cell.dtype,
+            cell.device,
+            checksum,
+            self._settings,
+        )
+        return self._bench.untuned(key, cell.title, lambda: self(model, "score untuned"))
+
+
+class _Staged(Progress):
+    """Names the stages of a part after what the cell is doing with it."""
+
+    def __init__(self, progress: Progress, stage: str):
+        self._progress, self._stage = progress, stage
+
+    def start(self, stage: str, total: float, unit: str = "") -> None:
+        self._progress.start(f"{self._stage}: {stage}", total, unit)
+
+    def advance(self, amount: float = 1, note: str = "") -> None:
+        self._progress.advance(amount, note)
+
+    def stop(self) -> None:
+        self._progress.stop()
+
+
+class _Clock:
+    """Seconds per stage, each stage without the stages inside it, and the total."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+        self._seconds: dict[str, float] = {}
+        self._inner = [0.0]
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        self._inner.append(0.0)
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - start
+            self._seconds[stage] = self._seconds.get(stage, 0.0) + spent - self._inner.pop()
+            self._inner[-1] += spent
+
+    def metrics(self) -> dict[str, float]:
+        total = time.perf_counter() - self._began
+        return {**{f"time/{stage}_seconds": s for stage, s in self._seconds.items()}, "time/total_seconds": total}
+
+
+def _masks(file: Path | None, checkpoint: Checkpoint, result: CellResult) -> MaskSet | None:
+    if file is None:
+        return None
+    masks = load_masks(file)
+    check_masks(masks, checkpoint.prunable_shapes(), str(checkpoint.folder.name))
+    result.tags["mask_checksum"] = masks.checksum
+    made_from = masks.metadata.get("fingerprint")
+    if made_from not in (None, checkpoint.fingerprint):
+        result.tags["warning"] = f"the masks were made from other weights ({made_from}, not {checkpoint.fingerprint})"
+    target = masks.metadata.get("sparsity")
+    if target is not None:
+        result.metrics["sparsity/target"] = float(target)
+    result.metrics["sparsity/achieved"] = masks.sparsity
+    return masks
+
+
+def _log_untuned(result: CellResult, scores: _Scores, model: PreTrainedModel, masks: MaskSet | None) -> None:
+    measured_by, evaluation = scores.untuned(model, masks.checksum if masks is not None else "")
+    result.tags["untuned_measured_by"] = measured_by
+    _log_scores(result, evaluation, "_untuned")
+
+
+def _log_scores(result: CellResult, evaluation: Evaluation, suffix: str) -> None:
+    result.metrics.update({f"eval/{name}{suffix}": value for name, value in evaluation.metrics.items()})
+
+
+def _log_training(result: CellResult, trained: TrainingResult) -> None:
+    measured = {
+        "train/loss": trained.loss,
+        "train/tokens_per_second": trained.tokens_per_second,
+        "train/samples_per_second": trained.samples_per_second,
+        "memory/peak_bytes": trained.peak_bytes,
+    }
+    result.metrics.update({name: value for name, value in measured.items() if value is not None})
+    result.series["train/loss_curve"] = trained.loss_curve
+    result.protocol.update({f"train_{name}": value for name, value in trained.protocol.items()})
+    result.protocol["train_untimed_steps"] = trained.warmup_steps_untimed
+
+
+def _log_validation(
+    result: CellResult, cell: CellConfig, validation: Validation, base_violations: int, folder: Path
+) -> None:
+    """Violations are weights that break the mode's promise: masked weights that are not zero in the merged
+    checkpoint, or, of sparse_to_dense, in the base under the adapter (its merged model is dense by design)."""
+    violations = base_violations if cell.mode == "sparse_to_dense" else validation.violations
+    result.metrics["sparsity/violations"] = violations
+    result.metrics["sparsity/after_merge"] = validation.sparsity
+    if cell.mode == "dense":
+        result.metrics.update({"sparsity/target": 0.0, "sparsity/achieved": 0.0})
+    result.artifacts.append((write_json(folder / "validation.json", validation.to_dict()), "validation"))
+    problems = [] if cell.mode == "sparse_to_dense" else list(validation.problems)
+    if violations or problems:
+        what = f"{violations} masked weights are not zero" if violations else problems[0]
+        raise ValidationFailedError(f"{what}; see validation.json")
+
+
+def _training_settings(cell: CellConfig) -> TrainingSettings:
+    return TrainingSettings(
+        learning_rate=cell.learning_rate,
+        max_steps=cell.max_steps,
+        batch_size=cell.batch_size,
+        gradient_accumulation=cell.gradient_accumulation,
+        warmup_fraction=cell.warmup_fraction,
+        weight_decay=cell.weight_decay,
+        gradient_checkpointing=cell.gradient_checkpointing,
+        seed=cell.seed,
+    )
+
+
+def _lora_settings(cell: CellConfig) -> LoraSettings:
+    targets = None if cell.target_modules == "all" else tuple(cell.target_modules.split(","))
+    return LoraSettings(cell.lora_r, cell.lora_alpha, cell.lora_dropout, targets)
+
+
+def _count(value: int | str) -> int | None:
+    return None if value == "none" else int(value)

@@ -1,0 +1,112 @@
+"""What a worker keeps between cells: the base model, the tasks, and scores that several cells share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sparse_ft.errors import DataMissingError, ModelUnavailableError, UserError
+from sparse_ft.evaluation import Evaluation
+from sparse_ft.models.catalog import locate
+from sparse_ft.models.checkpoint import Checkpoint
+from sparse_ft.models.loading import load_model, load_state_into, load_tokenizer, resolve_device, resolve_dtype
+from sparse_ft.progress import SILENT, Progress
+from sparse_ft.study.config import CellConfig
+from sparse_ft.tasks.definitions import load_task
+
+__all__ = ["Workbench"]
+
+
+class Workbench:
+    """Loads models and tasks once. One base model is in memory at a time.
+
+    A cell borrows the base model, prunes and trains it in place, and gives it back; before the next cell
+    borrows it, what changed is copied back from the checkpoint, which is a hundred times faster than a load.
+    """
+
+    def __init__(self, progress: Progress = SILENT):
+        self.progress = progress
+        self._checkpoints: dict[str, Checkpoint] = {}
+        self._tokenizers: dict[str, PreTrainedTokenizerBase] = {}
+        self._tasks: dict[tuple[Any, ...], Any] = {}
+        self._untuned: dict[tuple[Any, ...], tuple[str, Evaluation]] = {}
+        self._base: tuple[tuple[Any, ...], PreTrainedModel] | None = None
+        self._changed: str | None = None  # None: pristine; "prunable" or "all": to be restored
+
+    def checkpoint(self, name: str) -> Checkpoint:
+        """The model's checkpoint folder, fetched if need be.
+
+        Raises:
+            ModelUnavailableError: it cannot be had.
+        """
+        if name not in self._checkpoints:
+            try:
+                self._checkpoints[name] = Checkpoint(locate(name, self.progress))
+            except UserError as error:
+                raise ModelUnavailableError(str(error)) from error
+        return self._checkpoints[name]
+
+    def tokenizer(self, name: str) -> PreTrainedTokenizerBase:
+        """The model's tokenizer."""
+        if name not in self._tokenizers:
+            self._tokenizers[name] = load_tokenizer(self.checkpoint(name).folder)
+        return self._tokenizers[name]
+
+    def task(self, name: str, data_dir: str, num_fewshot: int | None = None) -> Any:
+        """The lm-eval task over its rows.
+
+        Raises:
+            DataMissingError: the rows cannot be had.
+        """
+        key = (name, data_dir, num_fewshot)
+        if key not in self._tasks:
+            try:
+                rows = None if data_dir == "none" else data_dir
+                self._tasks[key] = load_task(name, rows, num_fewshot, progress=self.progress)
+            except UserError as error:
+                raise DataMissingError(str(error)) from error
+        return self._tasks[key]
+
+    @contextmanager
+    def borrow(self, cell: CellConfig) -> Iterator[PreTrainedModel]:
+        """The cell's base model, pristine, to be changed at will inside the block.
+
+        After an exception the model is dropped: a wrapper may be half applied, or memory short.
+        """
+        device = resolve_device(cell.device)
+        key = (cell.model, resolve_dtype(cell.dtype, device), device)
+        if self._base is not None and self._base[0] != key:
+            self._base = None  # before loading the next: two 7B models do not fit
+        if self._base is None:
+            folder = self.checkpoint(cell.model).folder
+            self._base = (key, load_model(folder, key[1], device))
+        elif self._changed is not None:
+            checkpoint = self.checkpoint(cell.model)
+            load_state_into(self._base[1], checkpoint, None if self._changed == "all" else checkpoint.prunable)
+        self._changed = "all" if cell.mode == "full" else "prunable"
+        model = self._base[1]
+        for parameter in model.parameters():  # PEFT froze them for the cell before
+            parameter.requires_grad_(True)
+        try:
+            yield model
+        except BaseException:
+            self._base = None
+            raise
+
+    def untuned(self, key: tuple[Any, ...], name: str, measure: Callable[[], Evaluation]) -> tuple[str, Evaluation]:
+        """The score of a model before fine-tuning: measured by the first cell that asks, shared by the rest.
+
+        Args:
+            key: everything the score depends on.
+            name: of the cell that asks.
+            measure: scores the model.
+
+        Returns:
+            the name of the cell that measured, and the score.
+        """
+        if key not in self._untuned:
+            self._untuned[key] = (name, measure())
+        return self._untuned[key]
