@@ -1,0 +1,156 @@
+"""What the scores say: recovery of the dense fine-tuned accuracy, points of curves, Pareto fronts, sentences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from sparse_ft.analysis.table import EVALUATION_PROTOCOL, GROUP, grouped_table
+
+__all__ = ["CHANCE", "chance_level", "curves", "dense_baseline", "majority_level", "pareto_front", "performance_table"]
+
+# Accuracy of a uniform guess among the answers the task offers; tasks that generate text have none.
+CHANCE: Mapping[str, float] = {
+    "boolq": 1 / 2, "hellaswag": 1 / 4, "piqa": 1 / 2, "winogrande": 1 / 2, "rte": 1 / 2, "copa": 1 / 2,
+    "wic": 1 / 2, "openbookqa": 1 / 4, "mmlu": 1 / 4, "gsm8k": 0.0,
+}  # fmt: skip
+
+POINT_MEASURES = (
+    "accuracy", "accuracy_std", "accuracy_error", "recovery", "recovery_error", "acc_norm", "loss", "loss_std",
+    "perplexity", "perplexity_std", "accuracy_untuned", "accuracy_error_untuned", "loss_untuned",
+    "perplexity_untuned", "accuracy_remasked", "accuracy_error_remasked", "loss_remasked", "perplexity_remasked",
+    "accuracy_gained", "perplexity_ratio_gained", "accuracy_remask_gap", "perplexity_ratio_remask",
+    "sparsity_achieved", "sparsity_after_merge", "train_tokens_per_second", "train_samples_per_second",
+    "eval_samples_per_second", "peak_bytes",
+)  # fmt: skip
+
+CURVE_METRICS = {
+    "eval/accuracy": "accuracy", "eval/acc_norm": "acc_norm", "eval/loss": "loss", "eval/perplexity": "perplexity",
+    "eval/recovery": "recovery", "eval/accuracy_untuned": "accuracy_untuned",
+    "eval/perplexity_untuned": "perplexity_untuned", "eval/accuracy_remasked": "accuracy_remasked",
+    "eval/samples_per_second": "eval_samples_per_second", "train/tokens_per_second": "train_tokens_per_second",
+    "sparsity/achieved": "sparsity_achieved", "sparsity/after_merge": "sparsity_after_merge",
+    "memory/peak_bytes": "peak_bytes",
+}  # fmt: skip
+
+
+def chance_level(cells: pd.DataFrame, task: str) -> float | None:
+    """Accuracy of guessing at ``task``: what the runs say (``protocol/chance``), else what its answers imply."""
+    if "protocol_chance" in cells:
+        said = pd.to_numeric(cells.loc[cells["task"] == task, "protocol_chance"], errors="coerce").dropna()
+        if len(said):
+            return float(said.iloc[0])
+    return CHANCE.get(task)
+
+
+def majority_level(cells: pd.DataFrame, task: str) -> float | None:
+    """Accuracy of always giving the commonest answer, where the runs say it (``protocol/majority``)."""
+    if "protocol_majority" not in cells:
+        return None
+    said = pd.to_numeric(cells.loc[cells["task"] == task, "protocol_majority"], errors="coerce").dropna()
+    return float(said.max()) if len(said) else None
+
+
+def dense_baseline(grouped: pd.DataFrame, model: str, task: str, variant: str = "") -> pd.Series | None:
+    """The point that recovery is measured against: dense fine-tuning, unpruned.
+
+    A cell of mode ``dense``; where the study has none, a finished cell at 0 %, which is the same
+    computation (all masks are ones). Of several variants the one asked for, else the only one there is.
+    """
+    same = grouped[(grouped["model"] == model) & (grouped["task"] == task) & grouped["accuracy"].notna()]
+    for found in (same[same["mode"] == "dense"], same[same["sparsity"] == 0]):
+        exact = found[found["variant"] == variant]
+        if len(exact):
+            return exact.iloc[0]
+        if len(found) and found["variant"].nunique() == 1:
+            return found.iloc[0]
+    return None
+
+
+def performance_table(cells: pd.DataFrame, grouped: pd.DataFrame) -> pd.DataFrame:
+    """One row a (line, level): scores beside recovery, what tuning gained and what re-masking costs.
+
+    ``recovery``: accuracy over the dense fine-tuned accuracy of the same model and task, only where both
+    were scored under one protocol; ``recovery_error`` its standard error, both scores taken as
+    independent. ``accuracy_gained``: accuracy - accuracy_untuned. ``accuracy_remask_gap``: accuracy -
+    accuracy_remasked, and likewise for perplexity as ratios (before / after, remasked / merged).
+    """
+    table = grouped.copy()
+    for name in POINT_MEASURES:
+        if name not in table:
+            table[name] = math.nan
+    agreed = _agreed_protocols(cells)
+    for index, row in table.iterrows():
+        base = dense_baseline(grouped, row["model"], row["task"], row["variant"])
+        if base is None or not base["accuracy"] > 0 or not _same_protocol(agreed, row, base):
+            continue
+        ratio = row["accuracy"] / base["accuracy"]
+        table.loc[index, "recovery"] = ratio
+        if not (row["mode"] == base["mode"] and row["sparsity"] == base["sparsity"]):
+            parts = [row["accuracy_error"] / base["accuracy"], ratio * base["accuracy_error"] / base["accuracy"]]
+            table.loc[index, "recovery_error"] = math.hypot(*parts)
+    table["accuracy_gained"] = table["accuracy"] - table["accuracy_untuned"]
+    table["perplexity_ratio_gained"] = table["perplexity_untuned"] / table["perplexity"]
+    table["accuracy_remask_gap"] = table["accuracy"] - table["accuracy_remasked"]
+    table["perplexity_ratio_remask"] = table["perplexity_remasked"] / table["perplexity"]
+    table["sparsity_percent"] = (table["sparsity"] * 100).round(6)
+    return table[[*GROUP, "sparsity_percent", "n", "seeds", *POINT_MEASURES]]
+
+
+def curves(cells: pd.DataFrame) -> list[dict[str, Any]]:
+    """Curves for MLflow, one a (model, task, method, mode): mean over seeds against sparsity in percent.
+
+    Each has ``key`` (stable across calls), ``name``, the identity fields, and ``points``: metric name ->
+    sorted ``(percent, value)`` with percent a whole number (MLflow's step); values that are not finite or
+    were not measured are left out, and so are lines of a single point.
+    """
+    table = performance_table(cells, grouped_table(cells))
+    fields = [name for name in GROUP if name != "sparsity"]
+    result = []
+    for key, group in table.groupby(fields, sort=False, dropna=False):
+        curve: dict[str, Any] = dict(zip(fields, key, strict=True))
+        if group["sparsity_percent"].nunique() < 2:
+            continue
+        points = {}
+        for metric, column in CURVE_METRICS.items():
+            measured = [
+                (round(float(p)), float(v))
+                for p, v in sorted(zip(group["sparsity_percent"], group[column], strict=True))
+                if math.isfinite(v) and math.isfinite(p)
+            ]
+            if measured:
+                points[metric] = measured
+        parts = [curve[name] for name in ("model", "task", "series", "mode", "variant") if curve[name]]
+        if points:
+            result.append(curve | {"key": "|".join(str(curve[f]) for f in fields), "name": " · ".join(parts),
+                                   "points": points})  # fmt: skip
+    return result
+
+
+def pareto_front(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Indices of the points that no other one beats in both (more is better), by falling ``y``, rising ``x``."""
+    order = np.lexsort((-x, -y))
+    front, best = [], -math.inf
+    for index in order:
+        if x[index] > best:
+            front.append(index)
+            best = x[index]
+    return np.array(front, dtype=int)
+
+
+def _agreed_protocols(cells: pd.DataFrame) -> dict[tuple[Any, ...], tuple[Any, ...]]:
+    columns = [f"protocol_{name}" for name in EVALUATION_PROTOCOL if f"protocol_{name}" in cells]
+    columns = [name for name in columns if not name.startswith("protocol_perplexity")]
+    done = cells[cells["status"] == "FINISHED"]
+    agreed = {}
+    for key, group in done.groupby(list(GROUP), sort=False, dropna=False):
+        agreed[key] = tuple(tuple(sorted(map(str, group[c].dropna().unique()))) for c in columns)
+    return agreed
+
+
+def _same_protocol(agreed: dict[tuple[Any, ...], tuple[Any, ...]], row: pd.Series, base: pd.Series) -> bool:
+    return agreed.get(tuple(row[list(GROUP)])) == agreed.get(tuple(base[list(GROUP)]))

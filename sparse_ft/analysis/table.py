@@ -1,0 +1,278 @@
+"""From run records to one tidy row a cell, and to one row a point of a curve."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+__all__ = [
+    "EVALUATION_PROTOCOL",
+    "GROUP",
+    "IDENTITY",
+    "MEASURES",
+    "NO_METHOD",
+    "Row",
+    "cell_table",
+    "grouped_table",
+    "series_label",
+]
+
+Row = Mapping[str, Any]
+
+NO_METHOD = "none"  # the method of a cell that prunes nothing
+IDENTITY = ("model", "task", "method", "importance", "scope", "sparsity", "mode", "seed")
+GROUP = ("model", "task", "method", "importance", "scope", "series", "variant", "mode", "sparsity")
+RESULTS = (
+    "sparsity_target", "sparsity_achieved", "sparsity_after_merge", "sparsity_violations",
+    "accuracy", "accuracy_stderr", "acc_norm", "loss", "perplexity",
+    "accuracy_untuned", "accuracy_stderr_untuned", "loss_untuned", "perplexity_untuned",
+    "accuracy_remasked", "accuracy_stderr_remasked", "loss_remasked", "perplexity_remasked",
+    "train_loss", "train_tokens_per_second", "train_samples_per_second", "eval_samples_per_second",
+    "peak_bytes", "minutes",
+)  # fmt: skip
+TAGS = ("failure_class", "failure_message", "same_as", "mask_checksum", "cell_key")
+# Averaged over seeds by grouped_table.
+MEASURES = tuple(name for name in RESULTS if "stderr" not in name)
+# Two scores are the same measurement only if all of these agree.
+EVALUATION_PROTOCOL = (
+    "task_version", "num_fewshot", "limit", "split", "n_scored", "lm_eval_version",
+    "perplexity_corpus", "perplexity_seq_len", "perplexity_tokens",
+)  # fmt: skip
+# Configuration that may differ between two runs of one cell: where it ran, and what a retry after
+# running out of memory changes.
+_INCIDENTAL = {
+    "output_dir", "data_dir", "device", "executor", "max_workers", "resume", "register_as", "masks",
+    "batch_size", "eval_batch_size", "gradient_accumulation", "gradient_checkpointing", "format", "keep",
+    "name", "experiment", "parent_run_id", "run_id", "config", "timeout", "max_retries", "cell_key",
+}  # fmt: skip
+
+
+def cell_table(rows: Iterable[Row]) -> pd.DataFrame:
+    """One row a cell from run records; runs that are no cells are left out.
+
+    ``rows``: dicts with run_id, parent_run_id, name, status, start_time and end_time (ms), tags, params,
+    metrics; cells are those tagged ``kind=cell``. Of several attempts at a cell (equal ``cell_key``, else
+    equal configuration) the finished one counts, else the latest. Sparsities are fractions, accuracies
+    fractions, losses nats, ``minutes`` the run's wall time, ``peak_bytes`` bytes. What a run did not
+    measure is NaN. A run tagged ``same_as`` that carries no result of its own shows the scores of the run
+    it names: the same computation under another name, so its times stay empty. ``series`` is the label of
+    a line in a figure, ``variant`` what else tells cells of equal identity apart (a search over learning
+    rates, another evaluation limit).
+    """
+    runs = [row for row in rows if _tags(row).get("kind") == "cell"]
+    records = _resolve_same([_record(row) for row in _latest(runs)])
+    table = pd.DataFrame.from_records(records)
+    for name in (*IDENTITY, *RESULTS, *TAGS, "status", "run_id", "parent_run_id", "name"):
+        if name not in table:
+            table[name] = pd.Series(dtype=float if name in RESULTS or name == "sparsity" else object)
+    for name in table.columns:
+        if name in RESULTS or name == "sparsity" or str(name).endswith("_seconds"):
+            table[name] = pd.to_numeric(table[name], errors="coerce").astype(float)
+        else:
+            table[name] = table[name].astype(object).where(table[name].notna(), None)
+    table["series"] = _series(table)
+    table["variant"] = _variants(table)
+    first = [*IDENTITY[:5], "series", "variant", *IDENTITY[5:], "status", *RESULTS, *TAGS]
+    last = ["run_id", "parent_run_id", "name"]
+    rest = sorted(str(c) for c in table.columns if c not in first and c not in last)
+    return _sorted(table[[*first, *rest, *last]])
+
+
+def grouped_table(cells: pd.DataFrame) -> pd.DataFrame:
+    """One row a point of a curve: mean and standard deviation over the finished cells that differ in seed only.
+
+    ``n`` counts the cells; ``X_std`` is the sample deviation (NaN for one cell). ``accuracy_error`` is one
+    standard error: of the questions scored, and where there are several seeds also of the mean over them
+    (the seeds share the questions, so the first part does not shrink with their number).
+    """
+    done = cells[cells["status"] == "FINISHED"]
+    names = [name for name in MEASURES if name in cells and done[name].notna().any()]
+    columns = [*GROUP, "n", "seeds"]
+    for name in names:
+        columns += [name, f"{name}_std"]
+    records = []
+    for key, group in done.groupby(list(GROUP), dropna=False, sort=False):
+        record = dict(zip(GROUP, key, strict=True))
+        record |= {"n": len(group), "seeds": group["seed"].nunique()}
+        for name in names:
+            values = group[name].dropna()
+            record[name] = values.mean() if len(values) else math.nan
+            record[f"{name}_std"] = values.std(ddof=1) if len(values) > 1 else math.nan
+        for suffix in ("", "_untuned", "_remasked"):
+            record[f"accuracy_error{suffix}"] = _accuracy_error(group, suffix)
+        records.append(record)
+    columns += [f"accuracy_error{suffix}" for suffix in ("", "_untuned", "_remasked")]
+    return _sorted(pd.DataFrame(records, columns=columns))
+
+
+def series_label(method: str, importance: str | None) -> str:
+    """Name of a line: the method, and its importance where it has one (random pruning does not)."""
+    if method in (NO_METHOD, "random") or not importance or importance == NO_METHOD:
+        return "dense" if method == NO_METHOD else method
+    return f"{method}, {importance}"
+
+
+def _tags(row: Row) -> Mapping[str, str]:
+    return row.get("tags") or {}
+
+
+def _params(row: Row) -> Mapping[str, str]:
+    return row.get("params") or {}
+
+
+def _latest(runs: Sequence[Row]) -> list[Row]:
+    """Of the attempts at a cell the finished one, else the latest."""
+    best: dict[Any, Row] = {}
+    for row in runs:
+        key = _tags(row).get("cell_key") or _configuration(row)
+        if key not in best or _rank(row) >= _rank(best[key]):
+            best[key] = row
+    # An attempt that died early may carry another key (no mask yet) than the one that succeeded.
+    finished = {_configuration(row) for row in best.values() if row.get("status") == "FINISHED"}
+    latest: dict[Any, Row] = {}
+    for key, row in best.items():
+        configuration = _configuration(row)
+        if row.get("status") == "FINISHED":
+            latest[("finished", key)] = row
+        elif configuration not in finished:
+            held = latest.get(configuration)
+            if held is None or _rank(row) >= _rank(held):
+                latest[configuration] = row
+    return list(latest.values())
+
+
+def _rank(row: Row) -> tuple[bool, bool, float]:
+    # An identical run recorded under another name must not hide the run that measured.
+    return row.get("status") == "FINISHED", bool(row.get("metrics")), float(row.get("start_time") or 0)
+
+
+def _configuration(row: Row) -> tuple[tuple[str, str], ...]:
+    keys = (key for key in _params(row) if key.startswith("cfg/") and key[4:] not in _INCIDENTAL)
+    return tuple((key, str(_params(row)[key])) for key in sorted(keys))
+
+
+def _record(row: Row) -> dict[str, Any]:
+    params, tags = _params(row), _tags(row)
+    record: dict[str, Any] = {name: _value(params.get(f"cfg/{name}")) for name in IDENTITY}
+    record["sparsity"] = _number(params.get("cfg/sparsity"))
+    record["seed"] = _whole(params.get("cfg/seed"))
+    if record["mode"] == "dense":  # nothing is pruned, whatever the study's defaults were
+        record |= {"method": NO_METHOD, "importance": NO_METHOD, "scope": NO_METHOD, "sparsity": 0.0}
+    for name in ("method", "importance", "scope"):
+        record[name] = record[name] or NO_METHOD
+    for key, value in params.items():
+        group, _, name = key.partition("/")
+        if group in ("cfg", "protocol") and not (group == "cfg" and name in IDENTITY):
+            record[f"{group}_{name}".replace("/", "_")] = _value(value)
+    for key, value in (row.get("metrics") or {}).items():
+        record[_metric_name(key)] = _number(value)
+    start, end = row.get("start_time"), row.get("end_time")
+    record["minutes"] = (end - start) / 60_000 if start and end else math.nan
+    record |= {name: tags.get(name) for name in TAGS}
+    for name in ("status", "run_id", "parent_run_id", "name"):
+        record[name] = row.get(name)
+    return record
+
+
+def _metric_name(key: str) -> str:
+    group, _, name = key.partition("/")
+    if group == "eval" and not name.startswith(("samples_per", "tokens_per")):
+        return name
+    if group in ("memory", "time"):
+        return name
+    return key.replace("/", "_")
+
+
+def _resolve_same(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    by_id = {record["run_id"]: record for record in records}
+    for record in records:
+        twin = by_id.get(record["same_as"])
+        measured = (name for name in RESULTS if name != "minutes")
+        if twin is None or twin is record or any(not _missing(record.get(name)) for name in measured):
+            continue
+        for name, value in twin.items():
+            copied = name in RESULTS or name.startswith("protocol_")
+            if copied and name != "minutes" and _missing(record.get(name)):
+                record[name] = value
+        record["minutes"] = math.nan
+    return records
+
+
+def _missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _value(text: Any) -> str | None:
+    return None if text is None or str(text) in ("", "None", "null") else str(text)
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def _whole(value: Any) -> int | None:
+    number = _number(value)
+    return None if math.isnan(number) else int(number)
+
+
+def _series(table: pd.DataFrame) -> pd.Series:
+    """Label of the line a cell belongs to: the scope is named only where a method comes with several."""
+    if table.empty:
+        return pd.Series(dtype=object)
+    scopes = table.groupby(["method", "importance"])["scope"].transform("nunique")
+    labels = [series_label(m, i) for m, i in zip(table["method"], table["importance"], strict=True)]
+    named = [
+        f"{label}, {scope}" if n > 1 else label for label, scope, n in zip(labels, table["scope"], scopes, strict=True)
+    ]
+    return pd.Series(named, index=table.index, dtype=object)
+
+
+def _variants(table: pd.DataFrame) -> pd.Series:
+    """What tells apart the cells of one point and one seed: ``"lora_r=8, limit=100"``, or ``""``."""
+    if table.empty:
+        return pd.Series(dtype=object)
+    watched = [c for c in table.columns if str(c).startswith("cfg_") and str(c)[4:] not in _INCIDENTAL]
+    watched += [f"protocol_{name}" for name in EVALUATION_PROTOCOL if f"protocol_{name}" in table]
+    point = [name for name in IDENTITY if name != "seed"]
+    many = [c for c in watched if (table.groupby(point, dropna=False)[c].nunique() > 1).any()]
+    texts = []
+    for _, row in table[many].iterrows():
+        parts = [f"{str(c).split('_', 1)[1]}={row[c]}" for c in many if not _missing(row[c])]
+        texts.append(", ".join(parts))
+    return pd.Series(texts, index=table.index, dtype=object)
+
+
+def _accuracy_error(group: pd.DataFrame, suffix: str) -> float:
+    scores = group[f"accuracy{suffix}"].dropna()
+    errors = group[f"accuracy_stderr{suffix}"].dropna()
+    sampled = float(np.sqrt((errors**2).mean())) if len(errors) else math.nan
+    spread = float(scores.std(ddof=1) / math.sqrt(len(scores))) if len(scores) > 1 else math.nan
+    parts = [part for part in (sampled, spread) if not math.isnan(part)]
+    return math.hypot(*parts) if parts else math.nan
+
+
+def _sorted(table: pd.DataFrame) -> pd.DataFrame:
+    """By model and task, the dense baseline first, then method, mode, level, seed."""
+    if table.empty:
+        return table.reset_index(drop=True)
+    ranks = table.assign(_pruned=table["mode"] != "dense", _method=table["method"].map(_method_rank))
+    keys = ["model", "task", "_pruned", "_method", "series", "mode", "sparsity", "variant"]
+    keys += ["seed"] if "seed" in table else []
+    order = ranks.sort_values(keys, key=_sortable, kind="stable").index
+    return table.loc[order].reset_index(drop=True)
+
+
+def _method_rank(method: str) -> int:
+    known = ("none", "unstructured", "semi_structured", "structured", "random")
+    return known.index(method) if method in known else len(known)
+
+
+def _sortable(column: pd.Series) -> pd.Series:
+    return column if pd.api.types.is_numeric_dtype(column) else column.map(lambda v: "" if v is None else str(v))

@@ -1,0 +1,104 @@
+"""The table that a study ends with on the terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from sparse_ft.analysis.table import Row, cell_table
+
+__all__ = ["MODE_NAMES", "TERMINAL_WIDTH", "terminal_table"]
+
+TERMINAL_WIDTH = 112  # columns that the table needs; give a narrower Console (a pipe has 80) at least this
+
+MODE_NAMES = {"sparse_to_dense": "sparse to dense", "sparse_to_sparse": "sparse to sparse"}
+
+
+def terminal_table(rows: Iterable[Row]) -> Table:
+    """One row a cell, two lines each: what was asked and what came out, before and after tuning; failures say why.
+
+    Model and task stand in the title where the study has one of each. ``±`` is the standard error of
+    the accuracy; a dash is what was not measured.
+    """
+    cells = cell_table(rows)
+    models, tasks = cells["model"].dropna().unique(), cells["task"].dropna().unique()
+    shared = [str(values[0]) for values in (models, tasks) if len(values) == 1]
+    title = " · ".join([*shared, f"{len(cells)} cell" + ("" if len(cells) == 1 else "s")])
+    table = Table(
+        title=title, title_justify="left", caption_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
+    )
+    named = [name for name, values in (("model", models), ("task", tasks)) if len(values) > 1]
+    named += [name for name in ("seed", "variant") if cells[name].nunique() > 1]
+    for name in named:
+        table.add_column(name, overflow="fold")
+    table.add_column("cell", min_width=16, overflow="fold")
+    heads = ("asked\n%", "achieved\n%", "after\nmerge %", "vio-\nlations")
+    heads += ("", "accuracy", "loss", "perple-\nxity", "tokens\n/s", "min-\nutes")
+    for name in heads:
+        table.add_column(name, justify="right", no_wrap=True)
+    for cell in cells.to_dict("records"):
+        values = [
+            *(str(cell[name] if cell[name] is not None else "") for name in named),
+            _name(cell),
+            _percent(cell["sparsity"]),
+            _percent(cell["sparsity_achieved"]),
+            _percent(cell["sparsity_after_merge"]),
+            _violations(cell),
+            _stacked("untuned", "tuned"),
+            _stacked(*(_accuracy(cell[f"accuracy{s}"], cell[f"accuracy_stderr{s}"]) for s in ("_untuned", ""))),
+            _stacked(*(_figure(cell[f"loss{s}"], ".3f") for s in ("_untuned", ""))),
+            _stacked(*(_figure(cell[f"perplexity{s}"], ",.4g") for s in ("_untuned", ""))),
+            _figure(cell["train_tokens_per_second"], ",.0f"),
+            _figure(cell["minutes"], ".1f"),
+        ]
+        table.add_row(*values)
+    return table
+
+
+def _name(cell: dict[str, Any]) -> Text:
+    name = (
+        Text("dense")
+        if cell["mode"] == "dense"
+        else Text(f"{cell['series']}\n{MODE_NAMES.get(cell['mode'], cell['mode'])}")
+    )
+    if cell["status"] != "FINISHED":
+        said = cell["failure_class"] or str(cell["status"]).lower()
+        name.append(f"\n{said}", style="bold red")
+    return name
+
+
+def _stacked(before: str, after: str) -> Text:
+    """Before tuning above, after tuning below."""
+    return Text.assemble((before, "dim"), "\n", after, justify="right")
+
+
+def _figure(value: Any, form: str) -> str:
+    if value is None or math.isnan(value):
+        return "–"
+    if math.isinf(value):
+        return "inf"
+    return f"{value:,.0f}" if form == ",.4g" and value >= 1e4 else format(value, form)
+
+
+def _percent(value: float) -> str:
+    """Enough digits to tell an exact sparsity from one that a merge has diluted."""
+    if value is None or math.isnan(value):
+        return "–"
+    text = f"{100 * value:.3f}".rstrip("0").rstrip(".")
+    return text
+
+
+def _accuracy(value: float, error: float) -> str:
+    return _figure(value, ".3f") + (f" ± {error:.3f}" if not math.isnan(error) and not math.isnan(value) else "")
+
+
+def _violations(cell: dict[str, Any]) -> Text:
+    count = cell["sparsity_violations"]
+    # A dense adapter fills the zeros by design; only where sparsity was promised is it an alarm.
+    alarm = count > 0 and cell["mode"] == "sparse_to_sparse"
+    return Text(_figure(count, ",.0f"), style="bold red" if alarm else "")

@@ -1,0 +1,151 @@
+"""Run records with made-up numbers from smooth formulas: for the tests of the analysis, never for a document."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+Row = dict[str, Any]
+TOLERANCE = {"unstructured": 0.75, "semi_structured": 0.6, "structured": 0.45, "random": 0.3}
+DENSE_ACCURACY = {"boolq": 0.84, "hellaswag": 0.72, "gsm8k": 0.36}
+FLOOR = {"boolq": 0.5, "hellaswag": 0.25, "gsm8k": 0.0}
+
+
+def cell(
+    model: str = "synthetic-a",
+    task: str = "boolq",
+    method: str = "unstructured",
+    sparsity: float = 0.5,
+    mode: str = "sparse_to_sparse",
+    seed: int = 0,
+    importance: str = "magnitude",
+    status: str = "FINISHED",
+    start: int = 1_700_000_000_000,
+    params: dict[str, str] | None = None,
+    metrics: dict[str, float] | None = None,
+    tags: dict[str, str] | None = None,
+) -> Row:
+    """One record of a cell as tracking hands it over; ``params``, ``metrics``, ``tags`` override."""
+    key = f"{model}|{task}|{method}|{importance}|{sparsity}|{mode}|{seed}"
+    number = zlib.crc32(key.encode())
+    rng = np.random.default_rng(number)
+    dense = mode == "dense"
+    row: Row = {
+        "run_id": f"{number:08x}{start % 10**8:08d}",
+        "parent_run_id": "study",
+        "name": key,
+        "status": status,
+        "start_time": start,
+        "end_time": start + 150_000 if status != "RUNNING" else None,
+        "tags": {"kind": "cell", "cell_key": f"key-{number:08x}", "mask_checksum": "" if dense else f"{number:064x}"},
+        "params": {
+            "cfg/model": model,
+            "cfg/task": task,
+            "cfg/method": "none" if dense else method,
+            "cfg/importance": "none" if dense else importance,
+            "cfg/scope": "none" if dense else "layer",
+            "cfg/sparsity": str(sparsity),
+            "cfg/mode": mode,
+            "cfg/seed": str(seed),
+            "cfg/lora_r": "8",
+            "cfg/learning_rate": "0.0002",
+        },
+        "metrics": {},
+    }
+    if status == "FINISHED":
+        row["params"] |= _protocol(task)
+        row["metrics"] = _scores(task, method, sparsity, mode, rng)
+    elif status == "FAILED":
+        row["tags"] |= {"failure_class": "out_of_memory", "failure_message": "asked for 12.1 GB, 7.9 GB are free"}
+    row["params"] |= params or {}
+    row["metrics"] |= metrics or {}
+    row["tags"] |= tags or {}
+    return row
+
+
+def study(
+    models: Sequence[str] = ("synthetic-a", "synthetic-b"),
+    tasks: Sequence[str] = ("boolq", "hellaswag", "gsm8k"),
+    methods: Sequence[str] = ("unstructured", "structured", "random"),
+    levels: Iterable[float] = tuple(level / 10 for level in range(10)),
+    modes: Sequence[str] = ("sparse_to_dense", "sparse_to_sparse"),
+    seeds: Sequence[int] = (0,),
+    dense: bool = True,
+) -> list[Row]:
+    """The full grid: by default 360 cells beside one dense baseline a (model, task)."""
+    levels = tuple(levels)
+    parent = {"run_id": "study", "parent_run_id": None, "name": "study", "status": "FINISHED"}
+    parent |= {"start_time": 1, "end_time": 2, "tags": {"kind": "study"}, "params": {}, "metrics": {}}
+    rows: list[Row] = [parent]
+    for model in models:
+        for task in tasks:
+            for seed in seeds:
+                if dense:
+                    rows.append(cell(model, task, sparsity=0.0, mode="dense", seed=seed))
+                rows += [cell(model, task, method, level, mode, seed)
+                         for method in methods for level in levels for mode in modes]  # fmt: skip
+    return rows
+
+
+def demo() -> list[Row]:
+    """The demo's shape: one model, one task, dense, and unstructured 50 % and 70 % in two modes."""
+    return study(("smollm2-135m",), ("boolq",), ("unstructured",), (0.5, 0.7))
+
+
+def _scores(task: str, method: str, sparsity: float, mode: str, rng: np.random.Generator) -> dict[str, float]:
+    level = 0.0 if mode == "dense" else sparsity
+    bend = TOLERANCE[method] + (0.05 if mode == "sparse_to_dense" else 0.0)
+    kept = 1 / (1 + math.exp((level - bend) / 0.07))
+    kept_untuned = 1 / (1 + math.exp((level - bend + 0.2) / 0.06))
+    floor, dense = FLOOR[task], DENSE_ACCURACY[task]
+    accuracy = floor + (dense - floor) * kept + rng.normal(0, 0.008)
+    untuned = floor + (0.8 * dense - floor) * kept_untuned
+    perplexity = 9 * math.exp(5 * (1 - kept))
+    merged = 0.001 if mode == "sparse_to_dense" and level > 0 else level
+    metrics = {
+        "sparsity/target": level,
+        "sparsity/achieved": level,
+        "sparsity/after_merge": merged,
+        "sparsity/violations": 1234.0 if mode == "sparse_to_dense" and level > 0 else 0.0,
+        "eval/accuracy": accuracy,
+        "eval/accuracy_stderr": math.sqrt(max(accuracy * (1 - accuracy), 1e-4) / 500),
+        "eval/loss": 0.5 + 2 * (1 - kept),
+        "eval/perplexity": perplexity,
+        "eval/accuracy_untuned": untuned,
+        "eval/accuracy_stderr_untuned": math.sqrt(max(untuned * (1 - untuned), 1e-4) / 500),
+        "eval/perplexity_untuned": 11 * math.exp(8 * (1 - kept_untuned)),
+        "eval/samples_per_second": 40 + 30 * level + rng.normal(0, 1),
+        "train/loss": 0.4 + (1 - kept),
+        "train/tokens_per_second": 900 - 200 * (mode == "sparse_to_sparse") + rng.normal(0, 10),
+        "memory/peak_bytes": 2.4e9,
+        "time/training_seconds": 60.0,
+    }
+    if mode == "sparse_to_dense":
+        metrics["eval/accuracy_remasked"] = floor + (accuracy - floor) * (1 - 0.5 * level)
+        metrics["eval/accuracy_stderr_remasked"] = metrics["eval/accuracy_stderr"]
+        metrics["eval/perplexity_remasked"] = perplexity * (1 + level)
+    if task == "hellaswag":
+        metrics["eval/acc_norm"] = accuracy + 0.03
+    return metrics
+
+
+def _protocol(task: str) -> dict[str, str]:
+    shots = {"gsm8k": "5"}.get(task, "0")
+    return {
+        "protocol/task_version": "2.0",
+        "protocol/num_fewshot": shots,
+        "protocol/limit": "500",
+        "protocol/split": "validation",
+        "protocol/n_scored": "500",
+        "protocol/lm_eval_version": "0.4.13",
+        "protocol/perplexity_corpus": f"{task}:validation",
+        "protocol/perplexity_seq_len": "256",
+        "protocol/perplexity_tokens": "16384",
+        "protocol/device": "cpu",
+        "protocol/dtype": "float32",
+        "protocol/batch_size": "8",
+    }

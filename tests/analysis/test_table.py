@@ -1,0 +1,128 @@
+import math
+
+import pandas as pd
+import pytest
+from synthetic import cell, demo, study
+
+from sparse_ft.analysis.table import cell_table, grouped_table
+
+
+def test_one_row_a_cell_and_only_cells():
+    rows = [*demo(), {"run_id": "m", "status": "FINISHED", "tags": {"kind": "masks"}, "params": {}, "metrics": {}}]
+    table = cell_table(rows)
+    assert len(table) == 5
+    assert table["mode"].tolist()[0] == "dense"
+    assert set(table["sparsity"]) == {0.0, 0.5, 0.7}
+
+
+def test_what_was_not_measured_is_empty():
+    table = cell_table([cell(metrics={"eval/loss": math.nan}), cell(sparsity=0.6, status="FAILED")])
+    assert table["loss"].isna().all()
+    assert math.isnan(table.loc[table["status"] == "FAILED", "accuracy"].item())
+    assert math.isnan(table["accuracy_remasked"].iloc[0])  # sparse_to_sparse is not re-masked
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_later_attempt_wins_over_the_failed_one(order):
+    attempts = [cell(status="FAILED", start=1_000), cell(start=2_000)]
+    table = cell_table([attempts[i] for i in order])
+    assert table["status"].tolist() == ["FINISHED"]
+
+
+def test_a_finished_cell_is_not_lost_to_a_later_failure():
+    table = cell_table([cell(start=1_000), cell(status="FAILED", start=2_000)])
+    assert table["status"].tolist() == ["FINISHED"]
+
+
+def test_an_attempt_that_died_before_its_mask_has_another_key():
+    early = cell(status="FAILED", start=1_000, tags={"cell_key": "no-mask-yet"})
+    assert cell_table([early, cell(start=2_000)])["status"].tolist() == ["FINISHED"]
+
+
+def test_the_latest_of_two_failures_tells_the_reason():
+    first = cell(status="FAILED", start=1_000, tags={"failure_class": "disk_full"})
+    last = cell(status="FAILED", start=2_000, tags={"failure_class": "timeout"})
+    assert cell_table([last, first])["failure_class"].tolist() == ["timeout"]
+
+
+def test_same_as_shows_the_scores_of_the_run_it_names_but_not_its_time():
+    ran = cell(sparsity=0.0)
+    named = cell(sparsity=0.0, mode="sparse_to_dense", tags={"same_as": ran["run_id"]})
+    named["metrics"] = {}
+    table = cell_table([ran, named]).set_index("mode")
+    assert table.loc["sparse_to_dense", "accuracy"] == ran["metrics"]["eval/accuracy"]
+    assert math.isnan(table.loc["sparse_to_dense", "minutes"])
+    assert table.loc["sparse_to_dense", "same_as"] == ran["run_id"]
+    alone = cell_table([named])
+    assert math.isnan(alone["accuracy"].item())
+
+
+def test_dense_has_no_method_whatever_the_defaults_were():
+    row = cell(mode="dense", params={"cfg/method": "unstructured", "cfg/sparsity": "0.5"})
+    table = cell_table([row])
+    assert (table["method"].item(), table["sparsity"].item(), table["series"].item()) == ("none", 0.0, "dense")
+
+
+def test_a_search_over_learning_rates_is_not_averaged_as_seeds():
+    rows = [cell(params={"cfg/learning_rate": rate}, tags={"cell_key": rate}) for rate in ("0.1", "0.2")]
+    grouped = grouped_table(cell_table(rows))
+    assert sorted(grouped["variant"]) == ["learning_rate=0.1", "learning_rate=0.2"]
+    assert grouped["n"].tolist() == [1, 1]
+
+
+def test_two_evaluation_limits_are_not_averaged_either():
+    rows = [cell(), cell(params={"protocol/limit": "100", "cfg/output_dir": "x"}, tags={"cell_key": "other"})]
+    assert sorted(grouped_table(cell_table(rows))["variant"]) == ["limit=100", "limit=500"]
+
+
+def test_a_halved_batch_is_the_same_cell():
+    rows = [cell(seed=0), cell(seed=1, params={"cfg/batch_size": "4"})]
+    assert grouped_table(cell_table(rows))["n"].tolist() == [2]
+
+
+def test_scope_and_importance_name_the_line_where_they_tell_apart():
+    rows = [cell(), cell(params={"cfg/scope": "global"}, tags={"cell_key": "g"}), cell(method="random")]
+    assert set(cell_table(rows)["series"]) == {"unstructured, magnitude, layer", "unstructured, magnitude, global",
+                                               "random"}  # fmt: skip
+
+
+def test_mean_deviation_and_error_over_seeds():
+    scores = [0.5, 0.6, 0.7]
+    rows = [cell(seed=i, metrics={"eval/accuracy": s, "eval/accuracy_stderr": 0.02}) for i, s in enumerate(scores)]
+    point = grouped_table(cell_table(rows)).iloc[0]
+    assert point["n"] == point["seeds"] == 3
+    assert point["accuracy"] == pytest.approx(0.6)
+    assert point["accuracy_std"] == pytest.approx(0.1)
+    assert point["accuracy_error"] == pytest.approx(math.hypot(0.02, 0.1 / math.sqrt(3)))
+
+
+def test_one_seed_has_the_error_of_its_questions_and_no_deviation():
+    point = grouped_table(cell_table([cell(metrics={"eval/accuracy_stderr": 0.02})])).iloc[0]
+    assert point["accuracy_error"] == pytest.approx(0.02)
+    assert math.isnan(point["accuracy_std"])
+
+
+def test_failed_cells_are_in_no_mean():
+    rows = [cell(seed=0), cell(seed=1, status="FAILED")]
+    assert grouped_table(cell_table(rows))["n"].tolist() == [1]
+
+
+@pytest.mark.parametrize("rows", [[], study()[:1]], ids=["no runs", "no cells"])
+def test_an_empty_study_gives_empty_tables_with_their_columns(rows):
+    table = cell_table(rows)
+    assert table.empty and {"model", "accuracy", "status"} <= set(table)
+    grouped = grouped_table(table)
+    assert grouped.empty and {"series", "n"} <= set(grouped)
+
+
+def test_the_full_grid():
+    table = cell_table(study())
+    assert len(table) == 366
+    assert len(grouped_table(table)) == 366
+    assert not table.duplicated("run_id").any()
+
+
+def test_numbers_keep_their_types():
+    table = cell_table(demo())
+    assert pd.api.types.is_float_dtype(table["sparsity"]) and pd.api.types.is_float_dtype(table["loss"])
+    assert table["seed"].tolist() == [0] * 5
