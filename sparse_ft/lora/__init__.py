@@ -20,7 +20,7 @@ _HOME = {
     "validate_sparsity_preserved": "model",
 }
 
-__all__ = list(_HOME)  # noqa: PLE0604
+__all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> Any:

@@ -11,9 +11,9 @@ from peft.tuners.lora import layer as peft_layer
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from sparse_ft.lora.peft_config import SparseLoRAConfig
 from sparse_ft.lora.function import effective_weight, masked_weight, prune_
 from sparse_ft.lora.layer import MaskedBase
+from sparse_ft.lora.peft_config import SparseLoRAConfig
 
 __all__ = ["ParamWrapper"]
 

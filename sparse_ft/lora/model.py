@@ -177,7 +177,7 @@ def validate_sparsity_preserved(
         UserError: masks that do not fit.
     """
     plain = model.get_base_model() if isinstance(model, PeftModel) else model
-    adapted = {name: layer for name, layer in _masked_layers(model)} if isinstance(model, PeftModel) else {}
+    adapted = dict(_masked_layers(model)) if isinstance(model, PeftModel) else {}
     violations: dict[str, int] = {}
     for name, slot in slots(plain.config.to_dict(), masks).items():
         layer = adapted.get(slot.parameter)
