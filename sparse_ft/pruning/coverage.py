@@ -1,0 +1,52 @@
+"""Which tensors of a checkpoint masks cover, which they leave, and why."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from sparse_ft.models.checkpoint import Checkpoint
+
+__all__ = ["coverage_report"]
+
+_REASONS = (  # the first that fits; by word of the name, so that nothing is matched inside a longer word
+    ("embedding", ("embed_tokens",)),
+    ("output head", ("lm_head",)),
+    ("norm", ("input_layernorm", "post_attention_layernorm", "norm")),
+    ("bias", ("bias",)),
+    ("router", ("gate",)),
+)
+
+
+def coverage_report(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Tensors that masks cover, tensors left and why, and the covered fraction of all parameters.
+
+    Returns:
+        ``parameters``, ``prunable``, ``prunable_fraction``; ``tensors_covered`` (name -> weights);
+        ``tensors_left`` (reason -> ``{"tensors": count, "parameters": n, "names": [...]}``). JSON-able.
+    """
+    sizes = {name: math.prod(checkpoint.shape(name)) for name in checkpoint.names}
+    covered = set(checkpoint.prunable)
+    left: dict[str, dict[str, Any]] = {}
+    for name in checkpoint.names:
+        if name not in covered:
+            entry = left.setdefault(_reason(name), {"tensors": 0, "parameters": 0, "names": []})
+            entry["tensors"] += 1
+            entry["parameters"] += sizes[name]
+            entry["names"].append(name)
+    total, prunable = sum(sizes.values()), sum(sizes[name] for name in covered)
+    return {
+        "parameters": total,
+        "prunable": prunable,
+        "prunable_fraction": prunable / total if total else 0.0,
+        "tensors_covered": {name: sizes[name] for name in sorted(covered)},
+        "tensors_left": left,
+    }
+
+
+def _reason(name: str) -> str:
+    words = name.split(".")
+    for reason, marks in _REASONS:
+        if any(mark in words for mark in marks):
+            return reason
+    return "not a linear map of a decoder block"
