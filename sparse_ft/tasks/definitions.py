@@ -21,7 +21,7 @@ from sparse_ft.files import write_text
 from sparse_ft.progress import SILENT, Progress
 from sparse_ft.tasks.sources import PACKAGED, local_rows, packaged_data_dir, write_rows
 
-__all__ = ["eval_split", "load_task", "quiet", "task_protocol", "write_lm_eval_task"]
+__all__ = ["eval_split", "load_task", "quiet", "set_fewshot", "task_protocol", "write_lm_eval_task"]
 
 # Scanning all of lm-eval's task files takes several seconds; these three are known to be here.
 _FOLDERS = {"boolq": "super_glue/boolq", "hellaswag": "hellaswag", "gsm8k": "gsm8k"}
@@ -52,8 +52,6 @@ def load_task(
         UserError: the name is unknown or stands for several tasks, rows are missing or malformed, or the
             hub cannot be reached.
     """
-    if num_fewshot is not None and num_fewshot < 0:
-        raise UserError(f"num_fewshot is {num_fewshot}; it must be 0 or more")
     path = _definition(name)
     with quiet():
         if data_dir is None:
@@ -65,15 +63,24 @@ def load_task(
             task = _from_folder(name, path, folder, num_fewshot)
             source = PACKAGED if packaged else str(data_dir)
     # lm-eval's own rule (simple_evaluate): what is asked, else the definition's default, else none.
-    chosen = num_fewshot if num_fewshot is not None else task.config.num_fewshot or 0
-    task.set_config("num_fewshot", chosen)
-    if chosen and len(task.sampler.df) <= chosen:
-        raise UserError(
-            f"{name}: {chosen} few-shot examples are asked, but there are only {len(task.sampler.df)} rows to "
-            "take them from; lower num_fewshot"
-        )
+    set_fewshot(task, num_fewshot if num_fewshot is not None else task.config.num_fewshot or 0)
     task.set_config("metadata", {**(task.config.metadata or {}), "source": source})
     return task
+
+
+def set_fewshot(task: Task, num_fewshot: int) -> None:
+    """Sets how many examples stand before each question.
+
+    Raises:
+        UserError: negative, or more than there are rows to take them from.
+    """
+    available = len(task.sampler.df) if hasattr(task, "sampler") else 0
+    if num_fewshot < 0 or (num_fewshot and available <= num_fewshot):
+        raise UserError(
+            f"num_fewshot is {num_fewshot}; {task.config.task} has {available} rows to take examples from, so "
+            f"it must be between 0 and {max(0, available - 1)}"
+        )
+    task.set_config("num_fewshot", num_fewshot)
 
 
 def eval_split(task: Task) -> str:

@@ -22,6 +22,7 @@ __all__ = [
     "calibration_texts",
     "calibration_tokens",
     "gold_continuation",
+    "gold_index",
     "held_out_texts",
     "token_stream",
     "training_examples",
@@ -59,30 +60,38 @@ class PairEncoder(HFLM):
         return [self.prefix_token_id], tokens
 
 
+def gold_index(task: Task, doc: Any) -> int:
+    """Which of a multiple-choice question's choices is right.
+
+    Raises:
+        UserError: the row's answer names none of its choices.
+    """
+    choices = task.doc_to_choice(doc)
+    gold = task.doc_to_text(doc) if task.multiple_input else _one(task.doc_to_target(doc))
+    index = choices.index(gold) if gold in choices else gold
+    if not isinstance(index, int) or not 0 <= index < len(choices):
+        raise UserError(f"{task.config.task}: answer {gold!r} is none of the choices {choices}")
+    return index
+
+
 def gold_continuation(task: Task, doc: Any) -> str:
     """The right answer as it follows the prompt, delimiter included (``" yes"`` for BoolQ).
 
     Raises:
         UserError: the row's answer names none of its choices.
     """
-    target = task.doc_to_target(doc)
-    if isinstance(target, list):  # several right answers: lm-eval's few-shot examples show the first
-        target = target[0]
     if task.config.doc_to_choice is not None and not task.multiple_input:
-        choices = task.doc_to_choice(doc)
-        index = choices.index(target) if target in choices else target
-        if not isinstance(index, int) or not 0 <= index < len(choices):
-            raise UserError(f"{task.config.task}: answer {target!r} is none of the choices {choices}")
-        target = choices[index]
-    delimiter = "" if task.OUTPUT_TYPE == "loglikelihood" else task.config.target_delimiter
-    return f"{delimiter}{target}"
+        target = task.doc_to_choice(doc)[gold_index(task, doc)]
+    else:
+        target = _one(task.doc_to_target(doc))
+    return f"{'' if task.OUTPUT_TYPE == 'loglikelihood' else task.config.target_delimiter}{target}"
 
 
 def prompt(task: Task, doc: Any, num_fewshot: int = 0) -> str:
     """The text before the answer, as lm-eval builds it for scoring, with ``num_fewshot`` examples."""
     context = task.fewshot_context(doc, num_fewshot=num_fewshot, gen_prefix=task.doc_to_prefix(doc))
-    if isinstance(context, list):  # one context per choice (winogrande); the gold one is doc_to_text's
-        return context[task.doc_to_text(doc)]
+    if isinstance(context, list):  # one context per choice (winogrande); the right one's
+        return context[gold_index(task, doc)]
     return context
 
 
@@ -164,9 +173,7 @@ def calibration_tokens(
     return torch.tensor(tokens[: samples * seq_len], dtype=torch.int64).view(samples, seq_len)
 
 
-def token_stream(
-    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, at_least: int | None = None
-) -> list[int]:
+def token_stream(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, at_least: int | None = None) -> list[int]:
     """Token ids of ``texts`` joined by blank lines and tokenised as one text, at least ``at_least`` of them.
 
     Special tokens that the tokenizer puts before a text (LLaMA's BOS) stand once, at the start; this is
@@ -190,6 +197,11 @@ def token_stream(
     if len(tokens) > 1 and tokens[-1] == tokenizer.eos_token_id:
         tokens = tokens[:-1]  # a tokenizer that closes every text
     return tokens
+
+
+def _one(target: Any) -> Any:
+    """The first of several right answers, which is what lm-eval's few-shot examples show."""
+    return target[0] if isinstance(target, list) else target
 
 
 def _training_docs(task: Task) -> Sequence[Any]:

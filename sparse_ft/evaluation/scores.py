@@ -1,0 +1,244 @@
+"""Scores of a model on a task: lm-eval's metrics, the loss on the answers, perplexity, and the protocol."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass, field
+from typing import Any
+
+import lm_eval.evaluator
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.task import Task
+from lm_eval.defaults import DEFAULT_OTHER_SEED
+from transformers import PreTrainedTokenizerBase
+
+from sparse_ft.errors import UserError
+from sparse_ft.evaluation.perplexity import corpus_texts, perplexity
+from sparse_ft.evaluation.scorer import Scorer
+from sparse_ft.models.loading import quiet_transformers
+from sparse_ft.progress import SILENT, Progress
+from sparse_ft.tasks.definitions import quiet, set_fewshot, task_protocol
+from sparse_ft.tasks.examples import gold_continuation, gold_index
+
+__all__ = ["Evaluation", "EvaluationSettings", "evaluate"]
+
+# Which of a task's metrics is called "accuracy": the first of these it has. acc_norm is what papers give
+# for HellaSwag and ARC, strict exact match for GSM8K.
+_HEADLINES = ("acc_norm", "acc", "exact_match_strict_match", "exact_match")
+
+
+@dataclass
+class EvaluationSettings:
+    """How much is scored, and how.
+
+    Args:
+        limit: Score only the first so many questions; null for all.
+        num_fewshot: Examples before each question; null for the task's own number (GSM8K 5, others 0).
+        batch_size: Sequences at once, or auto.
+        perplexity_tokens: Tokens of held-out text for the perplexity; 0 for none, null for all.
+        perplexity_seq_len: Tokens of a window of that text.
+        perplexity_corpus: task (the task's held-out texts), wikitext2 (from the hub), or a text file.
+        keep_samples: Keep what the model answered to every question.
+    """
+
+    limit: int | None = None
+    num_fewshot: int | None = None
+    batch_size: int | str = "auto"
+    perplexity_tokens: int | None = 16384
+    perplexity_seq_len: int = 512
+    perplexity_corpus: str = "task"
+    keep_samples: bool = False
+
+    def check(self) -> None:
+        """Raises UserError for values out of range."""
+        rules = [
+            ("limit", self.limit is None or self.limit >= 1, "1 or more, or null"),
+            ("batch_size", _is_batch_size(self.batch_size), "auto, or 1 or more"),
+            ("perplexity_tokens", self.perplexity_tokens is None or self.perplexity_tokens >= 0, "0 or more"),
+            ("perplexity_seq_len", self.perplexity_seq_len >= 2, "2 or more"),
+        ]
+        for name, holds, expected in rules:
+            if not holds:
+                raise UserError(f"{name} is {getattr(self, name)!r}; it must be {expected}")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Result of :func:`evaluate`.
+
+    Attributes:
+        metrics: ``accuracy`` and ``accuracy_stderr`` (the headline metric, named in the protocol), every
+            metric of lm-eval under its own name with ``_stderr`` (``acc``, ``acc_norm``,
+            ``exact_match_strict_match``, ``exact_match_flexible_extract``), ``loss`` (nats per token of the
+            right answers), ``perplexity`` and ``perplexity_loss``, ``samples_per_second``. What could not be
+            measured (a standard error of one sample, say) is not there.
+        protocol: what the numbers depend on, JSON-able.
+        samples: lm-eval's record of every question, JSON-able; empty unless asked for.
+    """
+
+    metrics: dict[str, float]
+    protocol: dict[str, Any]
+    samples: list[dict[str, Any]] = field(default_factory=list)
+
+
+def evaluate(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    settings: EvaluationSettings | None = None,
+    progress: Progress = SILENT,
+) -> Evaluation:
+    """Scores ``model`` on ``task`` with lm-eval, as its command line would score the saved checkpoint.
+
+    No chat template is applied, decoding is greedy, and few-shot examples are drawn with lm-eval's default
+    seed. The same model, task and settings give the same numbers on the same device.
+
+    ``loss`` is the mean over all tokens of all right answers of their negative log-likelihood given the
+    scored prompt: for multiple choice out of lm-eval's own log-likelihoods, for generative tasks by one
+    more pass over prompt and right answer.
+
+    Args:
+        model: a causal language model (or a PeftModel of one); its train/eval mode is left as it was.
+        tokenizer: its tokenizer, not changed.
+        task: from :func:`sparse_ft.tasks.definitions.load_task`.
+        settings: see `EvaluationSettings`.
+        progress: told the requests done.
+
+    Raises:
+        UserError: a setting is out of range, or the perplexity corpus cannot be had.
+    """
+    settings = settings or EvaluationSettings()
+    settings.check()
+    name = task.config.task
+    corpus, texts = corpus_texts(settings.perplexity_corpus, task)
+    with quiet(), quiet_transformers(), _kept_mode(model), _fewshot(task, settings.num_fewshot):
+        scorer = Scorer(model, tokenizer, settings.batch_size, progress)
+        scorer.stage = f"scoring {name}"
+        task.set_fewshot_seed(DEFAULT_OTHER_SEED)
+        with _without_bar(task):
+            results = lm_eval.evaluator.evaluate(scorer, {"tasks": {name: task}}, limit=settings.limit)
+        # One record per filter; each filter sees the same answers.
+        every = results["samples"][name]
+        samples = [sample for sample in every if sample["filter"] == every[0]["filter"]]
+        metrics = _metrics(results["results"][name])
+        metrics["samples_per_second"] = len(samples) / scorer.seconds
+        loss, tokens = _answer_loss(scorer, task, samples)
+        if loss is not None:
+            metrics["loss"] = loss
+        headline = next((key for key in _HEADLINES if key in metrics), None)
+        if headline is not None:
+            metrics["accuracy"] = metrics[headline]
+            if f"{headline}_stderr" in metrics:
+                metrics["accuracy_stderr"] = metrics[f"{headline}_stderr"]
+        protocol = {
+            **task_protocol(task),
+            "limit": settings.limit,
+            "samples": len(samples),
+            "accuracy_metric": headline,
+            "chance": _chance(task, samples),
+            "loss_tokens": tokens,
+            "batch_size": scorer.batch_sizes_used[-1] if scorer.batch_sizes_used else scorer.batch_size,
+            "max_length": scorer.max_length,
+            "fewshot_seed": DEFAULT_OTHER_SEED,
+            "chat_template": None,
+            "device": _device_name(scorer.device),
+            "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        }
+        if settings.perplexity_tokens != 0:
+            rows = None if settings.batch_size == "auto" else int(settings.batch_size)
+            found = perplexity(
+                model, tokenizer, texts, settings.perplexity_seq_len, settings.perplexity_tokens, rows, progress
+            )
+            metrics.update(perplexity=found.value, perplexity_loss=found.loss)
+            protocol.update(perplexity_corpus=corpus, perplexity_seq_len=found.seq_len)
+            protocol.update(perplexity_windows=found.windows, perplexity_tokens=found.tokens)
+    return Evaluation(metrics, protocol, every if settings.keep_samples else [])
+
+
+def _metrics(results: dict[str, Any]) -> dict[str, float]:
+    """lm-eval's ``"acc_stderr,none"`` and its like as plain names; what is no number is left out."""
+    metrics = {}
+    for key, value in results.items():
+        name, comma, filtering = key.partition(",")
+        if not comma or not isinstance(value, (int, float)) or math.isnan(value):
+            continue
+        stderr = name.endswith("_stderr")
+        parts = [name.removesuffix("_stderr"), "" if filtering == "none" else filtering.replace("-", "_")]
+        metrics["_".join(filter(None, [*parts, "stderr" if stderr else ""]))] = float(value)
+    return metrics
+
+
+def _answer_loss(scorer: Scorer, task: Task, samples: list[dict[str, Any]]) -> tuple[float | None, int]:
+    """Mean negative log-likelihood (nats) of the tokens of the right answers, and how many there are."""
+    if task.OUTPUT_TYPE == "loglikelihood_rolling":
+        return None, 0
+    pairs, likelihoods = [], []
+    for sample in samples:
+        if task.OUTPUT_TYPE == "generate_until":
+            pairs.append((sample["arguments"][0][0], gold_continuation(task, sample["doc"])))
+        else:
+            index = gold_index(task, sample["doc"]) if task.OUTPUT_TYPE == "multiple_choice" else 0
+            pairs.append(tuple(sample["arguments"][index]))
+            likelihoods.append(sample["filtered_resps"][index][0])
+    if task.OUTPUT_TYPE == "generate_until":
+        requests = [Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(pairs)]
+        scorer.stage = f"answer loss {task.config.task}"
+        likelihoods = [likelihood for likelihood, _ in scorer.loglikelihood(requests)]
+    tokens = sum(len(scorer.tok_continuation(context, answer)) for context, answer in pairs)
+    return -math.fsum(likelihoods) / tokens, tokens
+
+
+def _chance(task: Task, samples: list[dict[str, Any]]) -> float | None:
+    """Expected accuracy of guessing: mean of 1 / choices; None where there are no choices."""
+    if task.OUTPUT_TYPE != "multiple_choice":
+        return None
+    return math.fsum(1 / len(task.doc_to_choice(sample["doc"])) for sample in samples) / len(samples)
+
+
+def _is_batch_size(value: int | str) -> bool:
+    return value == "auto" or (str(value).isdigit() and int(value) >= 1)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+@contextmanager
+def _kept_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Leaves the model in the mode (train or eval) it came in; scoring puts it into eval."""
+    training = model.training
+    try:
+        model.eval()
+        yield
+    finally:
+        model.train(training)
+
+
+@contextmanager
+def _fewshot(task: Task, num_fewshot: int | None) -> Iterator[None]:
+    before = task.config.num_fewshot or 0
+    try:
+        set_fewshot(task, before if num_fewshot is None else num_fewshot)
+        yield
+    finally:
+        task.set_config("num_fewshot", before)
+
+
+@contextmanager
+def _without_bar(task: Task) -> Iterator[None]:
+    """Takes away the bar that lm-eval draws on stderr, unasked, while it builds the requests."""
+    build = task.build_all_requests
+
+    def silent(**kwargs: Any) -> None:
+        with redirect_stderr(io.StringIO()):
+            build(**kwargs)
+
+    task.build_all_requests = silent
+    try:
+        yield
+    finally:
+        del task.build_all_requests
