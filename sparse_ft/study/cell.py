@@ -6,7 +6,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,13 @@ def run_cell(cell: CellConfig, mask_file: Path | None, bench: Workbench, folder:
             target = save_model(merged, tokenizer, folder / "merged")
         with clock("validate"):
             kept_all = MaskSet({}, {}) if masks is None else masks
-            validation = validate_checkpoint(target, kept_all, base=checkpoint, progress=bench.progress)
+            validation = validate_checkpoint(
+                target,
+                kept_all,
+                base=None if cell.mode == "full" else checkpoint.folder,
+                target_modules=_lora_settings(cell).target_modules,
+                progress=bench.progress,
+            )
             _log_validation(result, cell, validation, base_violations, folder)
         with clock("eval"):
             _log_scores(result, scores(merged, "score"), "")
@@ -132,7 +138,7 @@ class _Scores:
             limit=_count(cell.eval_limit),
             batch_size=cell.eval_batch_size,
             perplexity_seq_len=cell.perplexity_seq_len,
-            perplexity_windows=cell.perplexity_windows,
+            perplexity_tokens=_count(cell.perplexity_tokens),
         )
         self.protocol: dict[str, Any] = {}
 
@@ -144,16 +150,8 @@ class _Scores:
 
     def untuned(self, model: PreTrainedModel, checksum: str) -> tuple[str, Evaluation]:
         cell = self._cell
-        key = (
-            cell.model,
-            cell.task,
-            cell.data_dir,
-            cell.num_fewshot,
-            cell.dtype,
-            cell.device,
-            checksum,
-            self._settings,
-        )
+        key = (cell.model, cell.task, cell.data_dir, cell.num_fewshot, cell.dtype, cell.device, checksum)
+        key += astuple(self._settings)
         return self._bench.untuned(key, cell.title, lambda: self(model, "score untuned"))
 
 

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from sparse_ft.errors import UserError
+from sparse_ft.levels import level_label, parse_levels
 
 __all__ = [
     "AnalyzeConfig",
@@ -20,8 +19,6 @@ __all__ = [
     "MaskConfig",
     "SweepConfig",
     "ValidateConfig",
-    "level_name",
-    "parse_levels",
 ]
 
 Count = int | Literal["none"]
@@ -120,7 +117,7 @@ class CellConfig:
         eval_batch_size: sequences scored at a time, or auto.
         num_fewshot: examples in the prompt, or none for the task's own number.
         perplexity_seq_len: tokens of each window of held-out text.
-        perplexity_windows: number of windows; 0 leaves perplexity out.
+        perplexity_tokens: tokens of held-out text to measure perplexity on; 0 leaves it out, none takes all.
         score_untuned: score the pruned model before fine-tuning too.
         keep: what stays on disk: nothing, the adapter, or the merged checkpoint as well.
         force: allow pruning that is known to collapse (global wanda).
@@ -160,7 +157,7 @@ class CellConfig:
     eval_batch_size: int | Literal["auto"] = "auto"
     num_fewshot: Count = "none"
     perplexity_seq_len: int = 256
-    perplexity_windows: int = 64
+    perplexity_tokens: Count = 16384
     score_untuned: bool = True
     keep: Literal["none", "adapter", "all"] = "adapter"
     force: bool = False
@@ -194,7 +191,7 @@ class CellConfig:
         if not self.pruned:
             return f"{model} {self.task} dense"
         kind = self.method if values["importance"] == "none" else f"{self.method} {self.importance}"
-        return f"{model} {self.task} {kind} {level_name(self.sparsity)} % {self.mode}"
+        return f"{model} {self.task} {kind} {level_label(self.sparsity)} % {self.mode}"
 
     def mask_config(self, sparsities: str, output_dir: str) -> MaskConfig:
         """The parameters under which this cell's masks are made."""
@@ -271,30 +268,3 @@ class SweepConfig:
     resume: str = "none"
     dry_run: bool = False
     output_dir: str = "outputs"
-
-
-def parse_levels(text: str) -> tuple[float, ...]:
-    """Sparsities from the list ``0.5,0.7`` or the range ``0:0.9:0.1`` (both ends included), ascending, no doubles.
-
-    Raises:
-        UserError: text that is neither, a level outside [0, 1], or a step that is not positive.
-    """
-    try:
-        if ":" in text:
-            first, last, step = (float(part) for part in text.split(":"))
-            if step <= 0 or last < first:
-                raise ValueError
-            count = math.floor((last - first) / step + 1e-9)
-            levels = [round(first + i * step, 10) for i in range(count + 1)]
-        else:
-            levels = [float(part) for part in text.split(",")]
-    except ValueError:
-        raise UserError(f"sparsities is '{text}'; write a list such as 0.5,0.7 or a range such as 0:0.9:0.1.") from None
-    if not all(0 <= level <= 1 for level in levels):
-        raise UserError(f"sparsities is '{text}'; every level must lie between 0 and 1.")
-    return tuple(sorted(set(levels)))
-
-
-def level_name(sparsity: float) -> str:
-    """Percent for names of files and runs: 0.5 -> ``50``, 0.125 -> ``12.5``."""
-    return f"{round(sparsity * 100, 6):g}"

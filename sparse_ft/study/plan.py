@@ -11,7 +11,8 @@ from typing import Any
 import yaml
 
 from sparse_ft.errors import UserError
-from sparse_ft.study.config import CellConfig, MaskConfig, parse_levels
+from sparse_ft.levels import parse_levels
+from sparse_ft.study.config import CellConfig, MaskConfig
 from sparse_ft.study.parsing import Parser
 
 __all__ = ["MaskSetPlan", "Plan", "Study", "load_study", "make_cell", "make_plan", "mask_set_of", "needs_calibration"]

@@ -16,6 +16,7 @@ from sparse_ft.models.loading import load_model, load_state_into, load_tokenizer
 from sparse_ft.progress import SILENT, Progress
 from sparse_ft.study.config import CellConfig
 from sparse_ft.tasks.definitions import load_task
+from sparse_ft.tasks.made import MADE, made_data_dir
 
 __all__ = ["Workbench"]
 
@@ -64,7 +65,7 @@ class Workbench:
         key = (name, data_dir, num_fewshot)
         if key not in self._tasks:
             try:
-                rows = None if data_dir == "none" else data_dir
+                rows = made_data_dir() if data_dir == MADE else None if data_dir == "none" else data_dir
                 self._tasks[key] = load_task(name, rows, num_fewshot, progress=self.progress)
             except UserError as error:
                 raise DataMissingError(str(error)) from error
