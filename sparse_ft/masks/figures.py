@@ -73,14 +73,14 @@ def save_histogram(masks: MaskSet | Mapping[str, Any], path: str | Path) -> Path
     low, high = (values.min(), values.max()) if values.size else (0.0, 0.0)
     if high - low < 1.0:  # all tensors alike: one bar in a window that shows where it stands
         low, high = max(0.0, (low + high) / 2 - 5), min(100.0, (low + high) / 2 + 5)
-    axes.hist(values, bins=np.linspace(low, high, 31), color=_BAR, edgecolor="white", linewidth=0.5)
+    axes.hist(values, bins=np.linspace(low, high, 32), color=_BAR, edgecolor="white", linewidth=0.5)
     _lines(axes, statistics)
     axes.set_xlabel("sparsity of a tensor (%)")
     axes.set_ylabel("tensors")
     axes.yaxis.get_major_locator().set_params(integer=True)
     axes.set_title(_title(statistics), fontsize=10, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    figure.legend(fontsize=8, frameon=False, loc="outside lower right", ncols=2)
     return _save(figure, path)
 
 
@@ -128,21 +128,16 @@ def _statistics(masks: MaskSet | Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _lines(axes, statistics: Mapping[str, Any]) -> None:
     asked, achieved = statistics["sparsity"]["asked"], statistics["sparsity"]["achieved"]
-    axes.axvline(
-        100 * achieved, color=_LINE, linewidth=1.5, label=f"achieved over all {100 * achieved:.3f} %"
-    )
+    axes.axvline(100 * achieved, color=_LINE, linewidth=1.5, label=f"achieved over all {100 * achieved:.3f} %")
     if asked is not None:
-        axes.axvline(
-            100 * asked, color=_MUTED, linewidth=1.2, linestyle="--", label=f"asked {100 * asked:g} %"
-        )
+        axes.axvline(100 * asked, color=_MUTED, linewidth=1.2, linestyle="--", label=f"asked {100 * asked:g} %")
 
 
 def _title(statistics: Mapping[str, Any]) -> str:
     about = statistics["metadata"]
     words = [about.get("method"), about.get("importance"), about.get("scope")]
     what = ", ".join(str(word) for word in words if word)
-    model = about.get("model") or "masks"
-    return f"{model}: {what}\n" if what and len(f"{model}: {what}") > 70 else f"{model}: {what}"
+    return f"{about.get('model') or 'masks'}: {what}" if what else str(about.get("model") or "masks")
 
 
 def _save(figure: Figure, path: str | Path) -> Path:

@@ -127,9 +127,7 @@ class LevelFiles:
                     weights=weights,
                     pruned=pruned,
                     statistics=write_json(self.folder / f"stats_{stem}.json", numbers),
-                    histogram=save_histogram(numbers, self.folder / f"histogram_{stem}.png")
-                    if figures
-                    else None,
+                    histogram=save_histogram(numbers, self.folder / f"histogram_{stem}.png") if figures else None,
                     heatmap=save_heatmap(numbers, self.folder / f"heatmap_{stem}.png") if figures else None,
                     metadata=about,
                     checkpoint=checkpoints[level] if checkpoints else None,
@@ -151,6 +149,4 @@ class LevelFiles:
 def _set_bits(packed: np.ndarray) -> int:
     flat = packed.reshape(-1)
     whole = flat.size // 8 * 8
-    return int(np.bitwise_count(flat[:whole].view(np.uint64)).sum()) + int(
-        np.bitwise_count(flat[whole:]).sum()
-    )
+    return int(np.bitwise_count(flat[:whole].view(np.uint64)).sum()) + int(np.bitwise_count(flat[whole:]).sum())

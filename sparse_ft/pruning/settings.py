@@ -101,9 +101,7 @@ class PruningSettings:
         """For metadata: the callable's own name; random masks have no importance."""
         if self.method == "random":
             return "random"
-        return (
-            getattr(self.importance, "__name__", "custom") if callable(self.importance) else self.importance
-        )
+        return getattr(self.importance, "__name__", "custom") if callable(self.importance) else self.importance
 
     @property
     def label(self) -> str:

@@ -173,9 +173,7 @@ class ScoreSource:
     def parts(self, name: str, widen: bool = False) -> Iterator[np.ndarray]:
         scores = self._load(name)
         if scores.shape != self.shapes[name] or scores.dtype != np.float32:
-            raise ValueError(
-                f"{name}: scores are {scores.dtype} {scores.shape}, not float32 {self.shapes[name]}"
-            )
+            raise ValueError(f"{name}: scores are {scores.dtype} {scores.shape}, not float32 {self.shapes[name]}")
         scores = scores.reshape(-1, scores.shape[-1])
         for first, last, _ in row_parts(self.shapes[name]):
             part = scores[first:last]

@@ -103,9 +103,7 @@ def write_layers(
             equal = [int(table[cut.key]) for cut in cuts]
         _write_cuts(source, name, list(zip(cuts, equal, strict=True)), sink, False)
 
-    _Pool(source, threads, progress).run(
-        "make masks", {name: _call(task, name) for name in sorted(source.shapes)}
-    )
+    _Pool(source, threads, progress).run("make masks", {name: _call(task, name) for name in sorted(source.shapes)})
 
 
 def write_rows(
@@ -124,9 +122,7 @@ def write_rows(
             for level, k in enumerate(counts[name]):
                 sink.append(level, name, _pack(ranks, np.full(len(ranks), k, np.uint32)))
 
-    _Pool(source, threads, progress).run(
-        "make masks", {name: _call(task, name) for name in sorted(source.shapes)}
-    )
+    _Pool(source, threads, progress).run("make masks", {name: _call(task, name) for name in sorted(source.shapes)})
 
 
 def write_groups(
@@ -148,9 +144,7 @@ def write_groups(
             group_ranks(keys, group, ranks)
             sink.append(0, name, _pack(ranks, np.full(len(ranks), group - kept, np.uint8)))
 
-    _Pool(source, threads, progress).run(
-        "make masks", {name: _call(task, name) for name in sorted(source.shapes)}
-    )
+    _Pool(source, threads, progress).run("make masks", {name: _call(task, name) for name in sorted(source.shapes)})
 
 
 class _Pool:
@@ -229,9 +223,7 @@ def _wide_cuts(
     source: KeySource, names: Sequence[str], ks: Sequence[int], pool: _Pool
 ) -> dict[str, list[tuple[Cut, int]]]:
     high = np.zeros(_DIGIT, np.int64)
-    for table in pool.run(
-        "count weights", {name: _call(_high_counts, source, name) for name in names}
-    ).values():
+    for table in pool.run("count weights", {name: _call(_high_counts, source, name) for name in names}).values():
         high += table
     coarse = cut_counts(high, ks)
     prefixes = _prefixes(coarse)
@@ -265,9 +257,7 @@ def _share(
     return shares
 
 
-def _write_cuts(
-    source: KeySource, name: str, cuts: Sequence[tuple[Cut, int]], sink: MaskSink, widen: bool
-) -> None:
+def _write_cuts(source: KeySource, name: str, cuts: Sequence[tuple[Cut, int]], sink: MaskSink, widen: bool) -> None:
     left = [cut.ties for cut, _ in cuts]
     for keys in source.parts(name, widen):
         for level, (cut, equal) in enumerate(cuts):
