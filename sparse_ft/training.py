@@ -174,7 +174,7 @@ def train(
         progress.stop()
         model.config.use_cache = use_cache
         if settings.gradient_checkpointing != "none":
-            model.gradient_checkpointing_disable()
+            model.activation_checkpointing_disable()
             model.disable_input_require_grads()
         model.eval()
     return watch.result(peak_bytes(device), _protocol(settings, model, rows, device))
@@ -194,8 +194,8 @@ def _arguments(settings: TrainingSettings, output_dir: str | Path, device: torch
         lr_scheduler_type="linear",
         seed=settings.seed,
         use_cpu=device.type == "cpu",
-        gradient_checkpointing=checkpointing != "none",
-        gradient_checkpointing_kwargs={"use_reentrant": checkpointing == "reentrant"},
+        activation_checkpointing=checkpointing != "none",
+        activation_checkpointing_kwargs={"use_reentrant": checkpointing == "reentrant"},
         # Sequences of like length share a batch, so that little is spent on padding.
         train_sampling_strategy="group_by_length",
         include_num_input_tokens_seen="non_padding",

@@ -102,6 +102,11 @@ class MaskSet(Mapping[str, torch.Tensor]):
         packed = {name: pack_bits(mask) for name, mask in masks.items()}
         return cls(packed, {name: tuple(mask.shape) for name, mask in masks.items()}, metadata)
 
+    @classmethod
+    def all_kept(cls, shapes: Mapping[str, tuple[int, ...]]) -> MaskSet:
+        """The masks of a model that is not pruned."""
+        return cls.from_bool({name: torch.ones(shape, dtype=torch.bool) for name, shape in shapes.items()})
+
     def __getitem__(self, name: str) -> torch.Tensor:
         return unpack_bits(self.packed[name], self.shapes[name][-1])
 

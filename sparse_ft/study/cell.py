@@ -104,10 +104,10 @@ def run_cell(cell: CellConfig, mask_file: Path | None, bench: Workbench, folder:
         with clock("save"):
             target = save_model(merged, tokenizer, folder / "merged")
         with clock("validate"):
-            kept_all = MaskSet({}, {}) if masks is None else masks
+            obeyed = MaskSet.all_kept(checkpoint.prunable_shapes()) if masks is None else masks
             validation = validate_checkpoint(
                 target,
-                kept_all,
+                obeyed,
                 base=None if cell.mode == "full" else checkpoint.folder,
                 target_modules=_lora_settings(cell).target_modules,
                 progress=bench.progress,

@@ -1,0 +1,30 @@
+"""What every entry point shares: parse, call, exit code."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+from sparse_ft.errors import UserError
+from sparse_ft.study.parsing import Parser
+
+__all__ = ["command"]
+
+T = TypeVar("T")
+
+
+def command(name: str, kind: type[T], work: Callable[[T], int]) -> None:
+    """Parses the command line into ``kind``, does the work, and ends the process with its exit status.
+
+    Wrong input ends with one line on stderr and exit status 2; Ctrl-C with 130.
+    """
+    try:
+        status = work(Parser(kind, f"python -m entrypoints.{name}").arguments(sys.argv[1:]))
+    except UserError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        status = 2
+    except KeyboardInterrupt:
+        print(f"{name}: stopped", file=sys.stderr)
+        status = 130
+    sys.exit(status)
