@@ -14,10 +14,9 @@ from sparse_ft.errors import UserError
 from sparse_ft.levels import parse_levels
 from sparse_ft.study.config import CellConfig, MaskConfig
 from sparse_ft.study.parsing import Parser
+from sparse_ft.study.settings import pruning_settings
 
-__all__ = ["MaskSetPlan", "Plan", "Study", "load_study", "make_cell", "make_plan", "mask_set_of", "needs_calibration"]
-
-_CALIBRATED = ("gradient", "taylor", "wanda", "sparsegpt")
+__all__ = ["MaskSetPlan", "Plan", "Study", "load_study", "make_cell", "make_plan", "mask_set_of"]
 
 
 @dataclass(frozen=True)
@@ -130,13 +129,6 @@ def make_plan(study: Study) -> Plan:
     return Plan(study, tuple(cells.values()), tuple(plans), numbers)
 
 
-def needs_calibration(config: MaskConfig) -> bool:
-    """Whether making these masks takes text."""
-    if config.method == "random":
-        return False
-    return config.importance in _CALIBRATED or config.allocation == "owl"
-
-
 def mask_set_of(cell: CellConfig) -> MaskConfig | None:
     """The mask set that a cell needs, without levels; cells with equal ones share it. None: it needs none.
 
@@ -145,8 +137,8 @@ def mask_set_of(cell: CellConfig) -> MaskConfig | None:
     """
     if not cell.pruned or cell.masks != "none":
         return None
-    kind = cell.mask_config("", "")
-    if needs_calibration(kind):
+    kind = cell.mask_config("0", "")
+    if pruning_settings(kind).needs_calibration:
         return kind
     blank = MaskConfig()
     kind = replace(
