@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+from sparse_ft.models.loading import resolve_device
 from sparse_ft.pruning.generator import MaskGenerator
 from sparse_ft.pruning.output import MaskFile
 from sparse_ft.pruning.settings import Calibration
@@ -31,6 +33,7 @@ def make_masks(config: MaskConfig, bench: Workbench, output_dir: str | Path | No
     """
     settings = pruning_settings(config)
     settings.check()
+    settings = replace(settings, device=str(resolve_device(config.device)))
     checkpoint = bench.checkpoint(config.model)
     calibration = None
     if settings.needs_calibration:
