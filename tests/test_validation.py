@@ -180,8 +180,6 @@ def test_masks_of_another_model_and_missing_folders_are_refused(base, masks, tmp
     with pytest.raises(UserError, match="do not fit"):
         validate_checkpoint(other, masks)
     fewer = MaskSet.from_bool({name: masks[name] for name in masks if name != NAME})
-        {n: b for n, b in masks.packed.items() if n != NAME}, {n: s for n, s in masks.shapes.items() if n != NAME}
-    )
     with pytest.raises(UserError, match="down_proj"):
         validate_checkpoint(base, fewer)
     with pytest.raises(UserError, match="no such folder"):

@@ -9,7 +9,9 @@ The modes:
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -70,10 +72,11 @@ def apply_sparse_lora(
     if mode == "full":
         return hold_masked_weights(model, masks)
     config = _peft_config(model, settings or LoraSettings(), mode, masks)
-    if masks is None:
-        return get_peft_model(model, config)
-    apply_masks(model, masks)  # checks that they fit, before the model is changed
-    return attach_masks(get_peft_model(model, config), masks)
+    if masks is not None:
+        apply_masks(model, masks)  # checks that they fit, before the model is changed
+    with _without_false_alarms():
+        model = get_peft_model(model, config)
+    return model if masks is None else attach_masks(model, masks)
 
 
 def attach_masks(model: PeftModel, masks: MaskSet) -> PeftModel:
@@ -124,24 +127,31 @@ def load_sparse_lora(model: PreTrainedModel, folder: str | Path, masks: MaskSet,
             " use the mask file that it was trained with."
         )
     apply_masks(model, masks)
-    return attach_masks(PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, config=config), masks)
+    with _without_false_alarms():
+        model = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, config=config)
+    return attach_masks(model, masks)
 
 
 def merge_all_lora_weights(model: nn.Module) -> PreTrainedModel:
     """The trained model as a plain transformers model: adapters merged, nothing of PEFT left.
 
     In ``sparse_to_sparse`` each weight is written by the arithmetic of the forward pass, so the logits stay
-    the same to the bit. Works in place, module by module; a model without adapters comes back as it is.
+    the same to the bit. Dense adapters are added as PEFT adds them (its ``safe_merge`` would round the product
+    before the sum), which in bfloat16 is the trained model up to rounding. Works in place, module by module; a
+    model without adapters comes back as it is.
 
     Raises:
         ValueError: a merged weight is not finite.
     """
     model = getattr(model, "module", model)  # of DistributedDataParallel
     if isinstance(model, PeftModel):
-        for layer in model.modules():
-            if isinstance(layer, BaseTunerLayer) and not layer.merged:
-                layer.merge(safe_merge=True)
-        model = model.merge_and_unload()
+        for path, layer in model.get_base_model().named_modules():
+            if isinstance(layer, BaseTunerLayer):
+                if not layer.merged:
+                    layer.merge()
+                if not torch.isfinite(_adapted_parameter(layer)).all():
+                    raise ValueError(f"the merged weights of {path} are not finite; did training diverge?")
+        model = model.unload()
     release_masked_weights(model)
     return model
 
@@ -189,6 +199,18 @@ def validate_sparsity_preserved(
         if count := int(wrong.sum()):
             violations[name] = count
     return violations
+
+
+@contextmanager
+def _without_false_alarms() -> Iterator[None]:
+    """PEFT looks for its own pattern of the fused experts among modules only, and warns that it found none."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys did not match", RuntimeWarning)
+        yield
+
+
+def _adapted_parameter(layer: BaseTunerLayer) -> Tensor:
+    return getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight"))
 
 
 def _weight_in_use(layer: MaskedBase) -> Tensor:
