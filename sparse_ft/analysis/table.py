@@ -39,7 +39,8 @@ TAGS = ("failure_class", "failure_message", "same_as", "mask_checksum", "cell_ke
 MEASURES = tuple(name for name in RESULTS if "stderr" not in name)
 # Two scores are the same measurement only if all of these agree.
 EVALUATION_PROTOCOL = (
-    "task_version", "num_fewshot", "limit", "split", "n_scored", "lm_eval_version",
+    "task_version", "num_fewshot", "limit", "split", "split_rows", "samples", "n_scored", "accuracy_metric",
+    "fewshot_seed", "chat_template", "lm_eval_version",
     "perplexity_corpus", "perplexity_seq_len", "perplexity_tokens",
 )  # fmt: skip
 # Configuration that may differ between two runs of one cell: where it ran, and what a retry after
@@ -113,7 +114,7 @@ def series_label(method: str, importance: str | None) -> str:
     """Name of a line: the method, and its importance where it has one (random pruning does not)."""
     if method in (NO_METHOD, "random") or not importance or importance == NO_METHOD:
         return "dense" if method == NO_METHOD else method
-    return f"{method}, {importance}"
+    return f"{method} {importance}"
 
 
 def _tags(row: Row) -> Mapping[str, str]:
@@ -229,7 +230,7 @@ def _series(table: pd.DataFrame) -> pd.Series:
     scopes = table.groupby(["method", "importance"])["scope"].transform("nunique")
     labels = [series_label(m, i) for m, i in zip(table["method"], table["importance"], strict=True)]
     named = [
-        f"{label}, {scope}" if n > 1 else label for label, scope, n in zip(labels, table["scope"], scopes, strict=True)
+        f"{label} {scope}" if n > 1 else label for label, scope, n in zip(labels, table["scope"], scopes, strict=True)
     ]
     return pd.Series(named, index=table.index, dtype=object)
 

@@ -82,7 +82,7 @@ def test_a_halved_batch_is_the_same_cell():
 
 def test_scope_and_importance_name_the_line_where_they_tell_apart():
     rows = [cell(), cell(params={"cfg/scope": "global"}, tags={"cell_key": "g"}), cell(method="random")]
-    assert set(cell_table(rows)["series"]) == {"unstructured, magnitude, layer", "unstructured, magnitude, global",
+    assert set(cell_table(rows)["series"]) == {"unstructured magnitude layer", "unstructured magnitude global",
                                                "random"}  # fmt: skip
 
 

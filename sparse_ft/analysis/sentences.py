@@ -1,0 +1,176 @@
+"""The answer in words, computed: how sparse a model can be and still keep its dense fine-tuned accuracy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+from sparse_ft.analysis.panels import short_names
+from sparse_ft.analysis.performance import chance_level, dense_baseline, majority_level
+
+__all__ = ["Sentence", "answers", "kept_level"]
+
+TASK_NAMES = {"boolq": "BoolQ", "hellaswag": "HellaSwag", "gsm8k": "GSM8K", "arc_easy": "ARC-Easy",
+              "arc_challenge": "ARC-Challenge", "piqa": "PIQA", "winogrande": "WinoGrande"}  # fmt: skip
+MANNERS = {
+    "sparse_to_sparse": "trained sparse to sparse",
+    "sparse_to_dense": "with a dense adapter (the merged model is then dense)",
+    "full": "with all weights trained under the mask",
+}
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """What the study says about one model on one task."""
+
+    model: str
+    task: str
+    text: str
+
+
+def answers(cells: pd.DataFrame, table: pd.DataFrame, share: float = 0.95) -> list[Sentence]:
+    """For each model and task: up to which sparsity ``share`` of the dense fine-tuned accuracy is kept.
+
+    ``cells`` from `cell_table`, ``table`` from `performance_table`. Where the study cannot say (no
+    baseline, no score, a baseline that is not above guessing), the sentence says that.
+    """
+    pairs = cells[["model", "task"]].drop_duplicates().itertuples(index=False, name=None)
+    names = short_names(cells["model"].drop_duplicates().tolist())
+    return [Sentence(model, task, _answer(cells, table, model, task, names[model], share)) for model, task in pairs]
+
+
+def kept_level(line: pd.DataFrame, share: float) -> tuple[float | None, float | None]:
+    """``(kept, lost)``: the highest measured level up to which recovery holds, and the first at which it does not.
+
+    ``kept`` is None if the lowest measured level has lost it already, ``lost`` if none has. Levels are in
+    percent; 0 % counts, but a line measured at 0 % alone keeps nothing.
+    """
+    kept = None
+    known = line[line["recovery"].notna()].sort_values("sparsity_percent")
+    for percent, recovery in zip(known["sparsity_percent"], known["recovery"], strict=True):
+        if recovery < share:
+            return kept, float(percent)
+        kept = float(percent) if percent > 0 else kept
+    return kept, None
+
+
+def _answer(cells: pd.DataFrame, table: pd.DataFrame, model: str, task: str, name: str, share: float) -> str:
+    subject = f"{TASK_NAMES.get(task, task)} on {name}"
+    own = cells[(cells["model"] == model) & (cells["task"] == task)]
+    here = table[(table["model"] == model) & (table["task"] == task)]
+    scored = here[here["accuracy"].notna()]
+    if scored.empty:
+        done = int((own["status"] == "FINISHED").sum())
+        return f"{subject}: no cell has a score ({done} of {len(own)} finished)."
+    if scored["variant"].nunique() > 1:
+        return _best_of(subject, scored)
+    parts = []
+    base = dense_baseline(table, model, task, scored["variant"].iloc[0])
+    if base is None:
+        parts.append(f"{subject} has no dense fine-tuned baseline, so what sparsity costs is not known.")
+    elif (guess := _guess(own, task)) and base["accuracy"] - guess[0] < 2 * _known(base["accuracy_error"]):
+        parts.append(
+            f"{subject}: accuracy cannot tell the levels apart, because dense fine-tuning itself "
+            f"({_score(base)}) is not clearly above {guess[1]} ({guess[0]:.3f}); read loss and perplexity instead."
+        )
+    elif not scored["recovery"].notna().any():
+        parts.append(f"{subject}: the dense baseline was scored under another protocol, so recovery is not known.")
+    else:
+        parts.append(_kept_sentence(subject, own, here, base, share))
+    parts += [text for text in (_perplexity_sentence(here, base),) if text]
+    missing = int((own["status"] != "FINISHED").sum())
+    if missing:
+        parts.append(f"{missing} of its {len(own)} cells {'has' if missing == 1 else 'have'} no result.")
+    return " ".join(parts)
+
+
+def _kept_sentence(subject: str, own: pd.DataFrame, here: pd.DataFrame, base: pd.Series, share: float) -> str:
+    clauses = []
+    pruned = here[here["mode"] != "dense"]
+    for mode in [mode for mode in MANNERS if (pruned["mode"] == mode).any()]:
+        lines = pruned[pruned["mode"] == mode]
+        items = [
+            item
+            for series in lines["series"].drop_duplicates()
+            if (item := _level(series, lines[lines["series"] == series], own[own["mode"] == mode], share))
+        ]
+        if items:
+            clauses.append(f"{_listed(items)}, {MANNERS[mode]}")
+    if not clauses:
+        return f"{subject} reaches {_score(base)} when fine-tuned dense; no pruned cell has a score to compare."
+    error = pruned["recovery_error"].max()
+    noise = f" One standard error of that share is up to {100 * error:.1f} points." if error > 0 else ""
+    return (
+        f"{subject} keeps {100 * share:g} % of dense fine-tuned accuracy ({_score(base)}) up to "
+        f"{'; up to '.join(clauses)}.{noise}"
+    )
+
+
+def _level(series: str, line: pd.DataFrame, own: pd.DataFrame, share: float) -> str | None:
+    kept, lost = kept_level(line, share)
+    measured = line.loc[line["recovery"].notna() & (line["sparsity"] > 0), "sparsity_percent"]
+    if measured.empty:
+        return None
+    method = line["method"].iloc[0]
+    # The importance is named only where the method comes with several.
+    alone = own.loc[own["method"] == method, "series"].nunique() == 1
+    name = method if alone else series
+    if kept is None:
+        return f"no level of {name} (the lowest measured is {measured.min():g} %)"
+    text = f"{kept:g} % {name}"
+    levels = (own.loc[own["series"] == series, "sparsity"] * 100).round(6)
+    silent = sorted(set(levels[levels > kept]) - set(measured))
+    if lost is None and not silent:
+        return f"{text} (the highest measured)"
+    between = [f"{level:g} %" for level in silent if lost is None or level < lost]
+    return f"{text} ({_listed(between)} without a score)" if between else text
+
+
+def _perplexity_sentence(here: pd.DataFrame, base: pd.Series | None) -> str:
+    """The line that was pruned hardest, before and after tuning, beside dense."""
+    known = here[(here["mode"] == "sparse_to_sparse") & (here["sparsity"] > 0) & here["perplexity"].notna()]
+    if known.empty:
+        return ""
+    first = known[known["series"] == known["series"].iloc[0]].sort_values("sparsity")
+    point = first.iloc[-1]
+    before = f"from {_plain(point['perplexity_untuned'])} " if not math.isnan(point["perplexity_untuned"]) else ""
+    dense = f" (dense: {_plain(base['perplexity'])})" if base is not None and base["perplexity"] > 0 else ""
+    return (
+        f"At {point['sparsity_percent']:g} % {point['series']}, sparse to sparse fine-tuning brings perplexity "
+        f"{before}to {_plain(point['perplexity'])}{dense}."
+    )
+
+
+def _best_of(subject: str, scored: pd.DataFrame) -> str:
+    best = scored.loc[scored["accuracy"].idxmax()]
+    return (
+        f"{subject} was tried in {scored['variant'].nunique()} configurations; the most accurate "
+        f"({_score(best)}) is {best['series']} at {100 * best['sparsity']:g} % with {best['variant']}. "
+        "Being chosen by this very score, it flatters itself."
+    )
+
+
+def _guess(own: pd.DataFrame, task: str) -> tuple[float, str] | None:
+    levels = [(chance_level(own, task), "chance"), (majority_level(own, task), "always giving the commonest answer")]
+    known = [(height, name) for height, name in levels if height is not None]
+    return max(known) if known else None
+
+
+def _known(error: float) -> float:
+    return 0.0 if math.isnan(error) else error
+
+
+def _score(point: pd.Series) -> str:
+    error = point["accuracy_error"]
+    return f"{point['accuracy']:.3f}" + ("" if math.isnan(error) else f" ± {error:.3f}")
+
+
+def _plain(value: float) -> str:
+    return "infinity" if math.isinf(value) else f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def _listed(items: Sequence[str]) -> str:
+    return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1] if items else ""
