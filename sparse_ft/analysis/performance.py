@@ -83,16 +83,20 @@ def performance_table(cells: pd.DataFrame, grouped: pd.DataFrame) -> pd.DataFram
     for name in POINT_MEASURES:
         if name not in table:
             table[name] = math.nan
-    agreed = _agreed_protocols(cells)
-    for index, row in table.iterrows():
-        base = dense_baseline(grouped, row["model"], row["task"], row["variant"])
-        if base is None or not base["accuracy"] > 0 or not _same_protocol(agreed, row, base):
+    protocols = _protocols(cells)
+    bases: dict[tuple[str, str, str], pd.Series | None] = {}
+    for index, row in zip(table.index, table.to_dict("records"), strict=True):
+        panel = (row["model"], row["task"], row["variant"])
+        if panel not in bases:
+            bases[panel] = dense_baseline(grouped, *panel)
+        base = bases[panel]
+        if base is None or not base["accuracy"] > 0 or protocols.get(_point(row)) != protocols.get(_point(base)):
             continue
         ratio = row["accuracy"] / base["accuracy"]
-        table.loc[index, "recovery"] = ratio
+        table.at[index, "recovery"] = ratio
         if not (row["mode"] == base["mode"] and row["sparsity"] == base["sparsity"]):
             parts = [row["accuracy_error"] / base["accuracy"], ratio * base["accuracy_error"] / base["accuracy"]]
-            table.loc[index, "recovery_error"] = math.hypot(*parts)
+            table.at[index, "recovery_error"] = math.hypot(*parts)
     table["accuracy_gained"] = table["accuracy"] - table["accuracy_untuned"]
     table["perplexity_ratio_gained"] = table["perplexity_untuned"] / table["perplexity"]
     table["accuracy_remask_gap"] = table["accuracy"] - table["accuracy_remasked"]
@@ -101,14 +105,15 @@ def performance_table(cells: pd.DataFrame, grouped: pd.DataFrame) -> pd.DataFram
     return table[[*GROUP, "sparsity_percent", "n", "seeds", *POINT_MEASURES]]
 
 
-def curves(cells: pd.DataFrame) -> list[dict[str, Any]]:
+def curves(cells: pd.DataFrame, table: pd.DataFrame | None = None) -> list[dict[str, Any]]:
     """Curves for MLflow, one a (model, task, method, mode): mean over seeds against sparsity in percent.
 
     Each has ``key`` (stable across calls), ``name``, the identity fields, and ``points``: metric name ->
     sorted ``(percent, value)`` with percent a whole number (MLflow's step); values that are not finite or
-    were not measured are left out, and so are lines of a single point.
+    were not measured are left out, and so are lines of a single point. ``table``: the performance table,
+    where it is at hand.
     """
-    table = performance_table(cells, grouped_table(cells))
+    table = performance_table(cells, grouped_table(cells)) if table is None else table
     fields = [name for name in GROUP if name != "sparsity"]
     result = []
     for key, group in table.groupby(fields, sort=False, dropna=False):
@@ -142,15 +147,15 @@ def pareto_front(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.array(front, dtype=int)
 
 
-def _agreed_protocols(cells: pd.DataFrame) -> dict[tuple[Any, ...], tuple[Any, ...]]:
+def _protocols(cells: pd.DataFrame) -> dict[tuple[Any, ...], set[tuple[str, ...]]]:
+    """The protocols that the accuracies of a point were measured under (one, unless runs were mixed)."""
     columns = [f"protocol_{name}" for name in EVALUATION_PROTOCOL if f"protocol_{name}" in cells]
     columns = [name for name in columns if not name.startswith("protocol_perplexity")]
-    done = cells[cells["status"] == "FINISHED"]
-    agreed = {}
-    for key, group in done.groupby(list(GROUP), sort=False, dropna=False):
-        agreed[key] = tuple(tuple(sorted(map(str, group[c].dropna().unique()))) for c in columns)
-    return agreed
+    found: dict[tuple[Any, ...], set[tuple[str, ...]]] = {}
+    for cell in cells[cells["status"] == "FINISHED"].to_dict("records"):
+        found.setdefault(_point(cell), set()).add(tuple(str(cell[name]) for name in columns))
+    return found
 
 
-def _same_protocol(agreed: dict[tuple[Any, ...], tuple[Any, ...]], row: pd.Series, base: pd.Series) -> bool:
-    return agreed.get(tuple(row[list(GROUP)])) == agreed.get(tuple(base[list(GROUP)]))
+def _point(row: Mapping[str, Any] | pd.Series) -> tuple[Any, ...]:
+    return tuple(row[name] for name in GROUP)

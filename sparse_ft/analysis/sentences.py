@@ -92,24 +92,27 @@ def _kept_sentence(subject: str, own: pd.DataFrame, here: pd.DataFrame, base: pd
     pruned = here[here["mode"] != "dense"]
     for mode in [mode for mode in MANNERS if (pruned["mode"] == mode).any()]:
         lines = pruned[pruned["mode"] == mode]
-        items = [
-            item
+        levels = [
+            level
             for series in lines["series"].drop_duplicates()
-            if (item := _level(series, lines[lines["series"] == series], own[own["mode"] == mode], share))
+            if (level := _level(series, lines[lines["series"] == series], own[own["mode"] == mode], share))
         ]
-        if items:
-            clauses.append(f"{_listed(items)}, {MANNERS[mode]}")
+        held, lost = ([text for holds, text in levels if holds is kind] for kind in (True, False))
+        parts = [f"up to {_listed(held)}"] if held else []
+        parts += [f"{'but ' if held else ''}at no level of {_listed(lost)}"] if lost else []
+        if parts:
+            clauses.append(f"{', '.join(parts)}, {MANNERS[mode]}")
     if not clauses:
         return f"{subject} reaches {_score(base)} when fine-tuned dense; no pruned cell has a score to compare."
     error = pruned["recovery_error"].max()
     noise = f" One standard error of that share is up to {100 * error:.1f} points." if error > 0 else ""
     return (
-        f"{subject} keeps {100 * share:g} % of dense fine-tuned accuracy ({_score(base)}) up to "
-        f"{'; up to '.join(clauses)}.{noise}"
+        f"{subject} keeps {100 * share:g} % of dense fine-tuned accuracy ({_score(base)}) {'; '.join(clauses)}.{noise}"
     )
 
 
-def _level(series: str, line: pd.DataFrame, own: pd.DataFrame, share: float) -> str | None:
+def _level(series: str, line: pd.DataFrame, own: pd.DataFrame, share: float) -> tuple[bool, str] | None:
+    """Whether the line keeps its accuracy anywhere, and how far; None where it was not measured."""
     kept, lost = kept_level(line, share)
     measured = line.loc[line["recovery"].notna() & (line["sparsity"] > 0), "sparsity_percent"]
     if measured.empty:
@@ -119,14 +122,14 @@ def _level(series: str, line: pd.DataFrame, own: pd.DataFrame, share: float) -> 
     alone = own.loc[own["method"] == method, "series"].nunique() == 1
     name = method if alone else series
     if kept is None:
-        return f"no level of {name} (the lowest measured is {measured.min():g} %)"
+        return False, f"{name} (the lowest measured is {measured.min():g} %)"
     text = f"{kept:g} % {name}"
     levels = (own.loc[own["series"] == series, "sparsity"] * 100).round(6)
     silent = sorted(set(levels[levels > kept]) - set(measured))
     if lost is None and not silent:
-        return f"{text} (the highest measured)"
+        return True, f"{text} (the highest measured)"
     between = [f"{level:g} %" for level in silent if lost is None or level < lost]
-    return f"{text} ({_listed(between)} without a score)" if between else text
+    return True, f"{text} ({_listed(between)} without a score)" if between else text
 
 
 def _perplexity_sentence(here: pd.DataFrame, base: pd.Series | None) -> str:

@@ -64,7 +64,7 @@ def write_analysis(
     grouped = grouped_table(cells)
     table = performance_table(cells, grouped)
     missing = holes(cells, expected)
-    result = AnalysisResult(cells=cells, holes=missing, curves=curves(cells), sentences=answers(cells, table))
+    result = AnalysisResult(cells=cells, holes=missing, curves=curves(cells, table), sentences=answers(cells, table))
     tables = {"summary": cells, "grouped_summary": grouped, "sparsity_vs_performance": table, "holes": missing}
     progress.start("analysis", len(tables) + len(CHARTS) + 1)
     for name, frame in tables.items():
