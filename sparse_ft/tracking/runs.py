@@ -1,0 +1,385 @@
+"""Runs: a parent, its children, and what they log. No active run, no global state: every call names its run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import yaml
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+from sqlalchemy.exc import SQLAlchemyError
+
+from sparse_ft.errors import UserError
+from sparse_ft.tracking.stores import artifact_location, quiet_mlflow, reachable, store_lock, tracking_uri
+
+__all__ = ["PARENT", "Tracker", "flatten_config"]
+
+PARENT = "mlflow.parentRunId"  # the tag by which the UI nests runs
+_BATCH = {"params": 100, "metrics": 1000, "tags": 100}  # what one log_batch takes
+_BATCH_TOTAL = 1000
+_PARAM_LENGTH, _TAG_LENGTH = 6000, 8000
+_STATUSES = ("FINISHED", "FAILED", "KILLED")
+
+Curve = Sequence[tuple[int, float]]
+
+
+def flatten_config(config: Any, prefix: str = "cfg") -> dict[str, str]:
+    """A configuration (mapping or dataclass, nested) as parameters: ``cfg/lora/r`` -> ``16``.
+
+    Lists become JSON, ``None`` becomes ``none``, numbers are written as Python writes them, so that the
+    same configuration gives the same strings whatever way it was typed.
+    """
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        config = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    if isinstance(config, Mapping):
+        flat: dict[str, str] = {}
+        for key, value in config.items():
+            flat.update(flatten_config(value, f"{prefix}/{key}" if prefix else str(key)))
+        return flat
+    return {prefix: _text(config)}
+
+
+class Tracker:
+    """An experiment in a tracking store.
+
+    Cheap to make and safe in several processes at once: workers make their own from ``uri`` and the parent's
+    run id. The store and the experiment are created if they are not there.
+
+    Args:
+        uri: the store; by default ``MLFLOW_TRACKING_URI``, else sqlite in the project root.
+        experiment: its name; by default that of the run that ``mlflow run`` made for this process
+            (``MLFLOW_RUN_ID``), else ``MLFLOW_EXPERIMENT_NAME``, else ``sparse_ft``.
+
+    Raises:
+        UserError: the store cannot be reached or written, the run to adopt is not in it, or the experiment
+            was deleted.
+    """
+
+    def __init__(self, uri: str | None = None, experiment: str | None = None):
+        self.uri = tracking_uri(uri)
+        reachable(self.uri)
+        self._experiments: dict[str, str] = {}  # run id -> experiment id
+        self._given: dict[str, set[str]] = {}  # run id -> parameters that `mlflow run` has logged
+        try:
+            with quiet_mlflow(), store_lock(self.uri):
+                self.client = MlflowClient(self.uri)
+                adopted = os.environ.get("MLFLOW_RUN_ID")
+                if experiment is None and adopted:
+                    self.experiment_id = self._adopted(adopted)
+                else:
+                    name = experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "sparse_ft"
+                    self.experiment_id = self._ensure_experiment(name)
+        except (MlflowException, SQLAlchemyError) as error:
+            reason = str(error).split("\n", 1)[0]
+            raise UserError(
+                f"cannot open the tracking store {self.uri}: {reason}; set MLFLOW_TRACKING_URI to another"
+            ) from error
+
+    # -- runs
+
+    def start(self, name: str, tags: Mapping[str, Any] | None = None) -> str:
+        """The id of this process's own run: the one ``mlflow run`` made for it, or a new one. It is RUNNING."""
+        adopted = os.environ.get("MLFLOW_RUN_ID")
+        if not adopted:
+            return self._create(self.experiment_id, name, tags or {})
+        self._adopted(adopted)
+        self.client.update_run(adopted, status="RUNNING", name=name)
+        self.log(adopted, tags=tags)
+        return adopted
+
+    def start_child(self, parent_run_id: str, name: str, tags: Mapping[str, Any] | None = None) -> str:
+        """The id of a new run below ``parent_run_id``, in the parent's experiment."""
+        if parent_run_id not in self._experiments:
+            self._experiments[parent_run_id] = self.client.get_run(parent_run_id).info.experiment_id
+        return self._create(self._experiments[parent_run_id], name, {**(tags or {}), PARENT: parent_run_id})
+
+    def reopen(self, run_id: str) -> None:
+        """Sets an ended run to RUNNING again: what resuming a study does to its parent.
+
+        Raises:
+            UserError: there is no such run in the store.
+        """
+        self.run(run_id)
+        self.client.update_run(run_id, status="RUNNING")
+
+    def finish(self, run_id: str, status: str = "FINISHED") -> None:
+        """Ends a run as FINISHED, FAILED or KILLED."""
+        if status not in _STATUSES:
+            raise ValueError(f"{status} is not one of {', '.join(_STATUSES)}")
+        self.client.set_terminated(run_id, status)
+
+    def delete(self, run_id: str) -> None:
+        """Marks a run as deleted; mlflow keeps it until ``mlflow gc``."""
+        self.client.delete_run(run_id)
+
+    @contextmanager
+    def ending(self, run_id: str) -> Iterator[str]:
+        """Ends the run when the block ends: FINISHED, KILLED after Ctrl-C, FAILED after any other exception.
+
+        Leaving through ``sys.exit(0)`` is an ordinary end.
+        """
+        try:
+            yield run_id
+        except BaseException as error:
+            done = isinstance(error, SystemExit) and error.code in (None, 0)
+            killed = isinstance(error, KeyboardInterrupt)
+            self.finish(run_id, "FINISHED" if done else "KILLED" if killed else "FAILED")
+            raise
+        self.finish(run_id)
+
+    @contextmanager
+    def system_metrics(self, run_id: str, seconds: float = 10) -> Iterator[None]:
+        """Logs CPU, memory, disk, network and GPU use of this machine while the block runs, from a thread."""
+        monitor = SystemMetricsMonitor(
+            run_id, sampling_interval=seconds, tracking_uri=self.uri, resume_logging=True
+        )
+        with quiet_mlflow():
+            monitor.start()
+        try:
+            yield
+        finally:
+            with quiet_mlflow():
+                monitor.finish()
+
+    # -- what is logged
+
+    def log(
+        self,
+        run_id: str,
+        params: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, float | None] | None = None,
+        tags: Mapping[str, Any] | None = None,
+        curves: Mapping[str, Curve] | None = None,
+    ) -> None:
+        """Logs all of it in one call to the store (in as few as its limits allow, where it is more).
+
+        Args:
+            run_id: whose.
+            params: name -> value. Those that ``mlflow run`` logged as they were typed are left alone. Longer
+                values than mlflow holds (6,000 characters) are cut: the whole is for an artifact.
+            metrics: name -> number; None is not logged, for what was not measured stays empty.
+            tags: name -> value; None is not logged.
+            curves: name -> [(step, value), ...], steps as integers.
+        """
+        now = int(time.time() * 1000)
+        given = self._given.get(run_id, set())
+        points = [(name, value, 0) for name, value in (metrics or {}).items() if value is not None]
+        points += [(name, value, step) for name, curve in (curves or {}).items() for step, value in curve]
+        rest = {
+            "params": [
+                Param(name, _cut(_text(value), _PARAM_LENGTH))
+                for name, value in (params or {}).items()
+                if name not in given
+            ],
+            "tags": [
+                RunTag(name, _cut(_text(value), _TAG_LENGTH))
+                for name, value in (tags or {}).items()
+                if value is not None
+            ],
+            "metrics": [Metric(name, float(value), now, int(step)) for name, value, step in points],
+        }
+        while any(rest.values()):
+            batch: dict[str, list] = {}
+            room = _BATCH_TOTAL
+            for kind, entities in rest.items():
+                count = min(len(entities), _BATCH[kind], room)
+                batch[kind], rest[kind] = entities[:count], entities[count:]
+                room -= count
+            self.client.log_batch(run_id, **batch)
+
+    def log_file(self, run_id: str, path: str | Path, folder: str | None = None) -> None:
+        """Copies a file to the run's artifacts, under its own name."""
+        self.client.log_artifact(run_id, str(path), folder)
+
+    def log_folder(self, run_id: str, path: str | Path, folder: str | None = None) -> None:
+        """Copies a folder's content to the run's artifacts."""
+        self.client.log_artifacts(run_id, str(path), folder)
+
+    def log_text(self, run_id: str, text: str, name: str) -> None:
+        """Writes an artifact from a string; ``name`` may have folders in it."""
+        self.client.log_text(run_id, text, name)
+
+    def log_dict(self, run_id: str, value: Any, name: str) -> None:
+        """Writes an artifact from plain data, as YAML or JSON by its name's ending."""
+        if name.endswith((".yaml", ".yml")):
+            text = yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
+        else:
+            text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+        self.client.log_text(run_id, text, name)
+
+    # -- what is read
+
+    def run(self, run_id: str) -> dict[str, Any]:
+        """One run as plain data; see `search`.
+
+        Raises:
+            UserError: there is no such run in the store.
+        """
+        try:
+            return _plain(self.client.get_run(run_id))
+        except MlflowException as error:
+            raise UserError(
+                f"there is no run {run_id} in {self.uri}; is MLFLOW_TRACKING_URI right?"
+            ) from error
+
+    def children(self, parent_run_id: str, status: str | None = None) -> list[dict[str, Any]]:
+        """All runs below a parent, oldest first; only those of one status (RUNNING, FINISHED, ...) if asked."""
+        wanted = f" and attributes.status = '{status}'" if status else ""
+        experiment = self.run(parent_run_id)["experiment_id"]
+        return self.search(f"tags.`{PARENT}` = '{parent_run_id}'{wanted}", experiment)
+
+    def search(self, query: str = "", experiment_id: str | None = None) -> list[dict[str, Any]]:
+        """All runs that a query in mlflow's search language finds, oldest first.
+
+        Returns:
+            One dict per run: ``run_id``, ``name``, ``status``, ``parent_run_id`` (or None), ``experiment_id``,
+            ``artifact_uri``, ``start_time`` and ``end_time`` (seconds since 1970, the latter None while it
+            runs), ``params`` and ``tags`` (strings), ``metrics`` (last values, floats).
+
+        Raises:
+            UserError: a query that mlflow does not understand.
+        """
+        found: list[dict[str, Any]] = []
+        token = None
+        while True:
+            try:
+                page = self.client.search_runs(
+                    [experiment_id or self.experiment_id],
+                    query,
+                    max_results=1000,
+                    order_by=["attributes.start_time ASC"],
+                    page_token=token,
+                )
+            except MlflowException as error:
+                raise UserError(f"cannot search runs for {query!r}: {error.message}") from error
+            found += map(_plain, page)
+            token = page.token
+            if not token:
+                return found
+
+    def experiment(self, name: str) -> str:
+        """The id of an experiment that must be there, by its name or id.
+
+        Raises:
+            UserError: no such experiment; the message lists those there are.
+        """
+        known = {item.name: item.experiment_id for item in self.client.search_experiments()}
+        if name in known or name in known.values():
+            return known.get(name, name)
+        raise UserError(
+            f"there is no experiment '{name}' in {self.uri}; it has {', '.join(sorted(known)) or 'none'}"
+        )
+
+    def curve(self, run_id: str, metric: str) -> list[tuple[int, float]]:
+        """All points of a metric of a run, by step."""
+        return sorted((point.step, point.value) for point in self.client.get_metric_history(run_id, metric))
+
+    def artifacts(self, run_id: str, folder: str | None = None) -> list[str]:
+        """Paths of all artifacts of a run (files, not folders), or of those in one of its folders."""
+        names: list[str] = []
+        for item in self.client.list_artifacts(run_id, folder):
+            names += self.artifacts(run_id, item.path) if item.is_dir else [item.path]
+        return sorted(names)
+
+    def fetch(self, run_id: str, name: str, folder: str | Path | None = None) -> Path:
+        """The local path of an artifact (a file or a folder), downloaded where the store is not local.
+
+        Args:
+            run_id: whose.
+            name: the artifact's path in the run.
+            folder: where downloads go; by default a temporary folder, which is the caller's to remove.
+
+        Raises:
+            UserError: the run has no such artifact.
+        """
+        try:
+            return Path(self.client.download_artifacts(run_id, name, folder and str(folder)))
+        except (MlflowException, OSError) as error:
+            raise UserError(f"run {run_id} has no artifact {name} that can be read: {error}") from error
+
+    def fetch_text(self, run_id: str, name: str) -> str:
+        """An artifact's text."""
+        with tempfile.TemporaryDirectory() as scratch:
+            return self.fetch(run_id, name, scratch).read_text(encoding="utf-8")
+
+    # -- inside
+
+    def _create(self, experiment_id: str, name: str, tags: Mapping[str, Any]) -> str:
+        plain = {key: _cut(_text(value), _TAG_LENGTH) for key, value in tags.items() if value is not None}
+        run = self.client.create_run(experiment_id, run_name=name, tags=plain)
+        self._experiments[run.info.run_id] = experiment_id
+        return run.info.run_id
+
+    def _adopted(self, run_id: str) -> str:
+        """The experiment of the run that ``mlflow run`` made; remembers which parameters it has already."""
+        if run_id not in self._given:
+            try:
+                run = self.client.get_run(run_id)
+            except MlflowException as error:
+                raise UserError(
+                    f"MLFLOW_RUN_ID names the run {run_id}, which is not in {self.uri}; give mlflow run an absolute "
+                    "MLFLOW_TRACKING_URI, or unset MLFLOW_RUN_ID"
+                ) from error
+            self._given[run_id] = set(run.data.params)
+            self._experiments[run_id] = run.info.experiment_id
+        return self._experiments[run_id]
+
+    def _ensure_experiment(self, name: str) -> str:
+        found = self.client.get_experiment_by_name(name)
+        if found is None:
+            try:
+                return self.client.create_experiment(name, artifact_location(self.uri, name))
+            except MlflowException:  # somebody else made it in this moment
+                found = self.client.get_experiment_by_name(name)
+                if found is None:
+                    raise
+        if found.lifecycle_stage != "active":
+            raise UserError(
+                f"the experiment '{name}' was deleted; restore it (mlflow experiments restore -x "
+                f"{found.experiment_id}) or choose another name"
+            )
+        return found.experiment_id
+
+
+def _plain(run: Any) -> dict[str, Any]:
+    info, data = run.info, run.data
+    return {
+        "run_id": info.run_id,
+        "name": info.run_name,
+        "status": info.status,
+        "parent_run_id": data.tags.get(PARENT),
+        "experiment_id": info.experiment_id,
+        "artifact_uri": info.artifact_uri,
+        "start_time": info.start_time / 1000,
+        "end_time": info.end_time / 1000 if info.end_time and info.status != "RUNNING" else None,
+        "params": dict(data.params),
+        "metrics": dict(data.metrics),
+        "tags": dict(data.tags),
+    }
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "true", False: "false"}[value]
+    if isinstance(value, Enum):
+        return _text(value.value)
+    if isinstance(value, (list, tuple, dict)):
+        return json.dumps(value, default=str, ensure_ascii=False)
+    return str(value)
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 3] + "..."
