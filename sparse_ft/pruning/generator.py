@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
 
 import sparse_ft
 from sparse_ft.errors import UserError
 from sparse_ft.files import write_json
-from sparse_ft.models.checkpoint import Checkpoint
+from sparse_ft.models.checkpoint import Checkpoint, copy_checkpoint
+from sparse_ft.models.loading import resolve_device, resolve_dtype
+from sparse_ft.models.names import role
 from sparse_ft.progress import SILENT, Progress
+from sparse_ft.pruning.allocation import owl_deviations, owl_sparsities, tensor_counts
+from sparse_ft.pruning.blocks import BlockModel
+from sparse_ft.pruning.blockstate import BlockState
+from sparse_ft.pruning.blockwise import BlockPruner, dense_scores, outlier_shares
 from sparse_ft.pruning.coverage import coverage_report
+from sparse_ft.pruning.gradients import gradient_statistics
 from sparse_ft.pruning.histogram import exact_count
+from sparse_ft.pruning.importance import Statistics, score, with_floor
 from sparse_ft.pruning.output import LevelFiles, MaskFile
 from sparse_ft.pruning.settings import Calibration, PruningSettings
-from sparse_ft.pruning.sources import KeySource, MagnitudeSource, RandomSource
-from sparse_ft.pruning.streaming import MaskSink, write_global, write_groups, write_layers, write_rows
+from sparse_ft.pruning.sources import KeySource, MagnitudeSource, RandomSource, ScoreSource
+from sparse_ft.pruning.streaming import MaskSink, Pool, write_global, write_groups, write_layers, write_rows
+from sparse_ft.pruning.structure import choose_units, families, family_scores, write_units
 
 __all__ = ["MaskGenerator"]
+
+Counts = Mapping[str, Sequence[int]]
 
 
 class MaskGenerator:
@@ -54,6 +72,8 @@ class MaskGenerator:
         self.model_name = model_name or self.checkpoint.folder.name
         self.progress = progress
         self.threads = settings.threads or len(os.sched_getaffinity(0))
+        self.notes: list[str] = []
+        self._finished: list[BlockState] = []
         self._check_inputs()
 
     def generate(
@@ -69,11 +89,14 @@ class MaskGenerator:
         """
         folder = Path(output_dir)
         files = LevelFiles(folder, self.settings.label, self.settings.levels, self.shapes, file_format)
+        self.notes, self._finished = [], []
         try:
-            self._write(files)
-            results = files.finish(self._metadata, figures=figures)
+            checkpoints = self._write(files, folder)
+            results = files.finish(lambda level: self._metadata(level, checkpoints[level]), checkpoints, figures)
         finally:
             files.abort()
+        for state in self._finished:  # kept until the masks are: a run killed while writing loses no block
+            state.remove()
         report = coverage_report(self.checkpoint)
         report["levels"] = [_level_coverage(result, report["parameters"]) for result in results]
         write_json(folder / "coverage.json", report)
@@ -95,32 +118,177 @@ class MaskGenerator:
                         f"{name} has {shape[-1]} inputs, which groups of {group} do not divide. Take another pattern."
                     )
 
-    def _write(self, sink: MaskSink) -> None:
-        source = self._source()
+    def _write(self, files: LevelFiles, folder: Path) -> list[Path | None]:
+        """Makes the masks; returns each level's pruned checkpoint, where the importance changes weights."""
+        if self.settings.statistics_needed == "activations" and not self._one_ranking:
+            return self._write_blockwise(files, folder)
+        with self._source(folder) as source:
+            self._write_from(source, self._counts(folder), files)
+        return [None] * len(self.settings.levels)
+
+    @property
+    def _one_ranking(self) -> bool:
+        return self.settings.scope == "global"
+
+    def _write_from(self, source: KeySource, counts: Counts, sink: MaskSink) -> None:
         settings = self.settings
         common = {"threads": self.threads, "progress": self.progress}
-        if settings.method == "semi_structured":
+        if settings.method == "structured":
+            members = families(self.checkpoint.config, self.shapes)
+            scores = family_scores(members, source, **common)
+            write_units(members, choose_units(members, scores, settings.levels, settings.scope), self.shapes, sink)
+        elif settings.method == "semi_structured":
             write_groups(source, settings.pattern_n, settings.pattern_m, sink, **common)
         elif settings.scope == "global":
             write_global(source, settings.levels, sink, **common)
         elif settings.scope == "layer":
-            write_layers(source, self._counts(), sink, **common)
+            write_layers(source, counts, sink, **common)
         else:
-            write_rows(source, self._counts(rows=True), sink, **common)
+            write_rows(source, counts, sink, **common)
 
-    def _source(self) -> KeySource:
-        if self.settings.method == "random":
-            return RandomSource(self.shapes, self.settings.seed)
-        return MagnitudeSource(self.checkpoint, list(self.shapes))
+    def _write_blockwise(self, files: LevelFiles, folder: Path) -> list[Path | None]:
+        self._check_finite()
+        model = self._block_model()
+        state = self._state(folder, "prune")
+        pruner = BlockPruner(model, self.settings, self._counts(folder), state)
+        pruner.run(self._tokens, self.progress)
+        levels = range(len(self.settings.levels))
+        for level in levels:
+            for block in range(model.count):
+                for name, packed in pruner.packed(level, block).items():
+                    files.append(level, name, packed)
+        checkpoints: list[Path | None] = [None for _ in levels]
+        if self.settings.importance == "sparsegpt":
+            checkpoints = [
+                copy_checkpoint(
+                    self.checkpoint,
+                    folder / f"model_{files.stems[level]}",
+                    lambda name, tensor, level=level: (
+                        pruner.weight(level, role(name).block, name) if name in self.shapes else tensor
+                    ),
+                    self.progress,
+                )
+                for level in levels
+            ]
+        self._finish_state(state)
+        return checkpoints
 
-    def _counts(self, rows: bool = False) -> Mapping[str, Sequence[int]]:
-        """How many weights of each tensor (or of each of its rows) every level prunes."""
-        return {
-            name: [exact_count(level, shape[-1] if rows else _size(shape)) for level in self.settings.levels]
-            for name, shape in self.shapes.items()
+    @contextmanager
+    def _source(self, folder: Path) -> Iterator[KeySource]:
+        """Scores of every weight, in whatever way the importance has them."""
+        settings = self.settings
+        needed = settings.statistics_needed
+        if settings.method == "random":
+            yield RandomSource(self.shapes, settings.seed)
+        elif settings.importance == "magnitude":
+            yield MagnitudeSource(self.checkpoint, list(self.shapes))
+        elif needed == "none":
+            self._check_finite()
+            yield ScoreSource(self.shapes, lambda name: self._score(name, Statistics(name)))
+        elif needed == "gradients":
+            self._check_finite()
+            yield self._gradient_source()
+        else:
+            self._check_finite()
+            state = self._state(folder, "scores")
+            yield dense_scores(self._block_model(), self._tokens, settings.importance, state, self.progress)
+            self._finish_state(state)
+
+    def _gradient_source(self) -> ScoreSource:
+        settings = self.settings
+        wanted = {"gradient": ["gradient"], "taylor": ["product"]}
+        kinds = ["gradient", "product"] if callable(settings.importance) else wanted[settings.importance]
+        means = gradient_statistics(
+            self.checkpoint.folder, self._tokens, kinds, settings.dtype, settings.device, self.progress
+        )
+
+        def load(name: str) -> np.ndarray:
+            about = Statistics(
+                name,
+                tokens=self._tokens.numel(),
+                mean_abs_gradient=means["gradient"][name] if "gradient" in means else None,
+                mean_abs_product=means["product"][name] if "product" in means else None,
+            )
+            return self._score(name, about)
+
+        return ScoreSource(self.shapes, load)
+
+    def _score(self, name: str, statistics: Statistics) -> np.ndarray:
+        weight = self.checkpoint.tensor(name)
+        scores, floored = with_floor(score(self.settings.importance, weight, statistics), weight)
+        if floored:
+            self._note(f"{name}: scores were all zero; ordered by magnitude")
+        return scores.contiguous().numpy()
+
+    def _counts(self, folder: Path) -> Counts:
+        """How many weights of each tensor (scope row: of each of its rows) every level prunes."""
+        levels, rows = self.settings.levels, self.settings.scope == "row"
+        if self.settings.allocation == "uniform":
+            return {
+                name: [exact_count(level, shape[-1] if rows else math.prod(shape)) for level in levels]
+                for name, shape in self.shapes.items()
+            }
+        shares = self._owl_shares(folder)
+        if rows:
+            return {n: [exact_count(share, s[-1]) for share in shares[n]] for n, s in self.shapes.items()}
+        return tensor_counts(levels, {name: math.prod(shape) for name, shape in self.shapes.items()}, shares)
+
+    def _owl_shares(self, folder: Path) -> dict[str, list[float]]:
+        """OWL's sparsity of each tensor at each level: that of its block."""
+        settings = self.settings
+        model, state = self._block_model(), self._state(folder, "owl")
+        outliers = outlier_shares(model, self._tokens, settings.owl_outlier, state, self.progress)
+        self._finish_state(state)
+        deviations = owl_deviations(outliers, settings.owl_range)
+        sizes = [sum(math.prod(self.shapes[name]) for name in model.names(b)) for b in range(model.count)]
+        by_level = [owl_sparsities(level, deviations, sizes) for level in settings.levels]
+        return {name: [float(values[role(name).block]) for values in by_level] for name in self.shapes}
+
+    def _check_finite(self) -> None:
+        """Reads all weights once: a model with NaN gives scores that say nothing about where they are."""
+        source = MagnitudeSource(self.checkpoint, list(self.shapes))
+
+        def read(name: str) -> None:
+            for _ in source.parts(name):
+                pass
+
+        tasks = {name: partial(read, name) for name in self.shapes}
+        Pool(source, self.threads, self.progress).run("check weights", tasks)
+
+    @property
+    def _tokens(self) -> torch.Tensor:
+        assert self.calibration is not None  # seen to in _check_inputs
+        return self.calibration.token_ids
+
+    def _block_model(self) -> BlockModel:
+        device = resolve_device(self.settings.device)
+        return BlockModel(self.checkpoint, resolve_dtype(self.settings.dtype, device), device)
+
+    def _state(self, folder: Path, purpose: str) -> BlockState:
+        settings = {
+            key: value
+            for key, value in vars(self.settings).items()
+            if key not in ("threads", "force", "importance", "device")
         }
+        identity = {
+            "purpose": purpose,
+            "settings": settings | {"importance": self.settings.importance_name},
+            "fingerprint": self.checkpoint.fingerprint,
+            "tokens": hashlib.sha256(self._tokens.numpy().tobytes()).hexdigest(),
+            "version": sparse_ft.__version__,
+        }
+        return BlockState(folder, identity)
 
-    def _metadata(self, level: int) -> dict[str, Any]:
+    def _finish_state(self, state: BlockState) -> None:
+        for note in state.notes:
+            self._note(note)
+        self._finished.append(state)
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def _metadata(self, level: int, checkpoint: Path | None) -> dict[str, Any]:
         settings = self.settings
         about: dict[str, Any] = {
             "method": settings.method,
@@ -140,14 +308,14 @@ class MaskGenerator:
             about["pattern"] = f"{settings.pattern_n}:{settings.pattern_m}"
         if settings.allocation != "uniform":
             about["allocation"] = settings.allocation
+        if checkpoint is not None:  # the masks belong to the updated weights
+            about["source_fingerprint"] = about["fingerprint"]
+            about["fingerprint"] = Checkpoint(checkpoint).fingerprint
+        if len(settings.levels) > 1:
+            about["levels"] = list(settings.levels)
+        if self.notes:
+            about["notes"] = self.notes[:20]
         return about
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for extent in shape:
-        size *= extent
-    return size
 
 
 def _level_coverage(result: MaskFile, parameters: int) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import numpy as np
 from numba import njit
 
 __all__ = [
-    "add_axis_sums",
+    "add_column_sums",
     "add_digit_histogram",
     "add_histogram",
     "count_equal",
@@ -160,15 +160,12 @@ def random_keys(stream, first, out):
 
 
 @njit(cache=True, nogil=True)
-def add_axis_sums(scores, row_sums, column_sums):
-    """Adds the sums of ``scores`` (float32 ``[R, C]``) along each axis, in float64, row after row.
+def add_column_sums(scores, sums):
+    """Adds the rows of ``scores`` (float32 ``[R, C]``) to ``sums`` (float64 ``[C]``), one after another.
 
     Rows handed in one call or in several give the same bits.
     """
     rows, columns = scores.shape
     for r in range(rows):
-        total = 0.0
         for c in range(columns):
-            total += scores[r, c]
-            column_sums[c] += scores[r, c]
-        row_sums[r] += total
+            sums[c] += scores[r, c]

@@ -78,11 +78,11 @@ class LevelFiles:
             raise UserError(f"format '{file_format}' is none of {', '.join(FORMATS)}.")
         self.folder, self.levels, self.shapes = Path(folder), list(levels), dict(shapes)
         self._format = file_format
-        self._stems = [f"sparsity{level_label(level)}_{label}" for level in levels]
+        self.stems = [f"sparsity{level_label(level)}_{label}" for level in levels]
         self._kept = [dict.fromkeys(shapes, 0) for _ in levels]
         self._writers: list[MaskFileWriter] = []
         try:
-            for stem in self._stems:
+            for stem in self.stems:
                 self._writers.append(MaskFileWriter(self._written(stem), shapes))
         except BaseException:
             self.abort()
@@ -107,7 +107,7 @@ class LevelFiles:
             figures: draw the pictures too.
         """
         results = []
-        for level, stem in enumerate(self._stems):
+        for level, stem in enumerate(self.stems):
             about = dict(metadata(level))
             weights = sum(int(np.prod(shape, dtype=np.int64)) for shape in self.shapes.values())
             pruned = weights - sum(self._kept[level].values())

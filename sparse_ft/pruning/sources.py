@@ -51,6 +51,10 @@ class KeySource(Protocol):
         """
         ...
 
+    def scores(self, name: str) -> Iterator[np.ndarray]:
+        """The scores themselves, float32 ``[rows, C]``, in the same parts."""
+        ...
+
 
 def row_parts(shape: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
     """Splits a tensor of ``shape`` into runs of whole rows of at most PART weights (at least one row).
@@ -124,6 +128,10 @@ class MagnitudeSource:
                     )
                 yield _widened(keys, dtype) if widen and digits is np.uint16 else keys
 
+    def scores(self, name: str) -> Iterator[np.ndarray]:
+        for keys in self.parts(name, widen=True):
+            yield keys.view(np.float32)
+
 
 class RandomSource:
     """31 random bits per weight, a function of (seed, tensor name, position) and of nothing else."""
@@ -149,6 +157,10 @@ class RandomSource:
             random_keys(stream, np.uint64(first * columns), keys.reshape(-1))
             yield keys
 
+    def scores(self, name: str) -> Iterator[np.ndarray]:
+        for keys in self.parts(name):
+            yield keys.astype(np.float32)
+
 
 class ScoreSource:
     """Keys of float32 scores that ``load(name)`` gives, in memory, memory-mapped or computed on demand.
@@ -171,6 +183,10 @@ class ScoreSource:
         return 4 * int(np.prod(self.shapes[name], dtype=np.int64))
 
     def parts(self, name: str, widen: bool = False) -> Iterator[np.ndarray]:
+        for part in self.scores(name):
+            yield ordered_keys(part)
+
+    def scores(self, name: str) -> Iterator[np.ndarray]:
         scores = self._load(name)
         if scores.shape != self.shapes[name] or scores.dtype != np.float32:
             raise ValueError(f"{name}: scores are {scores.dtype} {scores.shape}, not float32 {self.shapes[name]}")
@@ -179,7 +195,7 @@ class ScoreSource:
             part = scores[first:last]
             if not np.isfinite(part).all():
                 raise UserError(f"{name}: its importance scores hold NaN or infinite values.")
-            yield ordered_keys(part)
+            yield part
 
 
 def _widened(keys: np.ndarray, dtype: torch.dtype) -> np.ndarray:

@@ -21,7 +21,7 @@ from sparse_ft.pruning.kernels import (
 )
 from sparse_ft.pruning.sources import KeySource
 
-__all__ = ["MaskSink", "MemorySink", "write_global", "write_groups", "write_layers", "write_rows"]
+__all__ = ["MaskSink", "MemorySink", "Pool", "write_global", "write_groups", "write_layers", "write_rows"]
 
 _NARROW = 32768  # keys of 15 bits
 _DIGIT = 65536
@@ -65,7 +65,7 @@ def write_global(
     names = sorted(source.shapes)
     ks = [exact_count(sparsity, _size(source, names)) for sparsity in sparsities]
     wide = any(source.wide(name) for name in names) or len({source.kind(name) for name in names}) > 1
-    pool = _Pool(source, threads, progress)
+    pool = Pool(source, threads, progress)
     if wide:
         shares = _wide_cuts(source, names, ks, pool)
     else:
@@ -103,7 +103,7 @@ def write_layers(
             equal = [int(table[cut.key]) for cut in cuts]
         _write_cuts(source, name, list(zip(cuts, equal, strict=True)), sink, False)
 
-    _Pool(source, threads, progress).run("make masks", {name: _call(task, name) for name in sorted(source.shapes)})
+    Pool(source, threads, progress).run("make masks", {name: _call(task, name) for name in sorted(source.shapes)})
 
 
 def write_rows(
@@ -122,7 +122,7 @@ def write_rows(
             for level, k in enumerate(counts[name]):
                 sink.append(level, name, _pack(ranks, np.full(len(ranks), k, np.uint32)))
 
-    _Pool(source, threads, progress).run("make masks", {name: _call(task, name) for name in sorted(source.shapes)})
+    Pool(source, threads, progress).run("make masks", {name: _call(task, name) for name in sorted(source.shapes)})
 
 
 def write_groups(
@@ -144,10 +144,10 @@ def write_groups(
             group_ranks(keys, group, ranks)
             sink.append(0, name, _pack(ranks, np.full(len(ranks), group - kept, np.uint8)))
 
-    _Pool(source, threads, progress).run("make masks", {name: _call(task, name) for name in sorted(source.shapes)})
+    Pool(source, threads, progress).run("make masks", {name: _call(task, name) for name in sorted(source.shapes)})
 
 
-class _Pool:
+class Pool:
     """Runs one task per tensor in threads (the compiled loops release the GIL), largest tensors first."""
 
     def __init__(self, source: KeySource, threads: int, progress: Progress):
@@ -220,7 +220,7 @@ def _prefixes(coarse: Sequence[Cut]) -> list[int]:
 
 
 def _wide_cuts(
-    source: KeySource, names: Sequence[str], ks: Sequence[int], pool: _Pool
+    source: KeySource, names: Sequence[str], ks: Sequence[int], pool: Pool
 ) -> dict[str, list[tuple[Cut, int]]]:
     high = np.zeros(_DIGIT, np.int64)
     for table in pool.run("count weights", {name: _call(_high_counts, source, name) for name in names}).values():

@@ -1,0 +1,252 @@
+"""Running a model block by block: one block in memory, the hidden states on disk.
+
+What a block is called with is recorded from the model itself, so that no argument is named here. What goes
+into each weight is seen by watching ``torch.nn.functional.linear``, which tells the experts of a fused 3-D
+parameter apart by their address and needs no knowledge of the modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch.overrides import TorchFunctionMode
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from sparse_ft.models.checkpoint import Checkpoint
+from sparse_ft.models.loading import load_state_into, quiet_transformers
+from sparse_ft.models.names import Slot, role, slots
+
+__all__ = ["BlockModel", "HiddenStates", "InputWatch", "sample_batches"]
+
+_BATCH_TOKENS = 2048  # tokens that go through a block at once
+
+
+class HiddenStates:
+    """Hidden states ``[samples, seq_len, hidden]`` in a file; a part of them is in memory at a time."""
+
+    def __init__(self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype):
+        self.path, self.shape = path, shape
+        size = shape[0] * shape[1] * shape[2]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._values = torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)
+
+    def read(self, samples: slice, device: torch.device) -> torch.Tensor:
+        return self._values[samples].to(device, copy=True)
+
+    def write(self, samples: slice, values: torch.Tensor) -> None:
+        self._values[samples] = values.to("cpu")
+
+
+def sample_batches(samples: int, seq_len: int) -> list[slice]:
+    """Runs of samples that go through a block together: about 2,048 tokens."""
+    step = max(1, _BATCH_TOKENS // seq_len)
+    return [slice(first, min(first + step, samples)) for first in range(0, samples, step)]
+
+
+class _Captured(Exception):
+    """Stops the model at its first block."""
+
+
+class BlockModel:
+    """A model's skeleton without weights, from which one block at a time is made whole.
+
+    Args:
+        checkpoint: where the weights come from.
+        dtype, device: of the computation.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device):
+        self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
+        config = AutoConfig.from_pretrained(str(checkpoint.folder), local_files_only=True)
+        with quiet_transformers(), init_empty_weights(include_buffers=False):
+            # eager experts: one matrix product per expert, which is what InputWatch can tell apart
+            self.model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation="sdpa", experts_implementation="eager"
+            ).eval()
+        self.slots = slots(checkpoint.config, checkpoint.prunable)
+        self._calls: dict[int, tuple[tuple, dict[str, Any]]] = {}
+
+    @property
+    def count(self) -> int:
+        return len(self.model.model.layers)
+
+    def names(self, block: int) -> list[str]:
+        """Prunable tensors of a block."""
+        return [name for name in self.checkpoint.prunable if role(name).block == block]
+
+    @torch.no_grad()
+    def embed(self, token_ids: torch.Tensor, path: Path) -> HiddenStates:
+        """What the first block receives, written to ``path``."""
+        ids = token_ids.to(self.device)
+        shape = (*token_ids.shape, self.model.config.hidden_size)
+        states = HiddenStates(path, shape, self.dtype)
+        for samples in sample_batches(*states.shape[:2]):
+            hidden = self._capture(ids[samples])
+            states.write(samples, hidden)
+        return states
+
+    def prepare(self, token_ids: torch.Tensor) -> None:
+        """Records the other arguments of a block's call, when `embed` is not needed (resumed runs)."""
+        for samples in sample_batches(*token_ids.shape):
+            self._capture(token_ids[samples].to(self.device))
+
+    def load(self, block: int) -> torch.nn.Module:
+        """Makes a block whole: its weights from the checkpoint, on the device."""
+        module = self.model.model.layers[block]
+        if next(module.parameters()).is_meta:
+            module.to_empty(device=self.device)
+        prefix = f"model.layers.{block}."
+        load_state_into(self.model, self.checkpoint, [n for n in self.checkpoint.names if n.startswith(prefix)])
+        return module
+
+    def unload(self, block: int) -> None:
+        self.model.model.layers[block].to_empty(device="meta")
+
+    def weight(self, name: str) -> torch.Tensor:
+        """The tensor ``name`` inside the loaded block: a view, to be read or written."""
+        slot: Slot = self.slots[name]
+        return slot.view(self.model.get_parameter(slot.parameter).detach())
+
+    def address(self, name: str, expert: int | None = None) -> int:
+        """Where the matrix lies that inputs are multiplied with: a whole parameter, or one expert's part."""
+        slot = self.slots[name]
+        parameter = self.model.get_parameter(slot.parameter)
+        index = slot.index[0] if slot.index else expert
+        return (parameter if index is None else parameter[index]).data_ptr()
+
+    @torch.no_grad()
+    def run(
+        self,
+        module: torch.nn.Module,
+        states: HiddenStates,
+        target: HiddenStates | None = None,
+        watch: InputWatch | None = None,
+        advance: Callable[[int], None] | None = None,
+    ) -> None:
+        """Sends hidden states through a loaded block; writes what comes out to ``target``."""
+        for samples in sample_batches(*states.shape[:2]):
+            hidden = states.read(samples, self.device)
+            arguments, keywords = self._calls[len(hidden)]
+            if watch is None:
+                result = module(hidden, *arguments, **keywords)
+            else:
+                with watch:
+                    result = module(hidden, *arguments, **keywords)
+            if target is not None:
+                target.write(samples, result[0] if isinstance(result, tuple) else result)
+            if advance is not None:
+                advance(len(hidden))
+
+    @torch.no_grad()
+    def _capture(self, ids: torch.Tensor) -> torch.Tensor:
+        base = self.model.model
+        if next(base.embed_tokens.parameters()).is_meta:
+            base.embed_tokens.to_empty(device=self.device)
+            load_state_into(self.model, self.checkpoint, ["model.embed_tokens.weight"])
+            for child in base.children():  # the rotary table and the like: small, and not in the checkpoint
+                if not list(child.parameters()):
+                    child.to(self.device)
+        seen: list[torch.Tensor] = []
+
+        def stop(_, arguments: tuple, keywords: dict[str, Any]) -> None:
+            rest = dict(keywords)
+            hidden = arguments[0] if arguments else rest.pop("hidden_states")
+            seen.append(hidden)
+            self._calls[len(ids)] = (arguments[1:], rest)
+            raise _Captured
+
+        handle = base.layers[0].register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            base(input_ids=ids, use_cache=False)
+        except _Captured:
+            pass
+        finally:
+            handle.remove()
+        return seen[0]
+
+
+class InputWatch(TorchFunctionMode):
+    """Sums up what is multiplied with each watched weight.
+
+    Args:
+        model: with the block loaded.
+        names: checkpoint tensors to watch; 3-D ones are watched expert by expert.
+        hessians: also sum up x x^T.
+
+    Attributes:
+        squares: sums of squares of each input feature, float64 ``[C]``, by (name, expert or None).
+        hessians: x^T x, float32 ``[C, C]``, likewise; shared by matrices with the same input.
+        tokens: how many tokens went through, likewise.
+    """
+
+    def __init__(self, model: BlockModel, names: list[str], hessians: bool = False):
+        super().__init__()
+        self._matrices: dict[int, list[tuple[str, int | None]]] = {}
+        self._columns: dict[tuple[str, int | None], int] = {}
+        for name in names:
+            weight = model.weight(name)
+            for expert in range(len(weight)) if weight.ndim == 3 else [None]:
+                self._columns[name, expert] = weight.shape[-1]
+                self._matrices.setdefault(model.address(name, expert), []).append((name, expert))
+        self._device = model.device
+        self._with_hessians = hessians
+        self._owner: dict[tuple[str, int | None], tuple[str, int | None]] = {}
+        self._squares: dict[tuple[str, int | None], torch.Tensor] = {}
+        self._hessians: dict[tuple[str, int | None], torch.Tensor] = {}
+        self._tokens: dict[tuple[str, int | None], int] = {}
+        self._last: tuple[torch.Tensor, tuple[str, int | None]] | None = None
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is torch.nn.functional.linear:
+            weight = args[1] if len(args) > 1 else kwargs["weight"]
+            keys = self._matrices.get(weight.data_ptr())
+            if keys:
+                self._see(keys, args[0] if args else kwargs["input"])
+        return function(*args, **kwargs)
+
+    def input_norm(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """Euclidean norm of each input feature, float32 ``[C]``, or ``[E, 1, C]`` for 3-D tensors; 0 if unseen."""
+        if len(shape) == 3:
+            return torch.stack([self._norm(name, expert) for expert in range(shape[0])])[:, None]
+        return self._norm(name, None)
+
+    def tokens(self, name: str, expert: int | None = None) -> int:
+        return self._tokens.get(self._owner.get((name, expert), (name, expert)), 0)
+
+    def hessian(self, name: str, expert: int | None = None) -> torch.Tensor | None:
+        """x^T x over all tokens, float32 ``[C, C]``; None if no token came. Shared: not to be modified."""
+        return self._hessians.get(self._owner.get((name, expert), (name, expert)))
+
+    def owner(self, name: str, expert: int | None = None) -> tuple[str, int | None]:
+        """The matrix under which the inputs of this one are kept; the same for those that share an input."""
+        return self._owner.get((name, expert), (name, expert))
+
+    def _norm(self, name: str, expert: int | None) -> torch.Tensor:
+        squares = self._squares.get(self.owner(name, expert))
+        if squares is None:
+            return torch.zeros(self._columns[name, expert], device=self._device)
+        return squares.sqrt().float()
+
+    def _see(self, keys: list[tuple[str, int | None]], x: torch.Tensor) -> None:
+        first = keys[0]
+        if first not in self._owner:
+            # q, k and v (gate and up) are given one and the same tensor: its sums are kept once
+            shared = self._last is not None and self._last[0] is x
+            for key in keys:
+                self._owner[key] = self._owner[self._last[1]] if shared else first
+        self._last = (x, first)
+        owner = self._owner[first]
+        if owner != first:
+            return
+        rows = x.detach().reshape(-1, x.shape[-1]).float()
+        squares = rows.square().sum(0).double()
+        self._tokens[owner] = self._tokens.get(owner, 0) + len(rows)
+        self._squares[owner] = self._squares[owner] + squares if owner in self._squares else squares
+        if self._with_hessians:
+            total = self._hessians.setdefault(owner, rows.new_zeros(rows.shape[1], rows.shape[1]))
+            total.addmm_(rows.T, rows)

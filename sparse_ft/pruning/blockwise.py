@@ -1,0 +1,264 @@
+"""Importances that look at activations (Wanda, SparseGPT, OWL, a user's own), block after block.
+
+As in the papers' code a block is scored on what the blocks pruned before it give out. Every level therefore has
+hidden states of its own; a weight pruned at a level is pruned at every higher one.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from sparse_ft.masks.mask_set import pack_bits, unpack_bits
+from sparse_ft.progress import SILENT, Progress
+from sparse_ft.pruning.allocation import outlier_share, tensor_counts
+from sparse_ft.pruning.blocks import BlockModel, HiddenStates, InputWatch
+from sparse_ft.pruning.blockstate import BlockState
+from sparse_ft.pruning.importance import Statistics, score, wanda, with_floor
+from sparse_ft.pruning.patterns import group_mask, layer_mask, row_mask
+from sparse_ft.pruning.settings import PruningSettings
+from sparse_ft.pruning.sources import ScoreSource
+from sparse_ft.pruning.sparsegpt import inverse_factor, prune_columns
+from sparse_ft.pruning.streaming import MemorySink
+from sparse_ft.pruning.structure import choose_units, families, family_scores, write_units
+
+__all__ = ["BlockPruner", "dense_scores", "outlier_shares", "run_blocks"]
+
+Results = dict[str, torch.Tensor]
+Visit = Callable[[int, int, InputWatch, Results], Results]
+
+
+def run_blocks(
+    model: BlockModel,
+    token_ids: torch.Tensor,
+    streams: int,
+    visit: Visit,
+    state: BlockState,
+    hessians: bool = False,
+    progress: Progress = SILENT,
+    stage: str = "prune blocks",
+) -> None:
+    """Takes every block once: watches its inputs, lets ``visit`` judge and change it, sends the text through.
+
+    Args:
+        token_ids: int64 ``[samples, seq_len]``.
+        streams: independent copies of the text, one per level.
+        visit: ``(block, stream, watch, results of the stream before) -> results``; may write the block's
+            weights. Results are kept in ``state``.
+        state: where the run begins, and where it is kept after every block.
+        hessians: watch x x^T too.
+    """
+    samples = len(token_ids)
+    progress.start(stage, model.count * streams * 2 * samples, "samples")
+    progress.advance(state.done * streams * 2 * samples)
+    shape = (*token_ids.shape, model.model.config.hidden_size)
+    if state.done == 0:
+        model.embed(token_ids, state.hidden(0, 0))
+        for stream in range(1, streams):
+            shutil.copyfile(state.hidden(0, 0), state.hidden(0, stream))
+    elif state.done < model.count:
+        model.prepare(token_ids)
+    for block in range(state.done, model.count):
+        results: Results = {}
+        note = f"block {block + 1} of {model.count}"
+        for stream in range(streams):
+            module = model.load(block)
+            watch = InputWatch(model, model.names(block), hessians)
+            states = HiddenStates(state.hidden(block, stream), shape, model.dtype)
+            model.run(module, states, watch=watch, advance=lambda n, note=note: progress.advance(n, note))
+            results = visit(block, stream, watch, results)
+            state.save(block, stream, results)
+            if block + 1 < model.count:
+                target = HiddenStates(state.hidden(block + 1, stream), shape, model.dtype)
+                model.run(module, states, target)
+            progress.advance(samples, note)
+        model.unload(block)
+        state.finish(block)
+    progress.stop()
+
+
+def outlier_shares(
+    model: BlockModel, token_ids: torch.Tensor, times: float, state: BlockState, progress: Progress = SILENT
+) -> list[float]:
+    """OWL's outlier share of every block of the dense model (see `allocation.outlier_share`)."""
+
+    def visit(block: int, stream: int, watch: InputWatch, before: Results) -> Results:
+        scores = []
+        for name in model.names(block):
+            weight = model.checkpoint.tensor(name).to(model.device)
+            scores.append(wanda(weight, _statistics(watch, name, weight)))
+        return {"share": torch.tensor([outlier_share(scores, times)], dtype=torch.float64)}
+
+    run_blocks(model, token_ids, 1, visit, state, progress=progress, stage="count outliers")
+    return [float(state.tensor(block, 0, "share")) for block in range(model.count)]
+
+
+def dense_scores(
+    model: BlockModel,
+    token_ids: torch.Tensor,
+    importance: str | Callable,
+    state: BlockState,
+    progress: Progress = SILENT,
+) -> ScoreSource:
+    """Scores of all tensors on the dense model's activations, kept on disk: for one ranking over the model."""
+
+    def visit(block: int, stream: int, watch: InputWatch, before: Results) -> Results:
+        return {name: _scores(model, watch, name, importance, state) for name in model.names(block)}
+
+    run_blocks(model, token_ids, 1, visit, state, progress=progress, stage="score blocks")
+    home = {name: block for block in range(model.count) for name in model.names(block)}
+    shapes = {name: model.checkpoint.shape(name) for name in home}
+    return ScoreSource(shapes, lambda name: state.tensor(home[name], 0, name).numpy())
+
+
+@dataclass
+class BlockPruner:
+    """Prunes block after block at every level; the visitor of `run_blocks`.
+
+    Attributes:
+        counts: weights to prune by tensor (of each row for scope ``row``) and level; unused for N:M and structured.
+    """
+
+    model: BlockModel
+    settings: PruningSettings
+    counts: Mapping[str, Sequence[int]]
+    state: BlockState
+
+    def run(self, token_ids: torch.Tensor, progress: Progress = SILENT) -> None:
+        """Goes through all blocks that are not done yet."""
+        hessians = self.settings.importance == "sparsegpt"
+        run_blocks(self.model, token_ids, len(self.settings.levels), self, self.state, hessians, progress)
+
+    def __call__(self, block: int, level: int, watch: InputWatch, before: Results) -> Results:
+        names = self.model.names(block)
+        pruned = {name: ~unpack_bits(before[name], self._shape(name)[-1]) for name in names if name in before}
+        if self.settings.importance == "sparsegpt":
+            return self._update(names, level, watch, pruned)
+        scores = {name: _scores(self.model, watch, name, self.settings.importance, self.state) for name in names}
+        masks = self._choose(scores, level, pruned)
+        for name, mask in masks.items():
+            self.model.weight(name).masked_fill_(~mask.to(self.model.device), 0)
+        return {name: pack_bits(mask) for name, mask in masks.items()}
+
+    def packed(self, level: int, block: int) -> dict[str, np.ndarray]:
+        """The packed masks of a finished block."""
+        return {name: self.state.tensor(block, level, name).numpy() for name in self.model.names(block)}
+
+    def weight(self, level: int, block: int, name: str) -> torch.Tensor:
+        """The updated weight of a finished block (SparseGPT), in the checkpoint's dtype."""
+        return self.state.tensor(block, level, f"{name}|weight")
+
+    def _choose(self, scores: Results, level: int, pruned: Results) -> Results:
+        settings = self.settings
+        if settings.method == "semi_structured":
+            return {n: group_mask(s, settings.pattern_n, settings.pattern_m) for n, s in scores.items()}
+        if settings.method == "structured":
+            return self._choose_units(scores, level, pruned)
+        choose = row_mask if settings.scope == "row" else layer_mask
+        masks = {}
+        for name, values in scores.items():
+            before = pruned[name].to(values.device) if name in pruned else None
+            masks[name] = choose(values, self.counts[name][level], before)
+        return masks
+
+    def _choose_units(self, scores: Results, level: int, pruned: Results) -> Results:
+        shapes = {name: self._shape(name) for name in scores}
+        members = families(self.model.checkpoint.config, shapes)
+        source = ScoreSource(shapes, lambda name: scores[name].cpu().contiguous().numpy())
+        values = family_scores(members, source)
+        if pruned:
+            gone = ScoreSource(shapes, lambda name: pruned[name].float().numpy())
+            # Units of one block do not cross, so at the level before a unit was either wholly gone or whole.
+            for kept, share in zip(values, family_scores(members, gone), strict=True):
+                kept[share == 1] = -1
+        sink = MemorySink(shapes, 1)
+        write_units(members, choose_units(members, values, [self.settings.levels[level]], "layer"), shapes, sink)
+        return {n: unpack_bits(torch.from_numpy(sink.packed(0, n)), shape[-1]) for n, shape in shapes.items()}
+
+    def _update(self, names: Sequence[str], level: int, watch: InputWatch, pruned: Results) -> Results:
+        factors: dict[object, tuple[torch.Tensor, torch.Tensor]] = {}
+        results: Results = {}
+        for name in names:
+            old = self.model.checkpoint.tensor(name)
+            stack = old.float().to(self.model.device)
+            stack = stack if stack.ndim == 3 else stack[None]
+            experts = range(len(stack)) if old.ndim == 3 else [None]
+            before = pruned.get(name)
+            before = None if before is None else before.reshape(stack.shape).to(self.model.device)
+            ks = self._expert_counts(name, len(stack), before, level)
+            new, kept = torch.empty_like(stack), torch.empty_like(stack, dtype=torch.bool)
+            for index, expert in enumerate(experts):
+                owner = watch.owner(name, expert)
+                if owner not in factors:
+                    factors[owner] = self._factor(watch, name, expert, stack.shape[-1])
+                new[index], kept[index] = prune_columns(
+                    stack[index],
+                    *factors[owner],
+                    k=ks[index],
+                    pattern=self._pattern,
+                    pruned=None if before is None else before[index],
+                )
+            changed = new.reshape(old.shape).to(old.dtype)
+            mask = kept.reshape(old.shape)
+            self.model.weight(name).copy_(changed)
+            results[name], results[f"{name}|weight"] = pack_bits(mask), changed
+        return results
+
+    def _factor(
+        self, watch: InputWatch, name: str, expert: int | None, columns: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        hessian = watch.hessian(name, expert)
+        where = name if expert is None else f"{name}[{expert}]"
+        if hessian is None:
+            self.state.note(f"{where}: no calibration token came here; pruned by magnitude, without weight update")
+            return torch.eye(columns, device=self.model.device), torch.zeros(
+                columns, dtype=torch.bool, device=self.model.device
+            )
+        factor, dead, damping = inverse_factor(hessian)
+        if damping > 0.011:
+            self.state.note(f"{where}: Cholesky failed with damping 0.01 and passed with {damping:g}")
+        return factor, dead
+
+    def _expert_counts(self, name: str, experts: int, before: torch.Tensor | None, level: int) -> list[int]:
+        if self._pattern is not None:
+            return [0] * experts
+        k, size = self.counts[name][level], int(np.prod(self._shape(name), dtype=np.int64)) // experts
+        previous = [0] * experts if before is None else before.sum(dim=(1, 2)).tolist()
+        whole = tensor_counts(
+            [k / (size * experts)],
+            {f"{e:06d}": size for e in range(experts)},
+            {f"{e:06d}": [k / (size * experts)] for e in range(experts)},
+            {f"{e:06d}": previous[e] for e in range(experts)},
+        )
+        return [whole[f"{e:06d}"][0] for e in range(experts)]
+
+    @property
+    def _pattern(self) -> tuple[int, int] | None:
+        settings = self.settings
+        return (settings.pattern_n, settings.pattern_m) if settings.method == "semi_structured" else None
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return self.model.checkpoint.shape(name)
+
+
+def _statistics(watch: InputWatch, name: str, weight: torch.Tensor) -> Statistics:
+    experts = range(len(weight)) if weight.ndim == 3 else [None]
+    return Statistics(
+        name=name,
+        input_norm=watch.input_norm(name, tuple(weight.shape)),
+        tokens=sum(watch.tokens(name, expert) for expert in experts),
+    )
+
+
+def _scores(
+    model: BlockModel, watch: InputWatch, name: str, importance: str | Callable, state: BlockState
+) -> torch.Tensor:
+    weight = model.checkpoint.tensor(name).to(model.device)
+    scores, floored = with_floor(score(importance, weight, _statistics(watch, name, weight)), weight)
+    if floored:
+        state.note(f"{name}: scores were all zero (no calibration token came here); ordered by magnitude")
+    return scores

@@ -1,0 +1,236 @@
+"""Structured pruning: which rows and columns go together, which go first, and how many.
+
+Two kinds of units, each as wide as a physically smaller model has it: an MLP channel (a row of gate and up, the
+matching column of down), and an attention group (a key/value head with all its query heads: rows of q, k and v,
+columns of o). The experts of a mixture have channels of their own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sparse_ft.models.names import role
+from sparse_ft.progress import SILENT, Progress
+from sparse_ft.pruning.kernels import add_column_sums
+from sparse_ft.pruning.sources import PART, KeySource
+from sparse_ft.pruning.streaming import MaskSink, Pool
+
+__all__ = ["Family", "Part", "block_counts", "choose_units", "families", "family_scores", "write_units"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A family's share of one tensor: unit u owns ``width`` indices of ``axis`` from ``start + u * width``.
+
+    ``axis`` is ``row`` or ``column`` of the matrix, of expert ``expert`` in a 3-D tensor (else None).
+    """
+
+    name: str
+    axis: str
+    width: int = 1
+    start: int = 0
+    expert: int | None = None
+
+
+@dataclass(frozen=True)
+class Family:
+    """Units of one kind in one block (and one expert).
+
+    Attributes:
+        kind: ``attention`` or ``mlp``.
+        units: how many there are.
+        unit_weights: weights in one unit, over all parts.
+    """
+
+    block: int
+    kind: str
+    units: int
+    unit_weights: int
+    parts: tuple[Part, ...]
+
+
+def families(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> list[Family]:
+    """All families of a model, from its config and the shapes of its prunable tensors."""
+    groups = config.get("num_key_value_heads") or config["num_attention_heads"]
+    members: dict[tuple[int, str, int], list[Part]] = {}
+    for name, shape in shapes.items():
+        what = role(name)
+        if what.is_attention:
+            axis = "column" if what.projection == "o_proj" else "row"
+            width = (shape[1] if axis == "column" else shape[0]) // groups
+            members.setdefault((what.block, "attention", 0), []).append(Part(name, axis, width))
+        elif what.expert is None or what.expert >= 0:
+            axis = "column" if what.projection in ("down_proj", "w2") else "row"
+            members.setdefault((what.block, "mlp", what.expert or 0), []).append(Part(name, axis))
+        else:
+            for expert in range(shape[0]):
+                parts = members.setdefault((what.block, "mlp", expert), [])
+                if what.projection == "down_proj":
+                    parts.append(Part(name, "column", expert=expert))
+                else:
+                    parts += [Part(name, "row", 1, start, expert) for start in (0, shape[1] // 2)]
+    result = []
+    for (block, kind, _), parts in sorted(members.items()):
+        first = parts[0]
+        rows, columns = shapes[first.name][-2:]
+        extent = columns if first.axis == "column" else rows // sum(p.name == first.name for p in parts)
+        across = [shapes[part.name][-2 if part.axis == "column" else -1] for part in parts]
+        weights = sum(part.width * length for part, length in zip(parts, across, strict=True))
+        result.append(Family(block, kind, extent // first.width, weights, tuple(parts)))
+    return result
+
+
+def family_scores(
+    members: Sequence[Family], source: KeySource, threads: int = 1, progress: Progress = SILENT
+) -> list[np.ndarray]:
+    """Mean score per weight of every unit, float64 ``[units]`` for each family.
+
+    Sums run in float64 in a fixed order, so that threads do not change them.
+    """
+    needed = {(part.name, part.axis) for family in members for part in family.parts}
+    tasks = {name: _sums_task(source, name, {axis for n, axis in needed if n == name}) for name, _ in needed}
+    sums: Mapping[str, Any] = Pool(source, threads, progress).run("score units", tasks)
+    scores = []
+    for family in members:
+        total = np.zeros(family.units)
+        for part in family.parts:
+            lines = sums[part.name][part.axis][part.expert or 0]
+            lines = lines[part.start : part.start + family.units * part.width]
+            total += lines.reshape(family.units, part.width).sum(axis=1)
+        scores.append(total / family.unit_weights)
+    return scores
+
+
+def block_counts(
+    sparsity: float, groups: int, group_weights: int, channels: int, channel_weights: int
+) -> tuple[int, int]:
+    """How many attention groups and MLP channels of a block go, the same for every block.
+
+    Groups go in proportion; they are few and large, so the channels make up the difference: the block comes
+    within half a channel of the level. A channel once gone stays gone at higher levels, so right after a
+    group has gone (at sparsity (j - 1/2) / groups) the block is up to one group too sparse. Below 1.0 every
+    block keeps one group and one channel.
+
+    Args:
+        channel_weights: of one channel, over all experts.
+
+    Returns:
+        pruned groups, pruned channels; both grow with ``sparsity``.
+    """
+    if sparsity >= 1:
+        return groups, channels
+    total = groups * group_weights + channels * channel_weights
+    gone = min(max(0, math.ceil(sparsity * groups - 0.5)), groups - 1)
+    wanted = [sparsity * total - gone * group_weights]
+    wanted += [(j - 0.5) / groups * total - (j - 1) * group_weights for j in range(1, gone + 1)]
+    return gone, min(max(0, round(max(wanted) / channel_weights)), channels - 1)
+
+
+def choose_units(
+    members: Sequence[Family], scores: Sequence[np.ndarray], levels: Sequence[float], scope: str
+) -> list[list[np.ndarray]]:
+    """Which units stay: for each level and family a boolean ``[units]``, nested over the levels.
+
+    ``layer``: the lowest of each family, as many as `block_counts` says. ``global``: one ranking of all units
+    by mean score per weight; of its prefixes the one nearest to the level. Ties by position.
+    """
+    if scope == "global":
+        return _globally(members, scores, levels)
+    kept = []
+    for level in levels:
+        row = []
+        for family, values in zip(members, scores, strict=True):
+            beside = [other for other in members if other.block == family.block]
+            attention = next(other for other in beside if other.kind == "attention")
+            mlp = [other for other in beside if other.kind == "mlp"]
+            counts = block_counts(
+                level,
+                attention.units,
+                attention.unit_weights,
+                mlp[0].units,
+                sum(other.unit_weights for other in mlp),
+            )
+            row.append(_keep_all_but(values, counts[family.kind == "mlp"]))
+        kept.append(row)
+    return kept
+
+
+def write_units(
+    members: Sequence[Family],
+    kept: Sequence[Sequence[np.ndarray]],
+    shapes: Mapping[str, tuple[int, ...]],
+    sink: MaskSink,
+) -> None:
+    """Writes the masks: a weight stays if its row and its column stay."""
+    for level, choices in enumerate(kept):
+        lines: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        for family, choice in zip(members, choices, strict=True):
+            for part in family.parts:
+                shape = shapes[part.name]
+                experts = shape[0] if len(shape) == 3 else 1
+                rows, columns = lines.setdefault(
+                    part.name, (np.ones((experts, shape[-2]), bool), np.ones((experts, shape[-1]), bool))
+                )
+                axis = rows if part.axis == "row" else columns
+                axis[part.expert or 0, part.start : part.start + family.units * part.width] = np.repeat(
+                    choice, part.width
+                )
+        for name in sorted(lines):
+            rows, columns = lines[name]
+            step = max(1, PART // shapes[name][-1])
+            for expert in range(len(rows)):
+                pattern = np.packbits(columns[expert], bitorder="little")
+                for first in range(0, rows.shape[1], step):
+                    sink.append(level, name, np.where(rows[expert, first : first + step, None], pattern, np.uint8(0)))
+
+
+def _sums_task(source: KeySource, name: str, axes: set[str]):
+    """Sums of |score| over each row and column: ``{axis: float64 [experts, lines]}``."""
+    shape = source.shapes[name]
+    experts = shape[0] if len(shape) == 3 else 1
+
+    def task() -> dict[str, np.ndarray]:
+        rows = np.zeros(experts * shape[-2])
+        columns = np.zeros((experts, shape[-1]))
+        begin = 0
+        for part in source.scores(name):
+            if "row" in axes:
+                rows[begin : begin + len(part)] = part.sum(axis=1, dtype=np.float64)
+            if "column" in axes:
+                done = 0
+                while done < len(part):  # a part may reach over the border between two experts
+                    expert, row = divmod(begin + done, shape[-2])
+                    upto = min(len(part), done + shape[-2] - row)
+                    add_column_sums(part[done:upto], columns[expert])
+                    done = upto
+            begin += len(part)
+        return {"row": rows.reshape(experts, -1), "column": columns}
+
+    return task
+
+
+def _keep_all_but(scores: np.ndarray, count: int) -> np.ndarray:
+    kept = np.ones(scores.size, bool)
+    kept[np.argsort(scores, kind="stable")[:count]] = False
+    return kept
+
+
+def _globally(
+    members: Sequence[Family], scores: Sequence[np.ndarray], levels: Sequence[float]
+) -> list[list[np.ndarray]]:
+    order = np.argsort(np.concatenate(scores), kind="stable")
+    weights = np.concatenate([np.full(family.units, family.unit_weights) for family in members])
+    ends = np.concatenate([[0], np.cumsum(weights[order])])
+    borders = np.cumsum([family.units for family in members])[:-1]
+    kept = []
+    for level in levels:
+        count = int(np.abs(ends - level * ends[-1]).argmin())
+        keep = np.ones(order.size, bool)
+        keep[order[:count]] = False
+        kept.append(np.split(keep, borders))
+    return kept
