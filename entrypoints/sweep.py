@@ -6,7 +6,7 @@ from sparse_ft.study.config import SweepConfig
 
 def work(config: SweepConfig) -> int:
     # Imported here, so that --help and a mistyped flag are answered at once.
-    from sparse_ft.study.steps import sweep
+    from sparse_ft.study.driver import sweep
 
     return sweep(config)
 

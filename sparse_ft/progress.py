@@ -25,6 +25,9 @@ class Progress:
     def stop(self) -> None:
         """Closes the open stage."""
 
+    def say(self, text: str) -> None:
+        """A line of its own, between stages."""
+
 
 SILENT = Progress()
 
@@ -72,6 +75,9 @@ class BarProgress(Progress):
         self._rich.remove_task(self._task)
         self._task = None
 
+    def say(self, text: str) -> None:
+        self._rich.console.print(text, style="bold", highlight=False)
+
 
 class LineProgress(Progress):
     """One line when a stage starts and one when it ends, for logs and pipes."""
@@ -99,6 +105,9 @@ class LineProgress(Progress):
         amounts = _amounts(self._done, self._total, self._unit)
         print(f"{self._stage}: {amounts} in {seconds:.1f} s{note}", file=self._stream, flush=True)
         self._stage = None
+
+    def say(self, text: str) -> None:
+        print(text, file=self._stream, flush=True)
 
 
 def shown_progress() -> Progress:

@@ -18,11 +18,11 @@ from sparse_ft.files import write_json
 from sparse_ft.lora.config import LoraSettings
 from sparse_ft.lora.model import apply_sparse_lora, merge_all_lora_weights, remask, validate_sparsity_preserved
 from sparse_ft.masks.checks import check_masks
-from sparse_ft.masks.files import load_masks
 from sparse_ft.masks.mask_set import MaskSet
 from sparse_ft.models.checkpoint import Checkpoint
-from sparse_ft.models.loading import apply_masks, save_model
+from sparse_ft.models.loading import apply_masks, load_state_into, save_model
 from sparse_ft.progress import Progress
+from sparse_ft.pruning.output import MaskFile
 from sparse_ft.study.config import CellConfig
 from sparse_ft.study.failures import ValidationFailedError
 from sparse_ft.study.workbench import Workbench
@@ -54,12 +54,13 @@ class CellResult:
     merged: Path | None = None
 
 
-def run_cell(cell: CellConfig, mask_file: Path | None, bench: Workbench, folder: Path) -> CellResult:
+def run_cell(cell: CellConfig, mask_file: MaskFile | None, bench: Workbench, folder: Path) -> CellResult:
     """Runs a cell on this machine.
 
     Args:
         cell: what to run.
-        mask_file: its masks; None for a dense cell.
+        mask_file: its masks; None for a dense cell. Where they come with a checkpoint of their own (SparseGPT
+            updates the weights it keeps), training starts from that.
         bench: keeps the base model between cells.
         folder: the cell's own folder; what ``cell.keep`` names stays there.
 
@@ -75,11 +76,14 @@ def run_cell(cell: CellConfig, mask_file: Path | None, bench: Workbench, folder:
         settings.check()
         checkpoint, tokenizer = bench.checkpoint(cell.model), bench.tokenizer(cell.model)
         task = bench.task(cell.task, cell.data_dir, _count(cell.num_fewshot))
-        masks = _masks(mask_file, checkpoint, result)
+        start = checkpoint if mask_file is None or mask_file.checkpoint is None else Checkpoint(mask_file.checkpoint)
+        masks = _masks(mask_file, start, result)
         examples = training_examples(task, tokenizer, cell.max_seq_len, settings.examples_needed, cell.seed)
     scores = _Scores(cell, bench, tokenizer, task)
 
     with clock("load"), bench.borrow(cell) as model:
+        if start is not checkpoint:
+            load_state_into(model, start, start.prunable)
         if masks is not None:
             apply_masks(model, masks)
         if cell.score_untuned:
@@ -108,7 +112,7 @@ def run_cell(cell: CellConfig, mask_file: Path | None, bench: Workbench, folder:
             validation = validate_checkpoint(
                 target,
                 obeyed,
-                base=None if cell.mode == "full" else checkpoint.folder,
+                base=None if cell.mode == "full" else start.folder,
                 target_modules=_lora_settings(cell).target_modules,
                 progress=bench.progress,
             )
@@ -195,19 +199,16 @@ class _Clock:
         return {**{f"time/{stage}_seconds": s for stage, s in self._seconds.items()}, "time/total_seconds": total}
 
 
-def _masks(file: Path | None, checkpoint: Checkpoint, result: CellResult) -> MaskSet | None:
+def _masks(file: MaskFile | None, checkpoint: Checkpoint, result: CellResult) -> MaskSet | None:
     if file is None:
         return None
-    masks = load_masks(file)
+    masks = file.load()
     check_masks(masks, checkpoint.prunable_shapes(), str(checkpoint.folder.name))
     result.tags["mask_checksum"] = masks.checksum
     made_from = masks.metadata.get("fingerprint")
     if made_from not in (None, checkpoint.fingerprint):
         result.tags["warning"] = f"the masks were made from other weights ({made_from}, not {checkpoint.fingerprint})"
-    target = masks.metadata.get("sparsity")
-    if target is not None:
-        result.metrics["sparsity/target"] = float(target)
-    result.metrics["sparsity/achieved"] = masks.sparsity
+    result.metrics.update({"sparsity/target": file.sparsity, "sparsity/achieved": masks.sparsity})
     return masks
 
 

@@ -1,0 +1,65 @@
+"""What the study writes into its runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sparse_ft.levels import level_label
+from sparse_ft.pruning.output import MaskFile
+from sparse_ft.study.cell import CellResult
+from sparse_ft.study.config import CellConfig, MaskConfig
+from sparse_ft.study.failures import Failure
+from sparse_ft.tracking.runs import Tracker, flatten_config
+
+__all__ = ["log_cell_inputs", "log_cell_result", "log_failure", "log_mask_inputs", "log_masks"]
+
+
+def log_cell_inputs(tracker: Tracker, run_id: str, cell: CellConfig) -> None:
+    """The cell's configuration, as parameters ``cfg/...`` and as ``config.yaml``."""
+    values: dict[str, Any] = cell.canonical()
+    tracker.log(run_id, params=flatten_config(values))
+    tracker.log_dict(run_id, values, "config.yaml")
+
+
+def log_cell_result(tracker: Tracker, run_id: str, result: CellResult) -> None:
+    """All that a cell measured, in one batch, then its files."""
+    tracker.log(
+        run_id,
+        params=flatten_config(result.protocol, "protocol"),
+        metrics=result.metrics,
+        tags=result.tags,
+        curves=result.series,
+    )
+    for path, folder in result.artifacts:
+        if path.is_dir():
+            tracker.log_folder(run_id, path, folder)
+        else:
+            tracker.log_file(run_id, path, folder)
+
+
+def log_failure(tracker: Tracker, run_id: str, failure: Failure) -> None:
+    """Class and message as tags, the traceback as an artifact."""
+    tracker.log(run_id, tags={"failure_class": failure.kind, "failure_message": failure.message})
+    tracker.log_text(run_id, failure.traceback, "traceback.txt")
+
+
+def log_mask_inputs(tracker: Tracker, run_id: str, config: MaskConfig) -> None:
+    """The mask configuration, as parameters ``cfg/...`` and as ``config.yaml``."""
+    values = {key: value for key, value in vars(config).items() if key != "output_dir"}
+    tracker.log(run_id, params=flatten_config(values))
+    tracker.log_dict(run_id, values, "config.yaml")
+
+
+def log_masks(tracker: Tracker, run_id: str, files: Sequence[MaskFile]) -> None:
+    """Masks, statistics and pictures as artifacts; sparsity as metrics, with step = sparsity in percent."""
+    curves = {
+        "sparsity/target": [(round(100 * file.sparsity), file.sparsity) for file in files],
+        "sparsity/achieved": [(round(100 * file.sparsity), file.achieved) for file in files],
+    }
+    tags = {f"mask_checksum_{level_label(file.sparsity)}": file.checksum for file in files}
+    tracker.log(run_id, curves=curves, tags=tags)
+    folder = files[0].path.parent
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and not path.name.startswith("."):
+            tracker.log_file(run_id, path, "masks")
