@@ -12,6 +12,11 @@ from sparse_ft.models.names import role
 from sparse_ft.models.tiny import make_tiny
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """``tiny(kind, dtype)``: a fresh tiny model; its folder is ``tiny.folder(kind)``."""

@@ -77,16 +77,16 @@ def test_matrix(kind, mode, method, dtype, checkpointing, tiny, make_masks, work
     merged = merge_all_lora_weights(model)
     assert not isinstance(merged, PeftModel) and not any("lora" in n for n, _ in merged.named_modules())
     assert merge_all_lora_weights(merged) is merged  # idempotent
-    difference = (work.logits(merged) - trained).abs().max()
+    difference = (work.logits(merged) - trained).abs()
     changed = [n for n, p in merged.named_parameters() if not torch.equal(p, before[n])]
     assert all("proj" in name for name in changed)  # head, embeddings, norms and router are as they were
     if mode == "sparse_to_dense":
-        assert difference < (1e-4 if dtype == torch.float32 else 0.5)
+        assert difference.mean() < (1e-5 if dtype == torch.float32 else 0.05)  # rounding; a token may change expert
         assert nonzero_masked(merged, masks) > 0.5 * masks.n_pruned  # the adapter filled the zeros
         assert sum(validate_sparsity_preserved(merged, masks).values()) == nonzero_masked(merged, masks)
         remask(merged, masks)
     else:
-        assert difference == 0.0
+        assert difference.max() == 0.0
     assert nonzero_masked(merged, masks) == 0
     save_model(merged, None, tmp_path / "merged")
     folder = tiny.folder(kind)

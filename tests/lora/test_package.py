@@ -1,0 +1,25 @@
+"""What must import where PEFT and transformers are absent or old."""
+
+import subprocess
+import sys
+
+import sparse_ft.lora
+
+
+def test_function_and_settings_import_without_peft_and_transformers():
+    code = """
+import sys
+for name in ("peft", "transformers", "accelerate", "datasets"):
+    sys.modules[name] = None
+import sparse_ft.lora
+import sparse_ft.lora.function
+from sparse_ft.lora import LoraSettings
+print(LoraSettings().r)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0 and run.stdout.strip() == "16", run.stderr
+
+
+def test_every_public_name_is_there():
+    for name in sparse_ft.lora.__all__:
+        assert getattr(sparse_ft.lora, name).__name__ == name
