@@ -107,17 +107,18 @@ def family_scores(
 
 
 def block_counts(
-    sparsity: float, groups: int, group_weights: int, channels: int, channel_weights: int
+    sparsity: float, groups: int, group_weights: int, channels: int, channel_weights: int, together: int = 1
 ) -> tuple[int, int]:
     """How many attention groups and MLP channels of a block go, the same for every block.
 
     Groups go in proportion; they are few and large, so the channels make up the difference: the block comes
-    within half a channel of the level. A channel once gone stays gone at higher levels, so right after a
+    within half a channel (half a bundle) of the level. A channel once gone stays gone at higher levels, so right after a
     group has gone (at sparsity (j - 1/2) / groups) the block is up to one group too sparse. Below 1.0 every
     block keeps one group and one channel.
 
     Args:
         channel_weights: of one channel, over all experts.
+        together: channels go in such bundles; must divide ``channels``.
 
     Returns:
         pruned groups, pruned channels; both grow with ``sparsity``.
@@ -128,7 +129,8 @@ def block_counts(
     gone = min(max(0, math.ceil(sparsity * groups - 0.5)), groups - 1)
     wanted = [sparsity * total - gone * group_weights]
     wanted += [(j - 0.5) / groups * total - (j - 1) * group_weights for j in range(1, gone + 1)]
-    return gone, min(max(0, round(max(wanted) / channel_weights)), channels - 1)
+    bundles = round(max(wanted) / (channel_weights * together))
+    return gone, together * min(max(0, bundles), channels // together - 1)
 
 
 def choose_units(
@@ -154,6 +156,8 @@ def choose_units(
                 attention.unit_weights,
                 mlp[0].units,
                 sum(other.unit_weights for other in mlp),
+                # torch's grouped matrix product, which runs experts, wants rows of a multiple of 16 bytes
+                together=8 if len(mlp) > 1 and mlp[0].units % 8 == 0 else 1,
             )
             row.append(_keep_all_but(values, counts[family.kind == "mlp"]))
         kept.append(row)

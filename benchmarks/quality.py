@@ -1,0 +1,120 @@
+"""How much perplexity each pruning method costs a real model, beside the papers' own reference code.
+
+    python -m benchmarks.quality --data-dir DIR [--model smollm2-135m] [--only wanda]
+
+Calibration: 64 x 256 tokens of BoolQ train passages; perplexity: 64 x 256 tokens of other, dev passages;
+fp32; block-sequential. DIR holds boolq/train.jsonl and boolq/validation.jsonl with a column ``passage``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from sparse_ft.models.catalog import locate
+from sparse_ft.models.checkpoint import Checkpoint
+from sparse_ft.models.loading import apply_masks, load_model, load_state_into, load_tokenizer
+from sparse_ft.progress import shown_progress
+from sparse_ft.pruning import Calibration, MaskGenerator, PruningSettings
+
+SAMPLES, LENGTH = 64, 256
+
+# name, settings, perplexity of the reference code (locuslab/wanda, IST-DASLab/sparsegpt) on such text
+ROWS = [
+    ("magnitude, layer, 50 %", {"importance": "magnitude", "scope": "layer", "sparsities": (0.5,)}, 441.0),
+    ("wanda, row, 50 %", {"importance": "wanda", "scope": "row", "sparsities": (0.5,)}, 57.1),
+    ("wanda, row, 70 %", {"importance": "wanda", "scope": "row", "sparsities": (0.7,)}, 670.0),
+    ("wanda, 2:4", {"importance": "wanda", "method": "semi_structured", "sparsities": (0.5,)}, 192.0),
+    ("sparsegpt, 50 %", {"importance": "sparsegpt", "sparsities": (0.5,)}, 47.1),
+    ("sparsegpt, 70 %", {"importance": "sparsegpt", "sparsities": (0.7,)}, 236.0),
+    ("sparsegpt, 2:4", {"importance": "sparsegpt", "method": "semi_structured", "sparsities": (0.5,)}, 87.2),
+    ("gradient, layer, 50 %", {"importance": "gradient", "sparsities": (0.5,)}, None),
+    ("taylor, layer, 50 %", {"importance": "taylor", "sparsities": (0.5,)}, None),
+    (
+        "wanda + owl, row, 50 %",
+        {"importance": "wanda", "scope": "row", "allocation": "owl", "sparsities": (0.5,)},
+        None,
+    ),
+    (
+        "wanda + owl, row, 70 %",
+        {"importance": "wanda", "scope": "row", "allocation": "owl", "sparsities": (0.7,)},
+        None,
+    ),
+    ("random, layer, 50 %", {"method": "random", "sparsities": (0.5,)}, None),
+    ("structured magnitude, 30 %", {"method": "structured", "sparsities": (0.3,)}, None),
+    ("structured taylor, 30 %", {"method": "structured", "importance": "taylor", "sparsities": (0.3,)}, None),
+]
+DENSE = 24.5
+
+
+def tokens(file: Path, tokenizer, samples: int = SAMPLES, length: int = LENGTH) -> torch.Tensor:
+    """The first ``samples * length`` tokens of a file's distinct passages, int64 [samples, length]."""
+    ids: list[int] = []
+    seen: set[str] = set()
+    with open(file, encoding="utf-8") as lines:
+        for line in lines:
+            passage = json.loads(line)["passage"]
+            if passage not in seen:
+                seen.add(passage)
+                ids += tokenizer(passage + "\n\n", add_special_tokens=False)["input_ids"]
+            if len(ids) >= samples * length:
+                break
+    return torch.tensor(ids[: samples * length], dtype=torch.int64).view(samples, length)
+
+
+@torch.no_grad()
+def perplexity(model, ids: torch.Tensor) -> float:
+    """exp of the mean next-token loss; every sample is read by itself."""
+    total = 0.0
+    for batch in ids.split(8):
+        logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
+        total += float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum"))
+    return math.exp(total / (ids.shape[0] * (ids.shape[1] - 1)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path, required=True)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--only", default="", help="rows whose name contains this")
+    options = parser.parse_args()
+    folder = locate(options.model)
+    checkpoint, tokenizer = Checkpoint(folder), load_tokenizer(folder)
+    train = tokens(options.data_dir / "boolq" / "train.jsonl", tokenizer)
+    test = tokens(options.data_dir / "boolq" / "validation.jsonl", tokenizer)
+    calibration = Calibration(train, {"task": "boolq", "split": "train", "samples": SAMPLES, "length": LENGTH})
+    model = load_model(folder, "float32", "cpu")
+    dense = perplexity(model, test)
+    print(f"{options.model}, fp32, calibration and test {SAMPLES} x {LENGTH} tokens\n")
+    print("| method | perplexity | / dense | reference | / dense | ours / reference | minutes |")
+    print("|---|---|---|---|---|---|---|")
+    print(f"| dense | {dense:.1f} | 1.00 | {DENSE} | 1.00 | | |", flush=True)
+    for name, how, reference in ROWS:
+        if options.only not in name:
+            continue
+        begin = time.perf_counter()
+        with tempfile.TemporaryDirectory() as scratch:
+            settings = PruningSettings(dtype="float32", **how)
+            generator = MaskGenerator(folder, settings, calibration, progress=shown_progress())
+            result = generator.generate(scratch, figures=False)[0]
+            minutes = (time.perf_counter() - begin) / 60
+            load_state_into(model, Checkpoint(result.checkpoint) if result.checkpoint else checkpoint)
+            apply_masks(model, result.load())
+            ours = perplexity(model, test)
+        ratio = ours / dense
+        beside = (
+            "| | |"
+            if reference is None
+            else f"{reference:g} | {reference / DENSE:.2f} | {ratio / (reference / DENSE):.3f}"
+        )
+        print(f"| {name} ({result.achieved:.4f}) | {ours:.1f} | {ratio:.2f} | {beside} | {minutes:.1f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
