@@ -17,7 +17,7 @@ from sparse_ft.analysis.panels import Sheet
 from sparse_ft.analysis.performance import chance_level, dense_baseline, majority_level
 from sparse_ft.analysis.style import DENSE, MODE_LABELS, RULE, Look, line_handle, looks
 
-__all__ = ["CHARTS", "Chart", "curve_figure"]
+__all__ = ["CHARTS", "Chart", "curve_figure", "legend_entries"]
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,11 @@ CHARTS: tuple[Chart, ...] = (
     Chart("evaluation_throughput", "Evaluation throughput", "samples per second", "eval_samples_per_second",
           dense=True),
     Chart("accuracy_gained", "Accuracy that fine-tuning gained over the pruned model", "gain (points)",
-          "accuracy_gained", factor=100, rules=((0, "no gain"),)),
+          "accuracy_gained", "accuracy_gained_error", factor=100, rules=((0, "no gain"),), note=_ERRORS),
     Chart("perplexity_gained", "Perplexity before fine-tuning over after", "ratio (log scale)",
           "perplexity_ratio_gained", log=True, rules=((1, "no gain"),)),
     Chart("remasking_gap_accuracy", "Accuracy lost by masking the merged model again", "loss (points)",
-          "accuracy_remask_gap", factor=100, rules=((0, "no loss"),)),
+          "accuracy_remask_gap", "accuracy_remask_gap_error", factor=100, rules=((0, "no loss"),), note=_ERRORS),
     Chart("remasking_gap_perplexity", "Perplexity of the merged model after masking it again, over before",
           "ratio (log scale)", "perplexity_ratio_remask", log=True, rules=((1, "no loss"),)),
 )  # fmt: skip
@@ -99,7 +99,7 @@ def curve_figure(chart: Chart, cells: pd.DataFrame, table: pd.DataFrame, title: 
     sheet = Sheet(shown)
     heading = f"{chart.title}\n{title}" if title else chart.title
     labels = ("sparsity of the prunable weights (%)", chart.label)
-    return sheet.draw(draw, heading, chart.note, labels, lambda: _handles(used, all_looks) + list(rules.values()))
+    return sheet.draw(draw, heading, chart.note, labels, lambda: legend_entries(used, all_looks) + list(rules.values()))
 
 
 def _draw_line(axes: Axes, chart: Chart, line: pd.DataFrame, look: Look, few: bool, rules: dict[str, Line2D]) -> bool:
@@ -153,15 +153,21 @@ def _draw_rules(
             rules[label] = line_handle(label, **style)
 
 
-def _handles(used: Mapping[tuple[str, str, str], Look], order: Mapping[tuple[str, str, str], Look]) -> list[Line2D]:
-    """Legend entries in the order of the table; points of a search share theirs."""
+def legend_entries(
+    used: Mapping[tuple[str, str, str], Look], order: Mapping[tuple[str, str, str], Look], points: bool = False
+) -> list[Line2D]:
+    """Legend entries in the order of the table; the points of a search share theirs.
+
+    ``points``: without the lines, for scattered points.
+    """
     handles: dict[str, Line2D] = {}
     for key in order:
         if key in used:
             series, variant, mode = key
             parts = [series, f"({variant})" if variant and used[key].lines else "", MODE_LABELS.get(mode, mode)]
             label = " · ".join(part for part in parts if part)
-            handles.setdefault(label, line_handle(label, **used[key].style))
+            style = used[key].style | ({"linestyle": "none"} if points else {})
+            handles.setdefault(label, line_handle(label, **style))
     return list(handles.values())
 
 

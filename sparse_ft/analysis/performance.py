@@ -23,7 +23,8 @@ POINT_MEASURES = (
     "accuracy", "accuracy_std", "accuracy_error", "recovery", "recovery_error", "acc_norm", "loss", "loss_std",
     "perplexity", "perplexity_std", "accuracy_untuned", "accuracy_error_untuned", "loss_untuned",
     "perplexity_untuned", "accuracy_remasked", "accuracy_error_remasked", "loss_remasked", "perplexity_remasked",
-    "accuracy_gained", "perplexity_ratio_gained", "accuracy_remask_gap", "perplexity_ratio_remask",
+    "accuracy_gained", "accuracy_gained_error", "perplexity_ratio_gained",
+    "accuracy_remask_gap", "accuracy_remask_gap_error", "perplexity_ratio_remask",
     "sparsity_achieved", "sparsity_after_merge", "train_tokens_per_second", "train_samples_per_second",
     "eval_samples_per_second", "peak_bytes",
 )  # fmt: skip
@@ -75,9 +76,10 @@ def performance_table(cells: pd.DataFrame, grouped: pd.DataFrame) -> pd.DataFram
     """One row a (line, level): scores beside recovery, what tuning gained and what re-masking costs.
 
     ``recovery``: accuracy over the dense fine-tuned accuracy of the same model and task, only where both
-    were scored under one protocol; ``recovery_error`` its standard error, both scores taken as
-    independent. ``accuracy_gained``: accuracy - accuracy_untuned. ``accuracy_remask_gap``: accuracy -
-    accuracy_remasked, and likewise for perplexity as ratios (before / after, remasked / merged).
+    were scored under one protocol. ``accuracy_gained``: accuracy - accuracy_untuned.
+    ``accuracy_remask_gap``: accuracy - accuracy_remasked, and likewise for perplexity as ratios (before /
+    after, remasked / merged). ``X_error`` are standard errors that take both scores as independent (they
+    share their questions, so the true error is rather smaller).
     """
     table = grouped.copy()
     for name in POINT_MEASURES:
@@ -98,8 +100,10 @@ def performance_table(cells: pd.DataFrame, grouped: pd.DataFrame) -> pd.DataFram
             parts = [row["accuracy_error"] / base["accuracy"], ratio * base["accuracy_error"] / base["accuracy"]]
             table.at[index, "recovery_error"] = math.hypot(*parts)
     table["accuracy_gained"] = table["accuracy"] - table["accuracy_untuned"]
+    table["accuracy_gained_error"] = np.hypot(table["accuracy_error"], table["accuracy_error_untuned"])
     table["perplexity_ratio_gained"] = table["perplexity_untuned"] / table["perplexity"]
     table["accuracy_remask_gap"] = table["accuracy"] - table["accuracy_remasked"]
+    table["accuracy_remask_gap_error"] = np.hypot(table["accuracy_error"], table["accuracy_error_remasked"])
     table["perplexity_ratio_remask"] = table["perplexity_remasked"] / table["perplexity"]
     table["sparsity_percent"] = (table["sparsity"] * 100).round(6)
     return table[[*GROUP, "sparsity_percent", "n", "seeds", *POINT_MEASURES]]
