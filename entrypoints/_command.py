@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -19,6 +20,8 @@ def command(name: str, kind: type[T], work: Callable[[T], int]) -> None:
 
     Wrong input ends with one line on stderr and exit status 2; Ctrl-C with 130.
     """
+    # What libraries deprecate among themselves is no news for whoever runs a study.
+    warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         status = work(Parser(kind, f"python -m entrypoints.{name}").arguments(sys.argv[1:]))
     except UserError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -169,7 +170,9 @@ def train(
     reset_peak(device)
     progress.start("train", settings.max_steps, "steps")
     try:
-        trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # transformers warns of names that it uses itself
+            trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     finally:
         progress.stop()
         model.config.use_cache = use_cache

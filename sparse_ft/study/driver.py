@@ -19,7 +19,7 @@ from sparse_ft.study.failures import Failure, classify
 from sparse_ft.study.mask_sets import make_masks
 from sparse_ft.study.plan import MaskSetPlan, Plan, load_study, make_plan
 from sparse_ft.study.recording import log_failure, log_mask_inputs, log_masks
-from sparse_ft.study.reporting import report_study, study_rows, ui_command
+from sparse_ft.study.reporting import in_milliseconds, report_study, study_console, ui_command
 from sparse_ft.study.settings import pruning_settings
 from sparse_ft.study.workbench import Workbench
 from sparse_ft.study.worker import Job, Worker
@@ -37,9 +37,7 @@ def sweep(config: SweepConfig) -> int:
         UserError: a study that cannot start: its file, a model, a task, masks that make no sense.
     """
     plan = make_plan(load_study(config.config))
-    console = Console()
-    if not console.is_terminal:  # a pipe has 80 columns, too few for the table
-        console = Console(width=TERMINAL_WIDTH)
+    console = study_console()
     if config.dry_run:
         console.print("\n".join(_described(plan)), highlight=False)
         return 0
@@ -60,7 +58,7 @@ def sweep(config: SweepConfig) -> int:
         worker = Worker(tracker.uri, parent, bench)
         outcomes = list(run_serial(list(_jobs(plan, masks, folder)), worker, progress))
         report = report_study(tracker, parent, folder / "report", name, progress)
-        table = terminal_table(study_rows(tracker, parent))
+        table = terminal_table(in_milliseconds(tracker.children(parent)))
         _log_table(tracker, parent, table, folder)
     console.print(table)
     for figure in report.figures.values():

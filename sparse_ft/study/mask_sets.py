@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from sparse_ft.masks.files import load_masks
 from sparse_ft.models.loading import resolve_device
 from sparse_ft.pruning.generator import MaskGenerator
 from sparse_ft.pruning.output import MaskFile
@@ -14,7 +16,7 @@ from sparse_ft.study.settings import pruning_settings
 from sparse_ft.study.workbench import Workbench
 from sparse_ft.tasks.examples import calibration_tokens
 
-__all__ = ["make_masks"]
+__all__ = ["GivenMasks", "make_masks", "mask_file"]
 
 
 def make_masks(config: MaskConfig, bench: Workbench, output_dir: str | Path | None = None) -> list[MaskFile]:
@@ -44,3 +46,38 @@ def make_masks(config: MaskConfig, bench: Workbench, output_dir: str | Path | No
         calibration = Calibration(tokens, about)
     generator = MaskGenerator(checkpoint.folder, settings, calibration, config.model, bench.progress)
     return generator.generate(output_dir or config.output_dir, config.format)
+
+
+@dataclass(frozen=True)
+class GivenMasks:
+    """A mask file that the user brings, and the cell fields that it settles."""
+
+    file: MaskFile
+    described: dict[str, Any]
+
+
+def mask_file(path: str | Path) -> GivenMasks:
+    """A mask file from disk as the engine would have handed it over.
+
+    Raises:
+        UserError: it is missing, damaged, or none of ours.
+    """
+    masks = load_masks(path)
+    about = masks.metadata
+    given = MaskFile(
+        path=Path(path),
+        sparsity=float(about.get("sparsity", masks.sparsity)),
+        achieved=masks.sparsity,
+        checksum=masks.checksum,
+        weights=masks.n_weights,
+        pruned=masks.n_pruned,
+        statistics=None,
+        histogram=None,
+        heatmap=None,
+        metadata=about,
+        checkpoint=None,
+    )
+    described = {key: about[key] for key in ("method", "importance", "scope") if key in about}
+    if described.get("method") == "random":
+        described.update(importance="none", scope="none")
+    return GivenMasks(given, {**described, "sparsity": given.sparsity})

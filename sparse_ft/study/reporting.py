@@ -3,45 +3,53 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
+from sparse_ft.analysis.terminal import TERMINAL_WIDTH
 from sparse_ft.analysis.write import AnalysisResult, write_analysis
 from sparse_ft.progress import SILENT, Progress
-from sparse_ft.study.config import AnalyzeConfig
 from sparse_ft.tracking.runs import Tracker
 from sparse_ft.tracking.stores import tracking_uri
 
-__all__ = ["report_study", "study_rows", "ui_command", "write_curve_runs"]
+__all__ = ["in_milliseconds", "report_study", "study_console", "ui_command", "write_curve_runs"]
 
 
-def study_rows(tracker: Tracker, parent_run_id: str) -> list[dict[str, Any]]:
-    """The runs of a study as the analysis reads them: times in milliseconds, as MLflow has them."""
-    rows = tracker.children(parent_run_id)
-    for row in rows:
-        for key in ("start_time", "end_time"):
-            row[key] = None if row[key] is None else row[key] * 1000
-    return rows
+def in_milliseconds(runs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Runs with their times as the analysis reads them: in milliseconds, as MLflow has them."""
+    times = ("start_time", "end_time")
+    return [run | {key: run[key] and run[key] * 1000 for key in times} for run in runs]
+
+
+def study_console() -> Console:
+    """A console wide enough for the study's table: a pipe has 80 columns, too few."""
+    console = Console()
+    return console if console.is_terminal else Console(width=TERMINAL_WIDTH)
 
 
 def report_study(
     tracker: Tracker, parent_run_id: str, folder: Path, title: str = "", progress: Progress = SILENT
 ) -> AnalysisResult:
     """Writes tables and figures of a study into ``folder``, logs them to its run, and writes the curve runs."""
-    result = write_analysis(study_rows(tracker, parent_run_id), folder, title, progress=progress)
+    result = write_analysis(in_milliseconds(tracker.children(parent_run_id)), folder, title, progress=progress)
     tracker.log_folder(parent_run_id, folder, "report")
     write_curve_runs(tracker, parent_run_id, result.curves)
     return result
 
 
-def write_curve_runs(tracker: Tracker, parent_run_id: str, curves: list[dict[str, Any]]) -> None:
+def write_curve_runs(tracker: Tracker, parent_run_id: str | None, curves: list[dict[str, Any]]) -> None:
     """One run per curve, tagged ``kind=curve``, with step = sparsity in percent, so that MLflow's compare page
-    draws sparsity curves. A curve that is there already stays; one that changed is written anew.
+    draws sparsity curves. A curve that is there already stays; one that changed is written anew. Without a
+    parent they stand in the tracker's experiment by themselves.
     """
+    found = tracker.children(parent_run_id) if parent_run_id else tracker.search("tags.kind = 'curve'")
     known = {
-        row["tags"].get("curve_key"): row["run_id"]
-        for row in tracker.children(parent_run_id)
-        if row["tags"].get("kind") == "curve"
+        run["tags"]["curve_key"]: run["run_id"]
+        for run in found
+        if run["tags"].get("kind") == "curve" and run["parent_run_id"] == parent_run_id
     }
     for curve in curves:
         run_id = known.get(curve["key"])

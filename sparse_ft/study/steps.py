@@ -2,26 +2,155 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
-from rich.console import Console
-
-from sparse_ft.analysis.terminal import TERMINAL_WIDTH, terminal_table
+import sparse_ft
+from sparse_ft.analysis.terminal import terminal_table
+from sparse_ft.analysis.write import write_analysis
 from sparse_ft.errors import UserError
 from sparse_ft.files import write_json
-from sparse_ft.masks.files import load_masks, read_header
+from sparse_ft.levels import level_label
+from sparse_ft.masks.files import load_masks
 from sparse_ft.progress import shown_progress
-from sparse_ft.pruning.output import MaskFile
 from sparse_ft.study.cell import run_cell
 from sparse_ft.study.config import AnalyzeConfig, CellConfig, MaskConfig, ValidateConfig
-from sparse_ft.study.failures import ValidationFailedError, classify
-from sparse_ft.study.mask_sets import make_masks
+from sparse_ft.study.failures import classify
+from sparse_ft.study.mask_sets import make_masks, mask_file
+from sparse_ft.study.plan import mask_set_of
 from sparse_ft.study.recording import log_cell_inputs, log_cell_result, log_failure, log_mask_inputs, log_masks
-from sparse_ft.study.reporting import analyze_rows, report_study, study_rows, ui_command
+from sparse_ft.study.registering import register_cell
+from sparse_ft.study.reporting import in_milliseconds, study_console, ui_command, write_curve_runs
+from sparse_ft.study.settings import pruning_settings
 from sparse_ft.study.workbench import Workbench
-from sparse_ft.tracking.runs import Tracker
+from sparse_ft.tracking.models import is_model_uri, resolve_model
+from sparse_ft.tracking.runs import Tracker, flatten_config
 from sparse_ft.validation import validate_checkpoint
 
 __all__ = ["analyze", "compute_masks", "train", "validate"]
+
+
+def compute_masks(config: MaskConfig) -> int:
+    """Makes masks and logs them as a run. Returns 0."""
+    bench = Workbench(shown_progress())
+    pruning_settings(config).check()
+    bench.checkpoint(config.model).prunable_shapes()  # an unknown model makes no run
+    tracker = Tracker()
+    run_id = tracker.start(f"masks {Path(config.model).name} {config.method}", {"kind": "masks"})
+    with _logged(tracker, run_id):
+        log_mask_inputs(tracker, run_id, config)
+        files = make_masks(config, bench)
+        log_masks(tracker, run_id, files)
+    for file in files:
+        print(f"{level_label(file.sparsity)} %: {file.pruned} of {file.weights} weights pruned, {file.path}")
+    return 0
+
+
+def train(config: CellConfig) -> int:
+    """Runs one cell as a run and prints its table. Returns 0.
+
+    Raises:
+        UserError: wrong input; nothing was logged then, where it could be known beforehand.
+        ValidationFailedError: the merged checkpoint breaks what the mode promises.
+    """
+    bench = Workbench(shown_progress())
+    given = None
+    if config.pruned and config.masks != "none":
+        given = mask_file(config.masks)
+        config = replace(config, **given.described)
+    kind = mask_set_of(config)
+    if kind is not None:
+        pruning_settings(replace(kind, sparsities=f"{config.sparsity:g}")).check()
+    bench.checkpoint(config.model).prunable_shapes()
+    bench.task(config.task, config.data_dir, None if config.num_fewshot == "none" else config.num_fewshot)
+
+    tracker, folder = Tracker(), Path(config.output_dir)
+    run_id = tracker.start(config.title, {"kind": "cell"})
+    with _logged(tracker, run_id):
+        log_cell_inputs(tracker, run_id, config)
+        masks = given.file if given else None
+        if kind is not None:
+            (masks,) = make_masks(replace(kind, sparsities=f"{config.sparsity:g}"), bench, folder / "masks")
+            tracker.log_folder(run_id, folder / "masks", "masks")
+        checksum = masks.checksum if masks else ""
+        tracker.log(run_id, tags={"cell_key": config.key(checksum, sparse_ft.__version__)})
+        result = run_cell(config, masks, bench, folder)
+        log_cell_result(tracker, run_id, result)
+        address = None
+        if config.register_as != "none":
+            address = register_cell(tracker, run_id, config, result, bench.progress)
+    console = study_console()
+    console.print(terminal_table(in_milliseconds([tracker.run(run_id)])))
+    if address:
+        console.print(f"registered: {address}", highlight=False, soft_wrap=True)
+    console.print(f"everything, in a browser: {ui_command(tracker)}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def validate(config: ValidateConfig) -> int:
+    """Checks a checkpoint against its masks. Returns 0 when it obeys them, else 1."""
+    masks = load_masks(config.masks)
+    tracker = Tracker()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(config.checkpoint)
+        if is_model_uri(config.checkpoint):
+            folder = resolve_model(config.checkpoint, tracker.uri, scratch)
+        validation = validate_checkpoint(folder, masks, config.tolerance, shown_progress())
+    report = validation.to_dict() | {"checkpoint": config.checkpoint}
+    if config.report != "none":
+        write_json(config.report, report)
+    run_id = tracker.start(f"validate {Path(config.checkpoint).name}", {"kind": "validation"})
+    with tracker.ending(run_id):
+        tracker.log(
+            run_id,
+            params=flatten_config({"checkpoint": config.checkpoint, "masks": config.masks}),
+            metrics={
+                "sparsity/violations": validation.violations,
+                "sparsity/after_merge": validation.sparsity,
+                "sparsity/target": validation.sparsity_asked,
+            },
+            tags={"mask_checksum": masks.checksum, "valid": validation.ok},
+        )
+        tracker.log_dict(run_id, report, "validation.json")
+    print("\n".join(validation.lines()))
+    return 0 if validation.ok else 1
+
+
+def analyze(config: AnalyzeConfig) -> int:
+    """Writes tables, figures and curve runs for a study or an experiment, as a run of its own. Returns 0."""
+    if config.parent_run_id == config.experiment == "none":
+        raise UserError("Nothing to analyze: give parent_run_id (a study's run) or experiment (a name).")
+    tracker = Tracker(experiment=None if config.experiment == "none" else config.experiment)
+    if config.parent_run_id != "none":
+        parent, title = config.parent_run_id, tracker.run(config.parent_run_id)["name"]
+        runs = tracker.children(parent)
+    else:
+        parent, title = None, config.experiment
+        runs = tracker.search(experiment_id=tracker.experiment(config.experiment))
+    rows = in_milliseconds(runs)
+    run_id = tracker.start(f"analysis {title}", {"kind": "analysis"})
+    with tracker.ending(run_id):
+        tracker.log(run_id, params=flatten_config(config))
+        folder = Path(config.output_dir)
+        result = write_analysis(rows, folder, title, progress=shown_progress())
+        tracker.log_folder(run_id, folder, "report")
+        write_curve_runs(tracker, parent, result.curves)
+    console = study_console()
+    console.print(terminal_table(rows))
+    for path in result.files:
+        console.print(f"  {path}", highlight=False, soft_wrap=True)
+    return 0
+
+
+@contextmanager
+def _logged(tracker: Tracker, run_id: str) -> Iterator[None]:
+    """Ends the run as its block ends; a failure's class, message and traceback stay with it."""
+    with tracker.ending(run_id):
+        try:
+            yield
+        except Exception as error:
+            log_failure(tracker, run_id, classify(error))
+            raise

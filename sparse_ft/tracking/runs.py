@@ -98,8 +98,10 @@ class Tracker:
         self.log(adopted, tags=tags)
         return adopted
 
-    def start_child(self, parent_run_id: str, name: str, tags: Mapping[str, Any] | None = None) -> str:
-        """The id of a new run below ``parent_run_id``, in the parent's experiment."""
+    def start_child(self, parent_run_id: str | None, name: str, tags: Mapping[str, Any] | None = None) -> str:
+        """The id of a new run below ``parent_run_id``, in its experiment; without one, a run by itself."""
+        if parent_run_id is None:
+            return self._create(self.experiment_id, name, tags or {})
         if parent_run_id not in self._experiments:
             self._experiments[parent_run_id] = self.client.get_run(parent_run_id).info.experiment_id
         return self._create(self._experiments[parent_run_id], name, {**(tags or {}), PARENT: parent_run_id})
