@@ -1,0 +1,320 @@
+"""Sparse LoRA against plain PEFT LoRA and a naive masked LoRA: step time and peak memory, side by side.
+
+    python benchmarks/sparse_lora.py                      one linear map, d = T = 2048, r = 16, fp32 and bf16
+    python benchmarks/sparse_lora.py --model FOLDER       also whole training steps of a checkpoint
+    python benchmarks/sparse_lora.py --llama-7b           also of a LLaMA-7B shape with random weights (a GPU)
+
+The variants take turns in one process, so that whatever else the machine does hits them alike; figures are
+medians and ratios to plain LoRA. Needs torch, transformers, peft, safetensors and sparse_ft, nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora.layer import Linear as PeftLinear
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparse_ft.lora import LoraSettings, SparseLoRAConfig, SparseLoRALayer, apply_sparse_lora
+from sparse_ft.masks.mask_set import MaskSet, pack_bits
+from sparse_ft.models.names import role
+
+SPARSITY = 0.5
+SCALING = 2.0  # alpha / r
+
+
+class NaiveLayer(nn.Module):
+    """What one writes first: the masked product is a tensor of the weight's size, kept for backward."""
+
+    def __init__(self, base: nn.Linear, rank: int, mask: Tensor) -> None:
+        super().__init__()
+        self.base, self.mask = base, mask.to(base.weight.dtype)
+        options = {"device": base.weight.device, "dtype": torch.float32}
+        self.a = nn.Parameter(torch.randn(rank, base.in_features, **options) * base.in_features**-0.5)
+        self.b = nn.Parameter(torch.zeros(base.out_features, rank, **options))
+
+    def forward(self, x: Tensor) -> Tensor:
+        delta = (SCALING * self.b.to(x.dtype) @ self.a.to(x.dtype)) * self.mask
+        return F.linear(x, self.base.weight + delta, self.base.bias)
+
+
+def random_mask(rows: int, columns: int, kind: str, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    if kind == "unstructured":
+        return torch.rand(rows, columns, generator=generator) >= SPARSITY
+    return (torch.rand(rows, 1, generator=generator) >= SPARSITY).expand(rows, columns).contiguous()
+
+
+def alternate(steps: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, dict]:
+    """Median seconds of each step, taking turns; then the peak of memory that one step adds."""
+    for step in steps.values():
+        step()
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            synchronize(device)
+            began = time.perf_counter()
+            step()
+            synchronize(device)
+            seconds[name].append(time.perf_counter() - began)
+    return {
+        name: {
+            "seconds": statistics.median(times),
+            "fastest": min(times),
+            "peak_bytes": peak_bytes(steps[name], device),
+        }
+        for name, times in seconds.items()
+    }
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
+    """Most bytes of tensors alive during one step, beyond those alive before it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(profile_memory=True) as profile:
+        step()
+    alive = peak = 0
+    events = (event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        alive += event.nbytes()
+        peak = max(peak, alive)
+    return peak
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
+    """FLOP/s of this device's own square matrix product, the best of a few."""
+    x, y = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(6):
+        synchronize(device)
+        began = time.perf_counter()
+        x @ y
+        synchronize(device)
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best
+
+
+def linear_steps(d: int, tokens: int, rank: int, dtype: torch.dtype, device: torch.device) -> dict[str, Callable]:
+    """One forward and backward of a d x d map in the middle of a network (its input wants a gradient)."""
+    torch.manual_seed(0)
+    x = torch.randn(tokens, d, device=device).to(dtype).requires_grad_()
+    gradient = torch.randn(tokens, d, device=device).to(dtype)
+    common = {"r": rank, "lora_alpha": SCALING * rank}
+
+    def base(mask: Tensor | None = None) -> nn.Linear:
+        layer = nn.Linear(d, d, bias=False, device=device, dtype=dtype).requires_grad_(False)
+        if mask is not None:
+            layer.weight.data *= mask.to(device)
+        return layer
+
+    def sparse(kind: str) -> nn.Module:
+        mask = random_mask(d, d, kind, 1)
+        layer = SparseLoRALayer(base(mask), "default", config=SparseLoRAConfig(**common), **common)
+        layer.attach_mask(pack_bits(mask))
+        return layer
+
+    layers = {
+        "plain LoRA": PeftLinear(base(), "default", config=LoraConfig(**common), **common),
+        "ours, unstructured": sparse("unstructured"),
+        "ours, structured": sparse("structured"),
+        "naive, unstructured": NaiveLayer(base(), rank, random_mask(d, d, "unstructured", 1).to(device)),
+    }
+    for layer in layers.values():
+        layer.to(device).train()
+        for name, parameter in layer.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.float()  # as PEFT keeps adapters of a bf16 model
+
+    def step(layer: nn.Module) -> None:
+        layer(x).backward(gradient)
+        x.grad = None
+        layer.zero_grad(set_to_none=True)
+
+    return {name: (lambda layer=layer: step(layer)) for name, layer in layers.items()}
+
+
+def model_steps(
+    make: Callable[[], nn.Module], rank: int, rows: int, length: int, checkpointing: bool, device: torch.device
+) -> dict[str, Callable]:
+    """Whole training steps: loss on the last 8 positions, AdamW on the adapters."""
+
+    def masks(model: nn.Module, kind: str) -> MaskSet:
+        from sparse_ft.models.loading import prunable_shapes
+
+        packed = {}
+        for seed, (name, shape) in enumerate(prunable_shapes(model).items()):
+            by_column = kind == "structured" and role(name).projection in ("o_proj", "down_proj", "w2")
+            mask = random_mask(*(shape[::-1] if by_column else shape), kind, seed)
+            packed[name] = pack_bits(mask.t().contiguous() if by_column else mask)
+        return MaskSet(packed, prunable_shapes(model))
+
+    def prepared(kind: str) -> nn.Module:
+        model, settings = make(), LoraSettings(r=rank, alpha=SCALING * rank)
+        if kind == "plain LoRA":
+            model = apply_sparse_lora(model, settings, "dense")
+        elif kind == "naive, unstructured":
+            model = with_naive_layers(model, rank, masks(model, "unstructured"))
+        else:
+            mode = "sparse_to_sparse"
+            model = apply_sparse_lora(model, settings, mode, masks(model, kind.removeprefix("ours, ")))
+        if checkpointing:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        return model.train()
+
+    steps = {}
+    for kind in ("plain LoRA", "ours, unstructured", "ours, structured", "naive, unstructured"):
+        model = prepared(kind)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+        ids = torch.randint(3, model.config.vocab_size, (rows, length), device=device)
+
+        def step(model: nn.Module = model, optimizer: torch.optim.Optimizer = optimizer, ids: Tensor = ids) -> None:
+            logits = model(input_ids=ids, logits_to_keep=9, use_cache=False).logits[:, :-1]
+            F.cross_entropy(logits.float().flatten(0, 1), ids[:, -8:].flatten()).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        steps[kind] = step
+    return steps
+
+
+def with_naive_layers(model: nn.Module, rank: int, masks: MaskSet) -> nn.Module:
+    model.requires_grad_(False)
+    for name in masks:
+        path = name.removesuffix(".weight")
+        parent, _, child = path.rpartition(".")
+        layer = model.get_submodule(path)
+        mask = masks[name].to(layer.weight.device)
+        layer.weight.data *= mask
+        setattr(model.get_submodule(parent), child, NaiveLayer(layer, rank, mask))
+    return model
+
+
+def load(folder: str, dtype: torch.dtype, device: torch.device) -> Callable[[], nn.Module]:
+    from sparse_ft.models.loading import load_model
+
+    return lambda: load_model(folder, dtype, device)
+
+
+def llama_7b(layers: int, device: torch.device) -> Callable[[], nn.Module]:
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    shared: list[nn.Module] = []
+
+    def make() -> nn.Module:
+        # One set of base weights for all variants: only their adapters and masks differ in size.
+        config = LlamaConfig(num_hidden_layers=layers, use_cache=False)
+        if not shared:
+            with device:
+                shared.append(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16))
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model.load_state_dict(shared[0].state_dict(), assign=True)
+        model.model.rotary_emb = shared[0].model.rotary_emb
+        return model
+
+    return make
+
+
+def table(title: str, results: dict[str, dict], flops: dict[str, float] | None = None, rate: float = 0.0) -> None:
+    plain = results["plain LoRA"]
+    print(f"\n{title}")
+    print("| variant | ms a step | x plain | peak MB | x plain |" + (" TFLOP/s | of matmul |" if flops else ""))
+    print("|---|---:|---:|---:|---:|" + ("---:|---:|" if flops else ""))
+    for name, row in results.items():
+        cells = [
+            name,
+            f"{1e3 * row['seconds']:.1f}",
+            f"{row['seconds'] / plain['seconds']:.2f}",
+            f"{row['peak_bytes'] / 1e6:.1f}",
+            f"{row['peak_bytes'] / plain['peak_bytes']:.2f}",
+        ]
+        if flops:
+            speed = flops[name] / row["seconds"]
+            row["flops_per_second"] = speed
+            cells += [f"{speed / 1e12:.3f}", f"{speed / rate:.2f}"]
+        print("| " + " | ".join(cells) + " |")
+
+
+def gemm_flops(weights: float, tokens: int, recompute: bool) -> dict[str, float]:
+    """Floating point operations of the big products alone: forward, dX, and dW where a variant needs it."""
+    passes = {"plain LoRA": 2, "ours, unstructured": 3, "ours, structured": 2, "naive, unstructured": 3}
+    return {name: 2.0 * (count + recompute) * tokens * weights for name, count in passes.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtypes", default="float32,bfloat16")
+    parser.add_argument("--d", type=int, default=2048, help="size of the single map; 0 leaves it out")
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--model", help="folder of a checkpoint, for whole steps")
+    parser.add_argument("--rows", type=int, default=8, help="sequences a step")
+    parser.add_argument("--length", type=int, default=160, help="tokens a sequence")
+    parser.add_argument("--llama-7b", action="store_true")
+    parser.add_argument("--layers", type=int, default=32, help="blocks of the LLaMA-7B shape")
+    parser.add_argument("--checkpointing", action="store_true", help="of every block, in whole steps")
+    parser.add_argument("--threads", type=int, help="of torch on a CPU")
+    parser.add_argument("--json", help="file for the figures")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
+    print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, sparsity {SPARSITY}, r = {args.rank}")
+    figures: dict[str, dict] = {}
+    for dtype_name in args.dtypes.split(","):
+        dtype = getattr(torch, dtype_name)
+        rate = matmul_rate(device, dtype, 8192 if device.type == "cuda" else 2048)
+        print(f"\n{dtype_name}: matrix product {rate / 1e12:.3f} TFLOP/s")
+        if args.d:
+            steps = linear_steps(args.d, args.tokens, args.rank, dtype, device)
+            results = alternate(steps, args.rounds, device)
+            title = f"one linear map, {dtype_name}, d = {args.d}, T = {args.tokens}"
+            table(title, results, gemm_flops(args.d**2, args.tokens, False), rate)
+            figures[title] = results
+        makers = {}
+        if args.model:
+            makers[Path(args.model).name] = load(args.model, dtype, device)
+        if args.llama_7b and dtype == torch.bfloat16:
+            makers[f"LLaMA-7B shape, {args.layers} blocks"] = llama_7b(args.layers, device)
+        for label, make in makers.items():
+            steps = model_steps(make, args.rank, args.rows, args.length, args.checkpointing, device)
+            results = alternate(steps, args.rounds, device)
+            weights = block_weights(make())
+            title = f"{label}, {dtype_name}, {args.rows} x {args.length} tokens, checkpointing {args.checkpointing}"
+            table(title, results, gemm_flops(weights, args.rows * args.length, args.checkpointing), rate)
+            figures[title] = results
+            del steps
+    if args.json:
+        Path(args.json).write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def block_weights(model: nn.Module) -> int:
+    """Weights of the decoder blocks' linear maps: what a token is multiplied with."""
+    return sum(m.weight.numel() for n, m in model.named_modules() if isinstance(m, nn.Linear) and "layers." in n)
+
+
+if __name__ == "__main__":
+    main()
