@@ -56,7 +56,7 @@ def locate(model: str | Path, progress: Progress = SILENT) -> Path:
             f"model {name} is a file; give the folder that holds config.json and model*.safetensors"
         )
     if _HUB_ID.fullmatch(name):
-        return _checked(_from_hub(name, progress), f"the hub's {name}")
+        return _checked(_from_hub(name), f"the hub's {name}")
     raise UserError(
         f"model '{name}' is neither a folder, nor a hub id (owner/name), nor one of the built-in models "
         f"({', '.join(BUILT_IN)})"
@@ -131,7 +131,8 @@ def _make_smollm2(folder: Path, progress: Progress) -> Path:
     return folder
 
 
-def _from_hub(name: str, progress: Progress) -> Path:
+def _from_hub(name: str) -> Path:
+    """The hub's snapshot of a model; the client shows its own bars."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -140,7 +141,6 @@ def _from_hub(name: str, progress: Progress) -> Path:
         RepositoryNotFoundError,
     )
 
-    progress.start(f"fetching {name}", 1, "model")
     try:
         folder = snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_IGNORED)
     except GatedRepoError as error:
@@ -164,8 +164,6 @@ def _from_hub(name: str, progress: Progress) -> Path:
         raise UserError(
             f"model {name} cannot be downloaded ({error}); check the network and the disk"
         ) from error
-    finally:
-        progress.stop()
     return Path(folder)
 
 

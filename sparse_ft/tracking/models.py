@@ -228,8 +228,9 @@ def resolve_model(uri: str, store: str | None = None, folder: str | Path | None 
     address = tracking_uri(store)
     reachable(address)
     try:
-        with quiet_mlflow(), store_lock(address):
-            client = MlflowClient(address, registry_uri=address)
+        with quiet_mlflow():
+            with store_lock(address):
+                client = MlflowClient(address, registry_uri=address)
             location = _location(client, uri)
             into = str(folder) if folder else None
             found = Path(mlflow.artifacts.download_artifacts(location, dst_path=into, tracking_uri=address))

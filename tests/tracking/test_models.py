@@ -53,8 +53,10 @@ def sparse_model(kind: str, folder: Path, dtype: torch.dtype = torch.float32) ->
 
 
 @pytest.fixture(scope="module")
-def tracker(tmp_path_factory: pytest.TempPathFactory) -> Tracker:
-    return Tracker(f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}", "study")
+def tracker(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Tracker:
+    database = tmp_path_factory.mktemp("store") / "mlflow.db"
+    database.write_bytes(template.read_bytes())
+    return Tracker(f"sqlite:///{database}", "study")
 
 
 @pytest.fixture(scope="module")

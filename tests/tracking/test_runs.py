@@ -24,14 +24,6 @@ def no_inherited_run(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.delenv(name, raising=False)
 
 
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty store; making its tables takes longer than all the rest."""
-    folder = tmp_path_factory.mktemp("store")
-    Tracker(f"sqlite:///{folder / 'mlflow.db'}")
-    return folder / "mlflow.db"
-
-
 @pytest.fixture
 def uri(template: Path, tmp_path: Path) -> str:
     (tmp_path / "mlflow.db").write_bytes(template.read_bytes())
