@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from matplotlib.figure import Figure
 
+from sparse_ft.analysis.baselines import compare_baseline, load_baseline
 from sparse_ft.analysis.figures import CHARTS, curve_figure
 from sparse_ft.analysis.holes import holes, protocols
+from sparse_ft.analysis.maps import heatmap_figure, layer_figure
+from sparse_ft.analysis.pareto import pareto_figure
 from sparse_ft.analysis.performance import curves, performance_table
+from sparse_ft.analysis.report import ReportFigure, ReportParts, report_html
 from sparse_ft.analysis.sentences import Sentence, answers
 from sparse_ft.analysis.style import drawing, save_figure
 from sparse_ft.analysis.table import Row, cell_table, grouped_table
@@ -19,6 +24,22 @@ from sparse_ft.files import write_json, write_text
 from sparse_ft.progress import SILENT, Progress
 
 __all__ = ["AnalysisResult", "write_analysis"]
+
+_CAPTIONS = {
+    "accuracy": "Mean over seeds; the thin black line is dense fine-tuning, the dotted one guessing.",
+    "loss": "Negative log-likelihood of the right answers, per token. Lower is better.",
+    "perplexity": "Perplexity of the text that the protocol names, at its sequence length. Lower is better.",
+    "recovery": "100 % is the accuracy that dense fine-tuning reaches under the same protocol.",
+    "training_throughput": "Tokens without padding, first steps left out, on the device that the protocol names.",
+    "evaluation_throughput": "Questions scored per second, on the device and batch that the protocol names.",
+    "accuracy_gained": "Accuracy after fine-tuning less that of the pruned model before, in points.",
+    "perplexity_gained": "How many times lower fine-tuning made the perplexity of the pruned model.",
+    "remasking_gap_accuracy": "What it costs to make a model sparse again that was merged from a dense adapter, in points.",
+    "remasking_gap_perplexity": "How many times higher the perplexity is once that merged model is masked again.",
+    "pareto": "Cells that no other one beats in both accuracy and throughput form the front.",
+    "heatmaps": "Methods by sparsity; the maps of a task share their colours.",
+    "layer_sparsity": "Where the zeros are: sparsity block by block, for each level asked for.",
+}  # fmt: skip
 
 
 @dataclass
@@ -30,8 +51,10 @@ class AnalysisResult:
         figures: the PNGs among them, by name.
         skipped: figures that were not drawn, and why.
         sentences: the answers, one a model and task.
-        cells, holes: the tables behind ``summary.csv`` and ``holes.csv``.
+        cells, points, holes: the tables behind ``summary.csv``, ``sparsity_vs_performance.csv``, ``holes.csv``.
         curves: for the curve runs; see `sparse_ft.analysis.performance.curves`.
+        baseline: ``joined`` and ``not_comparable``, where a baseline was asked for.
+        report: the page.
     """
 
     files: list[Path] = field(default_factory=list)
@@ -39,48 +62,99 @@ class AnalysisResult:
     skipped: dict[str, str] = field(default_factory=dict)
     sentences: list[Sentence] = field(default_factory=list)
     cells: pd.DataFrame = field(default_factory=pd.DataFrame)
+    points: pd.DataFrame = field(default_factory=pd.DataFrame)
     holes: pd.DataFrame = field(default_factory=pd.DataFrame)
     curves: list[dict[str, Any]] = field(default_factory=list)
+    baseline: dict[str, pd.DataFrame] | None = None
+    report: Path | None = None
 
 
 def write_analysis(
     rows: Iterable[Row],
     output_dir: str | Path,
+    baseline: str | Path | None = None,
     title: str = "",
     expected: Iterable[Mapping[str, Any]] | None = None,
+    mask_statistics: Sequence[Mapping[str, Any]] = (),
     progress: Progress = SILENT,
 ) -> AnalysisResult:
-    """Writes all tables and figures of a study into ``output_dir``.
+    """Writes all tables, figures and the page of a study into ``output_dir``.
 
     Args:
         rows: run records as tracking hands them over; see `sparse_ft.analysis.table.cell_table`.
         output_dir: made where it does not exist; files of an earlier analysis are replaced.
-        title: the question, or the study's name.
+        baseline: a CSV of published numbers, ``"builtin"`` for those of the package, or None.
+        title: the study's name, over the page.
         expected: the plan's cells, for what was never started; see `sparse_ft.analysis.holes.holes`.
+        mask_statistics: of the study's mask sets (`sparse_ft.masks.statistics.mask_statistics`), for the
+            sparsity of layers.
         progress: told the files written.
+
+    Raises:
+        UserError: the baseline cannot be read; before anything is written.
     """
     folder = Path(output_dir)
+    published = None if baseline is None else load_baseline(baseline)
     cells = cell_table(rows)
     grouped = grouped_table(cells)
-    table = performance_table(cells, grouped)
-    missing = holes(cells, expected)
-    result = AnalysisResult(cells=cells, holes=missing, curves=curves(cells, table), sentences=answers(cells, table))
-    tables = {"summary": cells, "grouped_summary": grouped, "sparsity_vs_performance": table, "holes": missing}
-    progress.start("analysis", len(tables) + len(CHARTS) + 1)
+    points = performance_table(cells, grouped)
+    result = AnalysisResult(cells=cells, points=points, holes=holes(cells, expected), curves=curves(cells, points))
+    result.sentences = answers(cells, points)
+    protocol = protocols(cells)
+    tables = {"summary": cells, "grouped_summary": grouped, "sparsity_vs_performance": points, "holes": result.holes}
+    if published is not None:
+        result.baseline = compare_baseline(published, cells, grouped)
+        tables |= {"baseline_joined": result.baseline["joined"]}
+        tables |= {"baseline_not_comparable": result.baseline["not_comparable"]}
+    drawn = _drawings(cells, points, mask_statistics)
+    progress.start("analysis", len(tables) + len(drawn) + 2, "files")
     for name, frame in tables.items():
         result.files.append(write_text(folder / f"{name}.csv", frame.to_csv(index=False)))
         progress.advance(note=f"{name}.csv")
-    result.files.append(write_json(folder / "protocol.json", protocols(cells)))
+    result.files.append(write_json(folder / "protocol.json", protocol))
     progress.advance(note="protocol.json")
-    with drawing():
-        for chart in CHARTS:
-            figure = curve_figure(chart, cells, table, title)
-            if figure is None:
-                result.skipped[chart.name] = "not measured"
-            else:
-                paths = save_figure(figure, folder / "figures", chart.name)
-                result.figures[chart.name] = paths[0]
-                result.files += paths
-            progress.advance(note=chart.name)
+    pictures = []
+    for name, (heading, draw) in drawn.items():
+        picture = _write_figure(result, folder / "figures", name, draw)
+        if picture is not None:
+            pictures.append(ReportFigure(picture, heading, _CAPTIONS[name]))
+        progress.advance(note=name)
+    page = ReportParts(
+        title, cells, points, result.holes, protocol, result.sentences, pictures,
+        {drawn[name][0]: why for name, why in result.skipped.items()}, result.baseline,
+    )  # fmt: skip
+    result.report = write_text(folder / "report.html", report_html(page))
+    result.files.append(result.report)
+    progress.advance(note="report.html")
     progress.stop()
     return result
+
+
+def _drawings(
+    cells: pd.DataFrame, points: pd.DataFrame, mask_statistics: Sequence[Mapping[str, Any]]
+) -> dict[str, tuple[str, Callable[[], Figure | None]]]:
+    """Every figure: its file's name, its heading on the page, and how it is drawn."""
+    drawn: dict[str, tuple[str, Callable[[], Figure | None]]] = {
+        chart.name: (chart.title, lambda chart=chart: curve_figure(chart, cells, points)) for chart in CHARTS
+    }
+    drawn["pareto"] = ("Accuracy against throughput", lambda: pareto_figure(points))
+    drawn["heatmaps"] = ("Accuracy by method and sparsity", lambda: heatmap_figure(points))
+    drawn["layer_sparsity"] = ("Sparsity of the blocks", lambda: layer_figure(mask_statistics))
+    return drawn
+
+
+def _write_figure(
+    result: AnalysisResult, folder: Path, name: str, draw: Callable[[], Figure | None]
+) -> Path | None:  # fmt: skip
+    """Draws and saves one figure; returns its SVG, or None where there was nothing to draw."""
+    with drawing():
+        figure = draw()
+        if figure is None:
+            result.skipped[name] = "not measured"
+            for suffix in (".png", ".svg"):  # one of an earlier analysis would no longer be true
+                (folder / f"{name}{suffix}").unlink(missing_ok=True)
+            return None
+        png, svg = save_figure(figure, folder, name)
+    result.figures[name] = png
+    result.files += [png, svg]
+    return svg

@@ -75,6 +75,7 @@ def study(
     modes: Sequence[str] = ("sparse_to_dense", "sparse_to_sparse"),
     seeds: Sequence[int] = (0,),
     dense: bool = True,
+    importance: str = "magnitude",
 ) -> list[Row]:
     """The full grid: by default 360 cells beside one dense baseline a (model, task)."""
     levels = tuple(levels)
@@ -86,7 +87,7 @@ def study(
             for seed in seeds:
                 if dense:
                     rows.append(cell(model, task, sparsity=0.0, mode="dense", seed=seed))
-                rows += [cell(model, task, method, level, mode, seed)
+                rows += [cell(model, task, method, level, mode, seed, importance)
                          for method in methods for level in levels for mode in modes]  # fmt: skip
     return rows
 
