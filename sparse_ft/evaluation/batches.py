@@ -7,29 +7,40 @@ import torch
 
 __all__ = ["rows_that_fit"]
 
-_MOST = {"cpu": 8, "cuda": 64}
+_MOST = 64
+_MOST_ON_CPU = 16
+_TOKENS_ON_CPU = 1024  # more at once only costs padding: so many keep every core busy
 
 
-def rows_that_fit(model: torch.nn.Module, seq_len: int, positions: int | None = None) -> int:
+def rows_that_fit(
+    model: torch.nn.Module, seq_len: int, positions: int | None = None, tokens_at_once: int | None = None
+) -> int:
     """Rows of ``seq_len`` tokens for one forward pass: a power of two.
 
-    Counted are the logits over the vocabulary (they, a float32 copy and the log-softmax) for ``positions``
-    of each row (all by default), which outweigh everything else, and the activations of one block. They
-    may take a quarter of the memory that the weights leave. It is the memory the device *has*, not what
-    happens to be free, because the batch size shows in the last digits and a model scored twice must give
-    the same number. On a CPU more than a few rows gain nothing: one row keeps every core busy.
+    Counted are the logits over the vocabulary (they, a float32 copy and the log-softmax), which outweigh
+    everything else, the keys and values, and the activations of one block. They may take a quarter of the
+    memory that the weights leave. It is the memory the device *has*, not what happens to be free, because
+    the batch size shows in the last digits and a model scored twice must give the same number.
+
+    Args:
+        model: on the device in question.
+        seq_len: tokens of a row.
+        positions: tokens of a row whose logits are made; None for all.
+        tokens_at_once: tokens of a row in one pass, where that is not all of them (1 in generation).
     """
     parameter = next(model.parameters())
     config = model.config.get_text_config()
-    vocabulary, hidden = config.vocab_size, config.hidden_size
+    hidden, size = config.hidden_size, parameter.element_size()
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
-    size = parameter.element_size()
-    per_row = (positions or seq_len) * vocabulary * (size + 8) + seq_len * (6 * hidden + 3 * inner) * size
+    logits = (positions or seq_len) * config.vocab_size * (size + 8)
+    activations = seq_len * (6 * hidden + 3 * inner + 2 * hidden * config.num_hidden_layers) * size
     weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
     spare = (_memory(parameter.device) - weights) // 4
-    most = _MOST.get(parameter.device.type, _MOST["cuda"])
+    most = _MOST
+    if parameter.device.type == "cpu":
+        most = min(_MOST_ON_CPU, max(1, _TOKENS_ON_CPU // (tokens_at_once or seq_len)))
     rows = 1
-    while 2 * rows <= most and 2 * rows * per_row <= spare:
+    while 2 * rows <= most and 2 * rows * (logits + activations) <= spare:
         rows *= 2
     return rows
 
