@@ -34,7 +34,7 @@ def report_study(
     tracker: Tracker, parent_run_id: str, folder: Path, title: str = "", progress: Progress = SILENT
 ) -> AnalysisResult:
     """Writes tables and figures of a study into ``folder``, logs them to its run, and writes the curve runs."""
-    result = write_analysis(in_milliseconds(tracker.children(parent_run_id)), folder, title, progress=progress)
+    result = write_analysis(in_milliseconds(tracker.children(parent_run_id)), folder, title=title, progress=progress)
     tracker.log_folder(parent_run_id, folder, "report")
     write_curve_runs(tracker, parent_run_id, result.curves)
     return result

@@ -135,7 +135,7 @@ def analyze(config: AnalyzeConfig) -> int:
     with tracker.ending(run_id):
         tracker.log(run_id, params=flatten_config(config))
         folder = Path(config.output_dir)
-        result = write_analysis(rows, folder, title, progress=shown_progress())
+        result = write_analysis(rows, folder, baseline=_optional(config.baseline), title=title, progress=shown_progress())
         tracker.log_folder(run_id, folder, "report")
         write_curve_runs(tracker, parent, result.curves)
     console = study_console()
@@ -143,6 +143,10 @@ def analyze(config: AnalyzeConfig) -> int:
     for path in result.files:
         console.print(f"  {path}", highlight=False, soft_wrap=True)
     return 0
+
+
+def _optional(value: str) -> str | None:
+    return None if value == "none" else value
 
 
 @contextmanager

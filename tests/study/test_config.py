@@ -1,0 +1,31 @@
+from dataclasses import replace
+
+import pytest
+
+from sparse_ft.study.config import CellConfig
+
+
+def test_a_key_ignores_where_results_go_and_nothing_else():
+    cell = CellConfig()
+    same = [replace(cell, output_dir="elsewhere"), replace(cell, register_as="auto"), replace(cell, keep="all")]
+    assert {other.key() for other in same} == {cell.key()}
+    others = [replace(cell, seed=1), replace(cell, sparsity=0.6), replace(cell, eval_limit=3), replace(cell, dtype="float32")]
+    keys = {other.key() for other in others} | {cell.key("masks"), cell.key("", "2.0"), cell.key()}
+    assert len(keys) == len(others) + 3
+
+
+def test_a_dense_cell_is_the_same_whatever_it_would_have_pruned():
+    dense = CellConfig(mode="dense")
+    assert replace(dense, method="structured", sparsity=0.9, importance="wanda").key() == dense.key()
+
+
+@pytest.mark.parametrize(
+    ("cell", "title"),
+    [
+        (CellConfig(mode="dense"), "smollm2-135m boolq dense"),
+        (CellConfig(model="a/b-7b", sparsity=0.125), "b-7b boolq unstructured magnitude 12.5 % sparse_to_sparse"),
+        (CellConfig(method="random"), "smollm2-135m boolq random 50 % sparse_to_sparse"),
+    ],
+)
+def test_titles(cell, title):
+    assert cell.title == title

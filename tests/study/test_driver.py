@@ -1,0 +1,102 @@
+from pathlib import Path
+
+import pytest
+
+from sparse_ft.errors import UserError
+from sparse_ft.study.config import SweepConfig
+from sparse_ft.study.driver import sweep
+from sparse_ft.tracking.runs import Tracker
+
+
+@pytest.fixture
+def run_study(study_file, tmp_path):
+    def run(grid, **rest):
+        path = study_file(grid, **rest)
+        status = sweep(SweepConfig(config=str(path), output_dir=str(tmp_path / "out")))
+        tracker = Tracker()
+        (parent,) = [run for run in tracker.search() if run["tags"].get("kind") == "study"]
+        return status, tracker, parent, tracker.children(parent["run_id"])
+
+    return run
+
+
+def _of(children, kind):
+    return [run for run in children if run["tags"]["kind"] == kind]
+
+
+def test_a_study_is_a_parent_with_a_child_for_every_cell_and_mask_set(run_study, capsys):
+    grid = {"model": ["tiny-llama"], "sparsity": [0.5], "mode": ["sparse_to_dense", "sparse_to_sparse"]}
+    status, tracker, parent, children = run_study(grid)
+    assert status == 0
+    assert {run["status"] for run in [parent, *children]} == {"FINISHED"}
+    cells, masks = _of(children, "cell"), _of(children, "masks")
+    assert [run["params"]["cfg/mode"] for run in cells] == ["dense", "sparse_to_dense", "sparse_to_sparse"]
+    assert len(masks) == 1
+    names = tracker.artifacts(masks[0]["run_id"])
+    for stem in ("masks_sparsity50_unstructured.safetensors", "stats_sparsity50_unstructured.json"):
+        assert f"masks/{stem}" in names
+    sparse = cells[-1]
+    assert sparse["metrics"]["sparsity/violations"] == 0
+    assert sparse["metrics"]["sparsity/after_merge"] == sparse["metrics"]["sparsity/achieved"]
+    assert sparse["tags"]["mask_checksum"] == masks[0]["tags"]["mask_checksum_50"]
+    assert "config.yaml" in tracker.artifacts(sparse["run_id"])
+    assert "adapter/adapter_config.json" in tracker.artifacts(sparse["run_id"])
+    shown = capsys.readouterr().out
+    assert "sparse to sparse" in shown
+    assert "mlflow ui --backend-store-uri" in shown
+    figures = [Path(line.removeprefix("figure: ")) for line in shown.splitlines() if line.startswith("figure: ")]
+    assert figures
+    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in figures)
+    assert "report/table.txt" in tracker.artifacts(parent["run_id"])
+
+
+def test_curves_have_the_sparsity_as_step(run_study):
+    grid = {"model": ["tiny-llama"], "sparsity": [0.3, 0.6], "mode": ["sparse_to_sparse"]}
+    _, tracker, _, children = run_study(grid, dense_baseline=False)
+    curves = _of(children, "curve")
+    assert [run["params"]["cfg/mode"] for run in curves] == ["sparse_to_sparse"]
+    by_level = {round(float(run["params"]["cfg/sparsity"]) * 100): run for run in _of(children, "cell")}
+    points = tracker.curve(curves[0]["run_id"], "eval/accuracy")
+    assert points == [(level, by_level[level]["metrics"]["eval/accuracy"]) for level in (30, 60)]
+
+
+def test_a_failed_cell_says_why_and_costs_only_itself(run_study, capsys):
+    grid = {"model": ["tiny-llama"], "mode": ["sparse_to_sparse"], "learning_rate": [1e-3, 9.0], "sparsity": [0.5]}
+    status, tracker, _, children = run_study(grid, dense_baseline=False, cell={"max_steps": 40, "max_seq_len": 64})
+    good, bad = _of(children, "cell")
+    if bad["status"] == "FINISHED":
+        pytest.fail("a learning rate of 9 was expected to diverge")
+    assert (status, good["status"], bad["status"]) == (1, "FINISHED", "FAILED")
+    assert bad["tags"]["failure_class"] == "non_finite_loss"
+    assert "step" in bad["tags"]["failure_message"]
+    assert "NonFiniteLossError" in tracker.fetch_text(bad["run_id"], "traceback.txt")
+    assert "1 of 2 cells failed" in capsys.readouterr().out
+
+
+def test_masks_that_cannot_be_made_fail_their_cells_with_the_reason(run_study):
+    grid = {"model": ["tiny-llama"], "method": ["semi_structured"], "sparsity": [0.5], "mode": ["sparse_to_sparse"]}
+    status, _, parent, children = run_study(grid, cell={"pattern": "7:14", "scope": "layer"})
+    (masks,) = _of(children, "masks")
+    dense, sparse = _of(children, "cell")
+    assert (status, masks["status"], dense["status"], sparse["status"]) == (1, "FAILED", "FINISHED", "FAILED")
+    assert sparse["tags"]["failure_message"] == masks["tags"]["failure_message"]
+
+
+def test_all_that_stops_a_study_is_said_at_once_and_nothing_is_logged(study_file, tmp_path):
+    grid = {"model": ["./no-model", "tiny-llama"], "task": ["boolq"], "importance": ["wanda"], "scope": ["global"]}
+    path = study_file(grid, cell={"data_dir": "./no-data"})
+    with pytest.raises(UserError) as raised:
+        sweep(SweepConfig(config=str(path), output_dir=str(tmp_path / "out")))
+    for problem in ("no-model", "no-data", "Wanda"):
+        assert problem in str(raised.value)
+    assert Tracker().search() == []
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_prints_the_plan_and_runs_nothing(study_file, capsys):
+    path = study_file({"model": ["tiny-llama"], "sparsity": [0.5, 0.125]})
+    assert sweep(SweepConfig(config=str(path), dry_run=True)) == 0
+    shown = capsys.readouterr().out
+    assert "3 cells, 1 mask sets" in shown
+    assert "12.5 %" in shown
+    assert Tracker().search() == []

@@ -1,0 +1,106 @@
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from sparse_ft.errors import UserError
+from sparse_ft.study.plan import Study, load_study, make_plan
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def grid():
+    return {
+        "model": ["tiny-llama", "tiny-mistral"],
+        "task": ["boolq", "hellaswag", "gsm8k"],
+        "method": ["unstructured", "structured", "random"],
+        "sparsity": [i / 10 for i in range(10)],
+        "mode": ["sparse_to_dense", "sparse_to_sparse"],
+    }
+
+
+def test_the_grid_is_a_product_with_a_dense_baseline_per_model_and_task(grid):
+    plan = make_plan(Study("full", grid))
+    modes = Counter(cell.mode for cell in plan.cells)
+    assert modes == {"sparse_to_dense": 180, "sparse_to_sparse": 180, "dense": 6}
+    assert len({cell.key() for cell in plan.cells}) == len(plan.cells)
+    assert [cell.mode for cell in plan.cells[:6]] == ["dense"] * 6
+
+
+def test_without_a_baseline_there_is_none(grid):
+    assert len(make_plan(Study("full", grid, dense_baseline=False)).cells) == 360
+
+
+def test_masks_are_shared_by_all_cells_that_need_the_same(grid):
+    plan = make_plan(Study("full", grid))
+    assert len(plan.mask_sets) == 6  # 2 models x 3 methods: data-free masks do not depend on the task
+    for cell, number in zip(plan.cells, plan.mask_set_of, strict=True):
+        if cell.mode == "dense":
+            assert number is None
+        else:
+            config = plan.mask_sets[number].config
+            assert (config.model, config.method) == (cell.model, cell.method)
+            assert cell.sparsity in config.levels
+    assert len({item.name for item in plan.mask_sets}) == 6
+
+
+def test_calibrated_masks_are_one_set_a_task(grid):
+    study = Study("wanda", grid | {"method": ["unstructured"]}, {"importance": "wanda", "scope": "row"})
+    assert len(make_plan(study).mask_sets) == 6  # 2 models x 3 tasks
+
+
+def test_seeds_make_random_masks_anew_and_magnitude_masks_not(grid):
+    seeds = {"model": ["tiny-llama"], "method": ["unstructured", "random"], "seed": [0, 1, 2]}
+    assert len(make_plan(Study("seeds", seeds)).mask_sets) == 1 + 3
+
+
+def test_cell_values_apply_everywhere():
+    plan = make_plan(Study("s", {"sparsity": [0.5]}, {"max_steps": 3, "lora_r": 2}))
+    assert {(cell.max_steps, cell.lora_r) for cell in plan.cells} == {(3, 2)}
+
+
+@pytest.mark.parametrize(
+    ("study", "message"),
+    [
+        (Study("s", {"sparsitty": [0.5]}), "no field 'sparsitty'"),
+        (Study("s", {"mode": ["thin"]}), "mode is 'thin'"),
+        (Study("s", {"sparsity": [1.5]}), "sparsity is 1.5"),
+        (Study("s", {"sparsity": [0.5]}, {"max_step": 3}), "no field 'max_step'"),
+    ],
+)
+def test_wrong_fields_and_values_are_named(study, message):
+    with pytest.raises(UserError, match=message):
+        make_plan(study)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_shipped_study_makes_a_plan_and_says_how_to_run_it(path):
+    assert make_plan(load_study(path)).cells
+    first = path.read_text().splitlines()[0]
+    assert first.startswith("# mlflow run . ")
+    assert f"config=configs/{path.name}" in first or path.name == "demo.yaml"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("grid: {model: [a", "not valid YAML"),
+        ("name: x", "no 'grid:'"),
+        ("grid: {model: []}", "'model' of the grid is empty"),
+        ("grid: {seed: [1]}\nworkers: 3", "unknown key 'workers'"),
+        ("grid: {sparsity: half}", "sparsities is 'half'"),
+    ],
+)
+def test_a_study_file_that_is_none_is_refused(tmp_path, text, message):
+    path = tmp_path / "study.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_study(path)
+
+
+def test_sparsities_may_be_a_range(tmp_path):
+    path = tmp_path / "levels.yaml"
+    path.write_text("grid: {sparsity: '0:0.3:0.1'}")
+    study = load_study(path)
+    assert (study.name, study.grid["sparsity"]) == ("levels", [0.0, 0.1, 0.2, 0.3])

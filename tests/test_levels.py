@@ -1,0 +1,30 @@
+import pytest
+
+from sparse_ft.errors import UserError
+from sparse_ft.levels import level_label, parse_levels
+
+
+@pytest.mark.parametrize(
+    ("text", "levels"),
+    [
+        ("0.5,0.7", (0.5, 0.7)),
+        ("0.7, .50,0.7", (0.5, 0.7)),
+        ("0:0.9:0.1", (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)),
+        ("0:0.9:0.2", (0.0, 0.2, 0.4, 0.6, 0.8)),
+        ("0.5:0.5:1", (0.5,)),
+        ("0,1", (0.0, 1.0)),
+    ],
+)
+def test_lists_and_ranges(text, levels):
+    assert parse_levels(text) == levels
+
+
+@pytest.mark.parametrize("text", ["", "half", "0.5;0.7", "0:1", "0:1:0", "0.9:0.1:0.1", "50", "-0.1", "nan"])
+def test_what_is_neither_is_refused(text):
+    with pytest.raises(UserError, match="sparsities"):
+        parse_levels(text)
+
+
+@pytest.mark.parametrize(("level", "label"), [(0.5, "50"), (0.0, "0"), (1.0, "100"), (0.125, "12.5"), (0.07, "7")])
+def test_labels_are_percent(level, label):
+    assert level_label(level) == label

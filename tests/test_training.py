@@ -1,0 +1,162 @@
+import math
+
+import pytest
+import torch
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
+
+from sparse_ft.errors import UserError
+from sparse_ft.progress import Progress
+from sparse_ft.tasks.examples import Example
+from sparse_ft.training import AnswerCollator, NonFiniteLossError, TrainingSettings, train
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_model):
+    return tiny_model("tiny-llama")
+
+
+@pytest.fixture
+def model(folder):
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def examples():
+    generator = torch.Generator().manual_seed(0)
+    lengths = [9, 14, 14, 20, 7, 11, 30, 12]
+    rows = [torch.randint(0, 250, (length,), generator=generator).tolist() for length in lengths]
+    return [Example(ids, len(ids) - 1 - index % 3) for index, ids in enumerate(rows)]
+
+
+def _loss_by_hand(model, examples):
+    """Mean over all answer tokens, one unpadded sequence at a time."""
+    total, tokens = 0.0, 0
+    for example in examples:
+        ids = torch.tensor([example.input_ids])
+        logits = model(ids).logits[0, example.answer_start - 1 : -1]
+        total = total + functional.cross_entropy(logits, ids[0, example.answer_start :], reduction="sum")
+        tokens += len(example.input_ids) - example.answer_start
+    return total / tokens
+
+
+def _rows(examples):
+    return [{"input_ids": example.input_ids, "answer_start": example.answer_start} for example in examples]
+
+
+def test_a_padded_batch_has_the_loss_of_its_sequences_alone(model, examples):
+    batch = AnswerCollator(0)(_rows(examples))
+    assert batch["labels"].shape[1] == batch["logits_to_keep"] == 4
+    loss = model(**batch).loss
+    assert loss.item() == pytest.approx(_loss_by_hand(model, examples).item(), rel=1e-5)
+
+
+def test_logits_are_made_at_the_answers_only(model, examples):
+    batch = AnswerCollator(0)(_rows(examples))
+    assert model(**batch).logits.shape[1] == 4
+
+
+def test_training_is_plain_gradient_descent_on_that_loss(folder, model, examples, tmp_path):
+    settings = TrainingSettings(
+        learning_rate=1e-2, max_steps=3, batch_size=len(examples), warmup_fraction=0.0, max_grad_norm=1e9
+    )
+    result = train(model, examples, settings, tmp_path)
+    twin = AutoModelForCausalLM.from_pretrained(folder).train()
+    optimizer = torch.optim.AdamW(twin.parameters(), lr=1e-2, weight_decay=0.0)
+    losses = []
+    for step in range(3):
+        optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / 3)
+        loss = _loss_by_hand(twin, examples)
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert [loss for _, loss in result.loss_curve] == pytest.approx(losses, rel=1e-4)
+    for trained, expected in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(trained, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_accumulation_equals_one_large_batch(folder, examples, tmp_path):
+    losses = []
+    for batch_size, accumulation in ((8, 1), (2, 4)):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        settings = TrainingSettings(
+            learning_rate=1e-2, max_steps=3, batch_size=batch_size, gradient_accumulation=accumulation
+        )
+        losses.append([loss for _, loss in train(model, examples, settings, tmp_path).loss_curve])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["reentrant", "non_reentrant"])
+def test_checkpointing_changes_no_number(folder, examples, tmp_path, kind):
+    curves = []
+    for checkpointing in ("none", kind):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        settings = TrainingSettings(
+            learning_rate=1e-2, max_steps=3, batch_size=4, gradient_checkpointing=checkpointing
+        )
+        curves.append(train(model, examples, settings, tmp_path).loss_curve)
+    assert curves[0] == curves[1]
+
+
+def test_the_same_seed_gives_the_same_numbers_and_another_does_not(folder, examples, tmp_path):
+    curves = []
+    for seed in (0, 0, 1):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        settings = TrainingSettings(learning_rate=1e-2, max_steps=4, batch_size=2, seed=seed)
+        curves.append(train(model, examples, settings, tmp_path).loss_curve)
+    assert curves[0] == curves[1] != curves[2]
+
+
+def test_what_it_cost_is_measured(model, examples, tmp_path):
+    settings = TrainingSettings(max_steps=4, batch_size=8)
+    result = train(model, examples, settings, tmp_path)
+    assert result.steps == 4
+    assert result.tokens == 4 * sum(len(example.input_ids) for example in examples)  # padding does not count
+    assert result.warmup_steps_untimed == 2
+    per_sample = result.tokens_per_second / result.samples_per_second
+    assert per_sample == pytest.approx(sum(len(e.input_ids) for e in examples) / 8, rel=1e-6)
+    assert result.peak_bytes > sum(p.numel() * 4 for p in model.parameters())
+    assert not model.training
+    assert list(tmp_path.iterdir()) == []  # no checkpoints were asked for
+
+
+def test_a_single_step_is_timed_itself(model, examples, tmp_path):
+    result = train(model, examples, TrainingSettings(max_steps=1, batch_size=2), tmp_path)
+    assert result.tokens_per_second is not None  # the only step is timed: nothing to leave out
+    assert result.warmup_steps_untimed == 0
+
+
+def test_a_loss_that_is_not_finite_stops_training(model, examples, tmp_path):
+    with torch.no_grad():
+        model.model.norm.weight.fill_(math.nan)
+    with pytest.raises(NonFiniteLossError, match="step 1"):
+        train(model, examples, TrainingSettings(max_steps=5, batch_size=2), tmp_path)
+
+
+def test_progress_is_told_of_every_step(model, examples, tmp_path):
+    class Heard(Progress):
+        calls = []
+
+        def start(self, stage, total, unit=""):
+            self.calls.append((stage, total))
+
+        def advance(self, amount=1, note=""):
+            self.calls.append(note.split()[0])
+
+    train(model, examples, TrainingSettings(max_steps=3, batch_size=2), tmp_path, progress=Heard())
+    assert Heard.calls == [("train", 3), "loss", "loss", "loss"]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"max_steps": 0}, {"batch_size": 0}, {"learning_rate": 0}, {"warmup_fraction": 1}, {"gradient_checkpointing": "x"}],
+)
+def test_settings_that_cannot_train_are_refused(wrong):
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        TrainingSettings(**wrong).check()
+
+
+def test_no_examples_is_an_error(model, tmp_path):
+    with pytest.raises(UserError, match="no training examples"):
+        train(model, [], TrainingSettings(), tmp_path)
