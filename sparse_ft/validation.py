@@ -14,7 +14,7 @@ from torch import Tensor
 from sparse_ft.errors import UserError
 from sparse_ft.masks.checks import check_masks
 from sparse_ft.masks.mask_set import MaskSet, unpack_bits
-from sparse_ft.models.checkpoint import Checkpoint
+from sparse_ft.models.checkpoint import Checkpoint, open_checkpoint
 from sparse_ft.models.names import parameter_masks, role, slots
 from sparse_ft.progress import SILENT, Progress
 
@@ -104,7 +104,7 @@ def validate_checkpoint(
     still tied; and, against ``base``, no tensor changed that an adapter had no business with.
 
     Args:
-        folder: a Hugging Face checkpoint.
+        folder: a Hugging Face checkpoint, or a Cerebras one (``.mdl``).
         masks: by the checkpoint's tensor names (experts may be fused on either side).
         tolerance: largest magnitude that counts as zero.
         base: the checkpoint that training started from: embeddings, norms, head and router must be its bits
@@ -120,9 +120,9 @@ def validate_checkpoint(
     """
     if not tolerance >= 0:
         raise UserError(f"tolerance is {tolerance}; it must be 0 or more.")
-    checkpoint = Checkpoint(folder)
+    checkpoint = open_checkpoint(folder)
     whole = _check_fit(checkpoint, masks)
-    origin = None if base is None else Checkpoint(base)
+    origin = None if base is None else open_checkpoint(base)
     problems = _asked_problems(masks)
     if origin is not None:
         problems += _name_problems(checkpoint, origin)

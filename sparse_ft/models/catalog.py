@@ -51,10 +51,10 @@ def locate(model: str | Path, progress: Progress = SILENT) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return _checked(folder, f"the folder {folder}")
+    if folder.is_file() and folder.suffix == ".mdl":
+        return folder  # a Cerebras checkpoint: its tensors are read, no model is built from it
     if folder.exists():
-        raise UserError(
-            f"model {name} is a file; give the folder that holds config.json and model*.safetensors"
-        )
+        raise UserError(f"model {name} is a file; give the folder that holds config.json and model*.safetensors")
     if _HUB_ID.fullmatch(name):
         return _checked(_from_hub(name), f"the hub's {name}")
     raise UserError(
@@ -161,9 +161,7 @@ def _from_hub(name: str) -> Path:
     except HfHubHTTPError as error:
         raise UserError(f"model {name} cannot be downloaded from the hub: {error}") from error
     except OSError as error:
-        raise UserError(
-            f"model {name} cannot be downloaded ({error}); check the network and the disk"
-        ) from error
+        raise UserError(f"model {name} cannot be downloaded ({error}); check the network and the disk") from error
     return Path(folder)
 
 
@@ -181,11 +179,7 @@ def _checked(folder: Path, what: str) -> Path:
             raise UserError(f"{what} has a damaged {index.name}: {error}") from error
         missing = sorted(shard for shard in shards if not (folder / shard).is_file())
         if missing:
-            raise UserError(
-                f"{what} is incomplete: {len(missing)} of {len(shards)} shards are missing ({missing[0]})"
-            )
+            raise UserError(f"{what} is incomplete: {len(missing)} of {len(shards)} shards are missing ({missing[0]})")
     elif not any(folder.glob("model*.safetensors")):
-        raise UserError(
-            f"{what} has no model*.safetensors; convert other weights with transformers' save_pretrained"
-        )
+        raise UserError(f"{what} has no model*.safetensors; convert other weights with transformers' save_pretrained")
     return folder.resolve()

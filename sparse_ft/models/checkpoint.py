@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +24,7 @@ from sparse_ft.files import atomic_folder
 from sparse_ft.models.names import prunable_names
 from sparse_ft.progress import SILENT, Progress
 
-__all__ = ["Checkpoint", "copy_checkpoint"]
+__all__ = ["Checkpoint", "Entry", "copy_checkpoint", "open_checkpoint"]
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -33,7 +35,9 @@ _SAMPLE = 4096  # bytes of each tensor's head, middle and tail that its fingerpr
 
 
 @dataclass(frozen=True)
-class _Entry:
+class Entry:
+    """Where a tensor is: its file, and the bytes there."""
+
     file: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -54,7 +58,7 @@ class Checkpoint:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise UserError(f"Checkpoint {folder}: there is no such folder.")
-        self._entries: dict[str, _Entry] = {}
+        self._entries: dict[str, Entry] = {}
         for file in self._files():
             self._entries.update(_read_entries(file))
         missing = sorted(set(self._index()) - set(self._entries))
@@ -112,6 +116,26 @@ class Checkpoint:
             return np.empty(0, np.uint8)
         return np.memmap(entry.file, np.uint8, "r", entry.begin, (entry.end - entry.begin,))
 
+    @contextmanager
+    def reading(self, name: str) -> Iterator[Callable[[np.ndarray, int], None]]:
+        """Yields ``read(buffer, begin)``: fills an array with the tensor's bytes from ``begin`` on.
+
+        Raises:
+            UserError: while reading, a file that ends within the tensor.
+        """
+        entry = self._entry(name)
+        with open(entry.file, "rb", buffering=0) as file:
+
+            def read(buffer: np.ndarray, begin: int) -> None:
+                view, offset = memoryview(buffer).cast("B"), entry.begin + begin
+                while view:
+                    count = os.preadv(file.fileno(), [view], offset)
+                    if count == 0:
+                        raise UserError(f"The file of {name} ends within the tensor; it is truncated.")
+                    view, offset = view[count:], offset + count
+
+            yield read
+
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor, in memory of its own."""
         entry = self._entry(name)
@@ -138,7 +162,7 @@ class Checkpoint:
                 identity.update(raw[start : start + _SAMPLE].tobytes())
         return identity.hexdigest()[:16]
 
-    def _entry(self, name: str) -> _Entry:
+    def _entry(self, name: str) -> Entry:
         try:
             return self._entries[name]
         except KeyError:
@@ -160,6 +184,19 @@ class Checkpoint:
             if not file.is_file():
                 raise UserError(f"Checkpoint {self.folder}: the shard {file.name} is missing.")
         return files
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """The checkpoint at ``path``: a Hugging Face folder, or a Cerebras ``.mdl`` file seen as one.
+
+    Raises:
+        UserError: neither.
+    """
+    if Path(path).suffix == ".mdl":
+        from sparse_ft.models.cerebras import CerebrasCheckpoint
+
+        return CerebrasCheckpoint(path)
+    return Checkpoint(path)
 
 
 def copy_checkpoint(
@@ -191,11 +228,13 @@ def copy_checkpoint(
                 tensors[name] = changed.contiguous()
                 progress.advance(source.nbytes(name))
             save_file(tensors, folder / file.name, metadata={"format": "pt"})
+            # safetensors writes for the owner's eyes only
+            (folder / file.name).chmod((folder / "config.json").stat().st_mode)
     progress.stop()
     return Path(target)
 
 
-def _read_entries(file: Path) -> dict[str, _Entry]:
+def _read_entries(file: Path) -> dict[str, Entry]:
     try:
         with safe_open(file, framework="pt"):  # safetensors checks that header and length belong together
             pass
@@ -212,5 +251,5 @@ def _read_entries(file: Path) -> dict[str, _Entry]:
         begin, end = (8 + length + offset for offset in info["data_offsets"])
         dtype, shape = _DTYPES[info["dtype"]], tuple(info["shape"])
         assert math.prod(shape) * dtype.itemsize == end - begin
-        entries[name] = _Entry(file, dtype, shape, begin, end)
+        entries[name] = Entry(file, dtype, shape, begin, end)
     return entries

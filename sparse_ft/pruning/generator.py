@@ -17,7 +17,7 @@ import torch
 import sparse_ft
 from sparse_ft.errors import UserError
 from sparse_ft.files import write_json
-from sparse_ft.models.checkpoint import Checkpoint, copy_checkpoint
+from sparse_ft.models.checkpoint import copy_checkpoint, open_checkpoint
 from sparse_ft.models.loading import resolve_device, resolve_dtype
 from sparse_ft.models.names import role
 from sparse_ft.progress import SILENT, Progress
@@ -66,7 +66,7 @@ class MaskGenerator:
     ):
         settings.check()
         self.settings = settings
-        self.checkpoint = Checkpoint(checkpoint_folder)
+        self.checkpoint = open_checkpoint(checkpoint_folder)
         self.shapes = self.checkpoint.prunable_shapes()
         self.calibration = calibration
         self.model_name = model_name or self.checkpoint.folder.name
@@ -310,7 +310,7 @@ class MaskGenerator:
             about["allocation"] = settings.allocation
         if checkpoint is not None:  # the masks belong to the updated weights
             about["source_fingerprint"] = about["fingerprint"]
-            about["fingerprint"] = Checkpoint(checkpoint).fingerprint
+            about["fingerprint"] = open_checkpoint(checkpoint).fingerprint
         if len(settings.levels) > 1:
             about["levels"] = list(settings.levels)
         if self.notes:

@@ -7,7 +7,6 @@ holds one part per thread whatever the size of the model.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
@@ -112,19 +111,18 @@ class MagnitudeSource:
         digits = _DIGITS[dtype]
         magnitude_bits = digits(0x7FFF if digits is np.uint16 else 0x7FFFFFFF)
         itemsize = np.dtype(digits).itemsize
-        path, offset = self.checkpoint.shard(name), self.checkpoint.offset(name)
         buffer = None
-        with open(path, "rb", buffering=0) as file:
+        with self.checkpoint.reading(name) as read:
             for first, last, columns in row_parts(self.shapes[name]):
                 if buffer is None:
                     buffer = np.empty((last - first, columns), digits)
                 keys = buffer[: last - first]
-                _read_exactly(file.fileno(), keys, offset + first * columns * itemsize, name)
+                read(keys, first * columns * itemsize)
                 np.bitwise_and(keys, magnitude_bits, out=keys)
                 if keys.size and keys.max() >= _INFINITY[dtype]:
                     raise UserError(
-                        f"{name} in {path} holds NaN or infinite weights, which have no place in an order."
-                        " Repair the checkpoint first."
+                        f"{name} in {self.checkpoint.shard(name)} holds NaN or infinite weights, which have"
+                        " no place in an order. Repair the checkpoint first."
                     )
                 yield _widened(keys, dtype) if widen and digits is np.uint16 else keys
 
@@ -202,12 +200,3 @@ def _widened(keys: np.ndarray, dtype: torch.dtype) -> np.ndarray:
     if dtype is torch.bfloat16:
         return keys.astype(np.uint32) << np.uint32(16)
     return keys.view(np.float16).astype(np.float32).view(np.uint32)
-
-
-def _read_exactly(descriptor: int, array: np.ndarray, offset: int, name: str) -> None:
-    view = memoryview(array).cast("B")
-    while view:
-        count = os.preadv(descriptor, [view], offset)
-        if count == 0:
-            raise UserError(f"The file of {name} ends within the tensor; it is truncated.")
-        view, offset = view[count:], offset + count
