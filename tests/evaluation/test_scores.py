@@ -1,0 +1,238 @@
+"""Scores against lm-eval run by hand on the saved checkpoint, and against plain torch."""
+
+import json
+import logging
+import math
+import os
+import random
+import subprocess
+import sys
+from dataclasses import replace
+
+import lm_eval
+import pytest
+import torch
+from lm_eval.tasks import TaskManager
+
+from sparse_ft.errors import UserError
+from sparse_ft.evaluation import EvaluationSettings, evaluate
+from sparse_ft.models.loading import load_model, load_tokenizer
+from sparse_ft.progress import Progress
+from sparse_ft.tasks.definitions import load_task, quiet, write_lm_eval_task
+from sparse_ft.tasks.examples import gold_continuation
+from sparse_ft.tasks.made import made_data_dir
+
+SMALL = EvaluationSettings(limit=12, batch_size=4, perplexity_tokens=0, keep_samples=True)
+TASKS = ("boolq", "hellaswag", "gsm8k")
+
+
+class Recorder(Progress):
+    """Remembers the stages and how far they came."""
+
+    def __init__(self):
+        self.stages = []
+
+    def start(self, stage, total, unit=""):
+        self.stages.append([stage, total, 0])
+
+    def advance(self, amount=1, note=""):
+        self.stages[-1][2] += amount
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_model):
+    return tiny_model("tiny-llama")
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return load_model(folder, "float32", "cpu")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return load_tokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def tasks():
+    shots = {"gsm8k": 1}
+    return {name: load_task(name, made_data_dir(), shots.get(name)) for name in TASKS}
+
+
+def short(settings, name):
+    """Generation is slow: fewer questions of it."""
+    return replace(settings, limit=2) if name == "gsm8k" else settings
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_equal_to_lm_eval_by_hand(name, model, tokenizer, tasks, folder, tmp_path):
+    write_lm_eval_task(name, made_data_dir(), tmp_path)
+    settings = short(SMALL, name)
+    with quiet():
+        theirs = lm_eval.simple_evaluate(
+            "hf",
+            f"pretrained={folder},dtype=float32",
+            [name],
+            num_fewshot=tasks[name].config.num_fewshot or None,
+            batch_size=4,
+            device="cpu",
+            limit=settings.limit,
+            task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
+        )
+    ours = evaluate(model, tokenizer, tasks[name], settings)
+    numbers = {key: value for key, value in theirs["results"][name].items() if key.partition(",")[1]}
+    for key, value in numbers.items():
+        metric, _, filtering = key.partition(",")
+        plain = metric.removesuffix("_stderr") + ("" if filtering == "none" else f"_{filtering.replace('-', '_')}")
+        plain += "_stderr" if metric.endswith("_stderr") else ""
+        assert ours.metrics[plain] == value, key
+    assert theirs["versions"][name] == ours.protocol["task_version"]
+    for our, their in zip(ours.samples, theirs["samples"][name], strict=True):
+        assert our["arguments"] == their["arguments"] and our["doc_id"] == their["doc_id"]
+        if name == "gsm8k":
+            assert our["resps"] == their["resps"]
+        else:
+            # Equal bits where this was tried; another CPU's matrix product may sum in another order.
+            found, wanted = ([response[0] for response in sample["filtered_resps"]] for sample in (our, their))
+            assert found == pytest.approx(wanted, rel=1e-5)
+            assert [r[1] for r in our["filtered_resps"]] == [r[1] for r in their["filtered_resps"]]
+
+
+@pytest.mark.slow
+def test_equal_to_lm_evals_command_line(model, tokenizer, tasks, folder, tmp_path):
+    write_lm_eval_task("hellaswag", made_data_dir(), tmp_path)
+    command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--tasks", "hellaswag", "--limit", "12"]
+    command += ["--model_args", f"pretrained={folder},dtype=float32", "--include_path", str(tmp_path)]
+    command += ["--batch_size", "4", "--device", "cpu", "--output_path", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr
+    theirs = json.loads(next((tmp_path / "out").rglob("results*.json")).read_text())["results"]["hellaswag"]
+    ours = evaluate(model, tokenizer, tasks["hellaswag"], SMALL).metrics
+    for metric in ("acc", "acc_norm", "acc_stderr", "acc_norm_stderr"):
+        assert ours[metric] == theirs[f"{metric},none"]
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_loss_is_the_mean_over_answer_tokens(name, model, tokenizer, tasks):
+    """Against one forward pass per question, without lm-eval's batching."""
+    task, settings = tasks[name], short(SMALL, name)
+    result = evaluate(model, tokenizer, task, settings)
+    task.set_fewshot_seed(1234)
+    losses = []
+    for number in range(settings.limit):
+        doc = task.eval_docs[number]
+        prompt = task.fewshot_context(doc, task.config.num_fewshot)
+        context = tokenizer(prompt)["input_ids"]
+        whole = torch.tensor(tokenizer(prompt + gold_continuation(task, doc))["input_ids"])
+        with torch.no_grad():
+            logits = model(whole[None]).logits[0, :-1].double()
+        losses.append(torch.nn.functional.cross_entropy(logits, whole[1:], reduction="none")[len(context) - 1 :])
+    losses = torch.cat(losses)
+    assert result.metrics["loss"] == pytest.approx(losses.mean().item(), rel=1e-5)
+    assert result.protocol["loss_tokens"] == len(losses)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_headline_metric(name, model, tokenizer, tasks):
+    result = evaluate(model, tokenizer, tasks[name], short(SMALL, name))
+    metric = {"boolq": "acc", "hellaswag": "acc_norm", "gsm8k": "exact_match_strict_match"}[name]
+    assert result.protocol["accuracy_metric"] == metric
+    assert result.metrics["accuracy"] == result.metrics[metric]
+    assert result.metrics["accuracy_stderr"] == result.metrics[f"{metric}_stderr"]
+    assert result.protocol["chance"] == {"boolq": 0.5, "hellaswag": 0.25, "gsm8k": None}[name]
+    assert result.metrics["samples_per_second"] > 0
+
+
+def test_twice_the_same(model, tokenizer, tasks):
+    settings = replace(SMALL, batch_size="auto", perplexity_tokens=300, perplexity_seq_len=64)
+    first, second = (evaluate(model, tokenizer, tasks["hellaswag"], settings) for _ in range(2))
+    for result in (first, second):
+        result.metrics.pop("samples_per_second")
+    assert first == second
+
+
+def test_few_shot_by_setting_and_back(model, tokenizer, tasks):
+    settings = replace(SMALL, num_fewshot=3, limit=2)
+    result = evaluate(model, tokenizer, tasks["boolq"], settings)
+    assert result.protocol["num_fewshot"] == 3 and tasks["boolq"].config.num_fewshot == 0
+    assert result.samples[0]["arguments"][0][0].count("Question:") == 4
+    with pytest.raises(UserError, match="between 0 and"):
+        evaluate(model, tokenizer, tasks["boolq"], replace(SMALL, num_fewshot=1000))
+
+
+def test_protocol_and_samples_are_json(model, tokenizer, tasks):
+    settings = replace(SMALL, limit=2, perplexity_tokens=200, perplexity_seq_len=64)
+    result = evaluate(model, tokenizer, tasks["boolq"], settings)
+    assert json.loads(json.dumps(result.protocol)) == result.protocol
+    json.dumps(result.samples)
+    expected = {"task": "boolq", "num_fewshot": 0, "limit": 2, "samples": 2, "split": "validation", "batch_size": 4}
+    expected |= {"chat_template": None, "device": "cpu", "dtype": "float32", "source": str(made_data_dir())}
+    expected |= {"perplexity_corpus": "boolq/validation", "perplexity_seq_len": 64, "perplexity_tokens": 4 * 63}
+    assert expected.items() <= result.protocol.items()
+    assert math.exp(result.metrics["perplexity_loss"]) == pytest.approx(result.metrics["perplexity"])
+    without = evaluate(model, tokenizer, tasks["boolq"], replace(settings, keep_samples=False, perplexity_tokens=0))
+    assert not without.samples and "perplexity" not in without.metrics
+
+
+def test_a_standard_error_that_does_not_exist_is_absent(model, tokenizer, tasks):
+    metrics = evaluate(model, tokenizer, tasks["boolq"], replace(SMALL, limit=1)).metrics
+    assert "accuracy" in metrics and "accuracy_stderr" not in metrics
+
+
+def test_leaves_no_trace(model, tokenizer, tasks, capfd):
+    tokenizer.padding_side, seed = "right", random.getstate()
+    torch_state, level = torch.get_rng_state(), logging.getLogger("lm_eval").level
+    model.train()
+    evaluate(model, tokenizer, tasks["boolq"], replace(SMALL, limit=2, perplexity_tokens=64, perplexity_seq_len=32))
+    evaluate(model, tokenizer, tasks["gsm8k"], replace(SMALL, limit=1))
+    assert model.training and tokenizer.padding_side == "right"
+    assert random.getstate() == seed and torch.equal(torch.get_rng_state(), torch_state)
+    assert logging.getLogger("lm_eval").level == level and "build_all_requests" not in vars(tasks["boolq"])
+    assert capfd.readouterr() == ("", "")
+    model.eval()
+
+
+def test_progress_reaches_its_end(model, tokenizer, tasks):
+    progress = Recorder()
+    settings = replace(SMALL, limit=3, perplexity_tokens=200, perplexity_seq_len=64)
+    evaluate(model, tokenizer, tasks["hellaswag"], settings, progress)
+    evaluate(model, tokenizer, tasks["gsm8k"], replace(SMALL, limit=2), progress)
+    assert progress.stages == [
+        ["scoring hellaswag", 12, 12],
+        ["perplexity", 4, 4],
+        ["scoring gsm8k", 2, 2],
+        ["answer loss gsm8k", 2, 2],
+    ]
+
+
+def test_an_unmerged_adapter_is_scored_with_its_adapter(folder, tokenizer, tasks):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    adapted = get_peft_model(load_model(folder, "float32", "cpu"), config)
+    settings = replace(SMALL, limit=4, perplexity_tokens=128, perplexity_seq_len=64)
+    before = evaluate(adapted, tokenizer, tasks["boolq"], settings).metrics
+    after = evaluate(adapted.merge_and_unload(), tokenizer, tasks["boolq"], settings).metrics
+    plain = evaluate(load_model(folder, "float32", "cpu"), tokenizer, tasks["boolq"], settings).metrics
+    assert before["loss"] == pytest.approx(after["loss"], rel=1e-4)
+    assert before["perplexity"] == pytest.approx(after["perplexity"], rel=1e-4)
+    assert abs(plain["loss"] - after["loss"]) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"limit": 0}, "limit is 0"),
+        ({"batch_size": "many"}, "batch_size is 'many'; it must be auto"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"perplexity_tokens": -1}, "perplexity_tokens is -1"),
+        ({"perplexity_seq_len": 1}, "perplexity_seq_len is 1"),
+        ({"perplexity_corpus": "no/such/file"}, "neither task, wikitext2 nor a text file"),
+        ({"perplexity_corpus": "wikitext2"}, "cannot load wikitext-2 from the hub"),
+    ],
+)
+def test_wrong_settings_are_one_line(change, message, model, tokenizer, tasks):
+    with pytest.raises(UserError, match=message):
+        evaluate(model, tokenizer, tasks["boolq"], replace(SMALL, **change))
