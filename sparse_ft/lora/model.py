@@ -230,6 +230,8 @@ def _peft_config(
         if given != mode:
             raise UserError(f"The configuration is one of mode {given}, but mode is {mode}.")
         if masks is not None:
+            if settings.mask_checksum not in (None, masks.checksum):
+                raise UserError(f"The configuration belongs to the masks {settings.mask_checksum[:12]}, not to these.")
             settings.mask_checksum = masks.checksum
         return settings
     projections = {role(name).projection for name in prunable_shapes(model)}

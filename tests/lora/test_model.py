@@ -279,6 +279,7 @@ def test_an_adapter_of_another_kind_or_a_newer_version_is_refused(tiny, make_mas
         ({"mode": "dense"}, "takes no masks"),
         ({"settings": LoraSettings(target_modules=("q_proj", "gate"))}, "target_modules gate"),
         ({"settings": SparseLoRAConfig(sparse_mode="sparse_to_dense")}, "sparse_to_dense, but mode"),
+        ({"settings": SparseLoRAConfig(mask_checksum="0" * 64)}, "belongs to the masks 000000000000"),
     ],
 )
 def test_wrong_settings_are_one_line_and_leave_the_model_alone(change, message, tiny, make_masks):
