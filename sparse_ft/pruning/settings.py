@@ -181,7 +181,7 @@ class PruningSettings:
                 f"The pattern {n}:{m} is none: N of M needs 1 <= N < M <= 256.",
             ),
             (
-                grouped and any(abs(level - (1 - n / m)) > 1e-9 for level in self.sparsities),
+                grouped and any(abs(level - (1 - n / max(m, 1))) > 1e-9 for level in self.sparsities),
                 f"The pattern {n}:{m} has sparsity {1 - n / max(m, 1):g} and no other; sparsities says"
                 f" {', '.join(f'{level:g}' for level in self.sparsities)}.",
             ),

@@ -140,3 +140,18 @@ def test_a_killed_write_leaves_the_old_file(masks, tmp_path):
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=False)
     assert done.returncode == -signal.SIGKILL
     assert load_masks(path).checksum == masks.checksum
+
+
+def test_rows_written_piece_by_piece_are_the_same_file(masks, tmp_path):
+    writer = MaskFileWriter(tmp_path / "pieces.safetensors", masks.shapes)
+    for name in masks:  # tensors interleaved, rows in order
+        writer.append(name, masks.packed[name].numpy().reshape(-1, masks.packed[name].shape[-1])[:3])
+    with pytest.raises(ValueError, match="written twice"):
+        writer.write("model.layers.0.weight", masks.packed["model.layers.0.weight"].numpy())
+    for name in masks:
+        writer.append(name, masks.packed[name].numpy().reshape(-1, masks.packed[name].shape[-1])[3:])
+    with pytest.raises(ValueError, match="more rows"):
+        writer.append("model.layers.0.weight", np.zeros((1, 3), np.uint8))
+    assert writer.close(masks.metadata) == masks.checksum
+    save_masks(masks, tmp_path / "whole.safetensors")
+    assert (tmp_path / "pieces.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()

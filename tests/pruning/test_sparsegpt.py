@@ -72,7 +72,7 @@ def test_float32_is_near_and_the_output_better_than_without_update():
     new, kept = prune_columns(weight, factor, dead, k=600)
     oracle, _ = direct(weight.double(), (x.T @ x).double(), 128, 600)
     assert (new - oracle).norm() / oracle.norm() < 1e-3
-    assert (x @ (new - weight).T).norm() < 0.7 * (x @ (weight * kept - weight).T).norm()
+    assert (x @ (new - weight).T).norm() < 0.9 * (x @ (weight * kept - weight).T).norm()
 
 
 def test_levels_are_nested_and_exact():

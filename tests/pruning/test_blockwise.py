@@ -1,0 +1,215 @@
+"""Block-sequential pruning against the same thing done to a whole model in memory."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from sparse_ft.models.checkpoint import Checkpoint
+from sparse_ft.models.loading import apply_masks, load_model
+from sparse_ft.progress import Progress
+from sparse_ft.pruning import Calibration, MaskGenerator, PruningSettings
+from sparse_ft.pruning.sparsegpt import inverse_factor, prune_columns
+
+
+def generate(folder, text, out, progress=None, **how):
+    settings = PruningSettings(dtype="float32", **how)
+    how = {"progress": progress} if progress else {}
+    generator = MaskGenerator(folder, settings, Calibration(text, {"task": "noise"}), **how)
+    return generator, generator.generate(out, figures=False)
+
+
+def keep_input(seen, name, module, inputs, output):
+    seen[name] = inputs[0]
+
+
+@torch.no_grad()
+def in_memory(folder, text, prune):
+    """Prunes a llama block by block: hooks gather each block's inputs from the model as pruned so far."""
+    model = load_model(folder, "float32", "cpu")
+    masks = {}
+    for block, layer in enumerate(model.model.layers):
+        seen, hooks = {}, []
+        for name, module in layer.named_modules():
+            if isinstance(module, torch.nn.Linear):
+                hooks.append(module.register_forward_hook(partial(keep_input, seen, name)))
+        model(input_ids=text)
+        for hook in hooks:
+            hook.remove()
+        for name, x in seen.items():
+            weight = layer.get_submodule(name).weight
+            new, kept = prune(weight, x.reshape(-1, x.shape[-1]))
+            weight.copy_(new)
+            masks[f"model.layers.{block}.{name}.weight"] = kept
+    return model, masks
+
+
+def rows_of_wanda(sparsity):
+    def prune(weight, x):
+        scores = weight.abs() * x.norm(dim=0)
+        order = scores.argsort(dim=1, stable=True)[:, : round(sparsity * weight.shape[1])]
+        kept = torch.ones_like(weight, dtype=torch.bool).scatter(1, order, False)
+        return weight * kept, kept
+
+    return prune
+
+
+def layers_of_sparsegpt(sparsity):
+    def prune(weight, x):
+        factor, dead, _ = inverse_factor(x.T @ x)
+        return prune_columns(weight, factor, dead, k=round(sparsity * weight.numel()))
+
+    return prune
+
+
+def agreement(masks, oracle):
+    same = sum(int((masks[name] == oracle[name]).sum()) for name in oracle)
+    return same / sum(mask.numel() for mask in oracle.values())
+
+
+def test_wanda_is_the_dense_formula(tiny_model, text, tmp_path):
+    folder = tiny_model("tiny-llama")
+    _, (result,) = generate(folder, text, tmp_path, importance="wanda", scope="row", sparsities=(0.5,))
+    masks, (_, oracle) = result.load(), in_memory(folder, text, rows_of_wanda(0.5))
+    assert set(masks) == set(oracle)
+    assert agreement(masks, oracle) > 0.9995  # two sums of float32 may order a near tie otherwise
+
+
+def test_sparsegpt_changes_the_weights_as_in_memory(tiny_model, text, tmp_path):
+    folder = tiny_model("tiny-mistral")
+    _, (result,) = generate(folder, text, tmp_path, importance="sparsegpt", sparsities=(0.5,))
+    whole, oracle = in_memory(folder, text, layers_of_sparsegpt(0.5))
+    masks = result.load()
+    assert agreement(masks, oracle) > 0.999
+    pruned = load_model(result.checkpoint, "float32", "cpu")
+    for name, mask in masks.items():
+        weight = pruned.get_parameter(name)
+        assert (weight[~mask] == 0).all()
+        assert (weight - whole.get_parameter(name)).norm() < 0.05 * weight.norm()
+    before = {name: weight.clone() for name, weight in pruned.named_parameters()}
+    apply_masks(pruned, masks)
+    assert all(torch.equal(weight, before[name]) for name, weight in pruned.named_parameters())
+
+
+def test_the_pruned_checkpoint_is_what_the_masks_belong_to(tiny_model, text, tmp_path):
+    folder = tiny_model("tiny-mixtral")
+    _, results = generate(folder, text, tmp_path, importance="sparsegpt", sparsities=(0.3, 0.6))
+    for result in results:
+        about = result.load().metadata
+        assert about["fingerprint"] == Checkpoint(result.checkpoint).fingerprint != about["source_fingerprint"]
+        assert about["source_fingerprint"] == Checkpoint(folder).fingerprint
+    assert results[0].checkpoint != results[1].checkpoint
+
+
+@pytest.mark.parametrize("kind", ["tiny-llama", "tiny-mixtral"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"importance": "wanda", "scope": "row"},
+        {"importance": "wanda", "scope": "layer"},
+        {"importance": "wanda", "scope": "global", "force": True},
+        {"importance": "wanda", "method": "structured"},
+        {"importance": "sparsegpt"},
+        {"importance": "sparsegpt", "allocation": "owl"},
+        {"importance": "wanda", "allocation": "owl", "scope": "layer"},
+        {"importance": "taylor", "scope": "global"},
+    ],
+    ids=lambda how: "-".join(str(value) for value in how.values()),
+)
+def test_levels_are_nested_and_exact(tiny_model, text, tmp_path, kind, how):
+    levels = (0.0, 0.5, 0.51, 1.0)
+    _, results = generate(tiny_model(kind), text, tmp_path, sparsities=levels, **how)
+    previous = None
+    for level, result in zip(levels, results, strict=True):
+        masks = result.load()
+        if how.get("allocation") == "owl" or how.get("scope") == "global":
+            assert masks.n_pruned == round(level * masks.n_weights)
+        elif how.get("method") == "structured":
+            assert masks.sparsity == pytest.approx(level, abs=0.2)
+        else:
+            for name in masks:
+                per = masks.shapes[name][-1] if how.get("scope") == "row" else masks.weights(name)
+                count = masks.weights(name) // per * round(level * per)
+                assert masks.weights(name) - masks.kept(name) == count
+        if previous is not None:
+            assert not any((masks[name] & ~previous[name]).any() for name in masks)
+        previous = masks
+    assert not list(tmp_path.glob(".blocks-*"))
+
+
+class Killed(BaseException):
+    pass
+
+
+class KillAfter(Progress):
+    """Ends the run when the second block begins, and counts what was done."""
+
+    def __init__(self, kill):
+        self.kill, self.done = kill, 0.0
+
+    def start(self, stage, total, unit=""):
+        self.stage = stage
+
+    def advance(self, amount=1, note=""):
+        if self.stage == "prune blocks":
+            self.done += amount
+            if self.kill and note.startswith("block 2"):
+                raise Killed
+
+
+@pytest.mark.parametrize("importance", ["wanda", "sparsegpt"])
+def test_a_killed_run_goes_on_at_its_block(tiny_model, text, tmp_path, importance):
+    folder, how = tiny_model("tiny-llama"), {"importance": importance, "sparsities": (0.4, 0.7)}
+    _, whole = generate(folder, text, tmp_path / "whole", **how)
+    with pytest.raises(Killed):
+        generate(folder, text, tmp_path / "killed", KillAfter(True), **how)
+    (state,) = (tmp_path / "killed").glob(".blocks-*")
+    assert not list((tmp_path / "killed").glob("masks*"))
+    seen = []
+
+    class Watching(KillAfter):
+        def advance(self, amount=1, note=""):
+            super().advance(amount, note)
+            if note:
+                seen.append(note)
+
+    _, resumed = generate(folder, text, tmp_path / "killed", Watching(False), **how)
+    assert set(seen) == {"block 2 of 2"}
+    assert [result.checksum for result in resumed] == [result.checksum for result in whole]
+    if importance == "sparsegpt":
+        for left, right in zip(resumed, whole, strict=True):
+            assert Checkpoint(left.checkpoint).fingerprint == Checkpoint(right.checkpoint).fingerprint
+    assert not state.exists()
+
+
+def test_other_text_does_not_resume(tiny_model, text, tmp_path):
+    folder, how = tiny_model("tiny-llama"), {"importance": "wanda"}
+    with pytest.raises(Killed):
+        generate(folder, text, tmp_path, KillAfter(True), **how)
+    other = KillAfter(False)
+    generate(folder, text.flip(0), tmp_path, other, **how)
+    assert other.done == 2 * 2 * len(text)  # both blocks, in and out
+
+
+def test_an_expert_without_tokens_is_said(tiny_model, tmp_path):
+    text = torch.full((1, 3), 7)  # one token visits 2 of 4 experts
+    for importance in ("wanda", "sparsegpt"):
+        generator, (result,) = generate(tiny_model("tiny-mixtral"), text, tmp_path / importance, importance=importance)
+        assert any("no calibration token came here" in note for note in generator.notes)
+        assert result.load().metadata["notes"] == generator.notes[:20]
+
+
+def test_a_users_own_importance_sees_activations(tiny_model, text, tmp_path):
+    names = []
+
+    def mine(weight, statistics):
+        names.append((statistics.name, statistics.tokens))
+        return weight.abs() * statistics.input_norm
+
+    folder = tiny_model("tiny-llama")
+    _, (own,) = generate(folder, text, tmp_path / "a", importance=mine, statistics="activations", scope="row")
+    _, (wanda,) = generate(folder, text, tmp_path / "b", importance="wanda", scope="row")
+    assert own.checksum == wanda.checksum
+    assert own.load().metadata["importance"] == "mine"
+    assert {tokens for _, tokens in names} == {text.numel()}
+    assert sorted({name for name, _ in names}) == Checkpoint(folder).prunable

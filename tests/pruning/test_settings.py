@@ -1,0 +1,79 @@
+import pytest
+import torch
+
+from sparse_ft.errors import UserError
+from sparse_ft.pruning import Calibration, PruningSettings
+from sparse_ft.pruning.settings import level_label
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ({"method": "magic"}, "method 'magic' is none of"),
+        ({"importance": "luck"}, "importance 'luck' is none of"),
+        ({"scope": "block"}, "scope 'block' is none of"),
+        ({"allocation": "fair"}, "allocation 'fair' is none of"),
+        ({"dtype": "int8"}, "dtype 'int8' is none of"),
+        ({"sparsities": ()}, "sparsities is empty"),
+        ({"sparsities": (0.5, 50)}, "50 is not between 0 and 1"),
+        ({"sparsities": (-0.1,)}, "not between 0 and 1"),
+        ({"sparsities": (float("nan"),)}, "not between 0 and 1"),
+        ({"sparsities": (0.5, 0.5)}, "one level twice"),
+        ({"threads": 0}, "threads is 0"),
+        ({"importance": "taylor", "calibration_samples": 0}, "calibration_samples"),
+        ({"owl_range": 0.7}, "owl_range"),
+        ({"method": "random", "importance": "wanda"}, "looks at no weight"),
+        ({"importance": "wanda", "scope": "global"}, "known to collapse"),
+        ({"importance": "sparsegpt", "method": "structured"}, "SparseGPT prunes"),
+        ({"importance": "sparsegpt", "scope": "row"}, "Take scope layer"),
+        ({"method": "structured", "scope": "row"}, "whole channels and heads"),
+        ({"method": "semi_structured", "scope": "global"}, "N of every M neighbours"),
+        ({"method": "semi_structured", "pattern_n": 4, "pattern_m": 4}, "4:4 is none"),
+        ({"method": "semi_structured", "pattern_n": 0, "pattern_m": 0}, "0:0 is none"),
+        ({"method": "semi_structured", "sparsities": (0.7,)}, "2:4 has sparsity 0.5 and no other"),
+        ({"allocation": "owl", "scope": "global"}, "OWL gives every block"),
+        ({"allocation": "owl", "method": "structured"}, "OWL gives every block"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_in_one_line(how, says):
+    with pytest.raises(UserError, match=says) as error:
+        PruningSettings(**how).check()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"sparsities": (0, 1)},
+        {"importance": "wanda", "scope": "global", "force": True},
+        {"method": "semi_structured", "pattern_n": 1, "pattern_m": 4, "sparsities": (0.75,)},
+        {"method": "semi_structured", "pattern_n": 2, "pattern_m": 3, "sparsities": (1 - 2 / 3,)},
+        {"method": "structured", "scope": "global", "importance": "taylor"},
+        {"importance": lambda w, s: w, "statistics": "gradients"},
+    ],
+)
+def test_what_makes_sense_passes(how):
+    PruningSettings(**how).check()
+
+
+def test_labels_tell_levels_apart():
+    labels = {0.5: "50", 0.125: "12.5", 0.0: "0", 1.0: "100", 0.7: "70", 0.55: "55", 0.005: "0.5", 1 / 3: "33.33333333"}
+    assert {level: level_label(level) for level in labels} == labels
+
+
+def test_what_needs_text():
+    assert not PruningSettings().needs_calibration
+    assert not PruningSettings(method="random").needs_calibration
+    assert PruningSettings(allocation="owl").needs_calibration
+    assert {PruningSettings(importance=i).statistics_needed for i in ("gradient", "taylor")} == {"gradients"}
+    assert {PruningSettings(importance=i).statistics_needed for i in ("wanda", "sparsegpt")} == {"activations"}
+    assert PruningSettings(importance=lambda w, s: w).statistics_needed == "none"
+
+
+@pytest.mark.parametrize(
+    "ids", [torch.ones(2, 5), torch.ones(5, dtype=torch.int64), torch.ones(2, 1, dtype=torch.int64)]
+)
+def test_calibration_ids_are_checked(ids):
+    with pytest.raises(UserError, match="Calibration data must be"):
+        Calibration(ids).check()
