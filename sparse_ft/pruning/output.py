@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -106,13 +107,16 @@ class LevelFiles:
             checkpoints: each level's pruned checkpoint, where there is one.
             figures: draw the pictures too.
         """
+        weights = sum(int(np.prod(shape, dtype=np.int64)) for shape in self.shapes.values())
+        described = [dict(metadata(level)) for level in range(len(self.levels))]
+        pruned_of = [weights - sum(kept.values()) for kept in self._kept]
+        for about, pruned in zip(described, pruned_of, strict=True):
+            about["achieved"] = pruned / weights if weights else 0.0
+        with ThreadPoolExecutor(4) as pool:  # closing waits for the disk, once for each file
+            checksums = list(pool.map(MaskFileWriter.close, self._writers, described))
         results = []
         for level, stem in enumerate(self.stems):
-            about = dict(metadata(level))
-            weights = sum(int(np.prod(shape, dtype=np.int64)) for shape in self.shapes.values())
-            pruned = weights - sum(self._kept[level].values())
-            about["achieved"] = pruned / weights if weights else 0.0
-            checksum = self._writers[level].close(about)
+            about, pruned, checksum = described[level], pruned_of[level], checksums[level]
             path = self.folder / f"masks_{stem}.{self._format}"
             if self._format != "safetensors":
                 save_masks(load_masks(self._written(stem)), path)

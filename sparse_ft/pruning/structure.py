@@ -112,9 +112,9 @@ def block_counts(
     """How many attention groups and MLP channels of a block go, the same for every block.
 
     Groups go in proportion; they are few and large, so the channels make up the difference: the block comes
-    within half a channel (half a bundle) of the level. A channel once gone stays gone at higher levels, so right after a
-    group has gone (at sparsity (j - 1/2) / groups) the block is up to one group too sparse. Below 1.0 every
-    block keeps one group and one channel.
+    within half a channel (half a bundle) of the level. A channel once gone stays gone at higher levels, so
+    right after a group has gone (at sparsity (j - 1/2) / groups) the block is up to one group too sparse.
+    Below 1.0 every block keeps one group and one channel.
 
     Args:
         channel_weights: of one channel, over all experts.
