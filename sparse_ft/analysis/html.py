@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -92,9 +93,12 @@ def plus_minus(name: str, error: str, form: str = ".3f", factor: float = 1.0) ->
 
 
 def figure(path: Path, title: str, caption: str) -> str:
-    """A figure with its picture inside the page."""
+    """A figure with its picture inside the page; wide ones get a row of their own."""
+    width = re.search(rb'<svg[^>]* width="([\d.]+)pt"', path.read_bytes()[:4000])
+    kind = " class=wide" if width is None or float(width.group(1)) > 520 else ""
     return (
-        f'<figure><img alt="{escape(title)}" src="{embedded(path)}"><figcaption>{escape(caption)}</figcaption></figure>'
+        f'<figure{kind}><img alt="{escape(title)}" src="{embedded(path)}">'
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
     )
 
 

@@ -143,10 +143,12 @@ def _protocol(protocol: Mapping[str, Any]) -> str:
 
 
 def _figures(parts: ReportParts) -> str:
-    shown = "".join(f"<h3>{escape(f.title)}</h3>{figure(f.path, f.title, f.caption)}" for f in parts.figures)
+    if not parts.figures:
+        return '<p class="muted">Nothing to draw.</p>'
+    shown = "".join(figure(f.path, f.title, f.caption) for f in parts.figures)
     notes = "".join(f"<li>{escape(name)}: {escape(why)}</li>" for name, why in parts.skipped.items())
     notes = f'<h3>Not drawn</h3><ul class="muted">{notes}</ul>' if notes else ""
-    return (shown or '<p class="muted">Nothing to draw.</p>') + notes
+    return f'<div class="gallery">{shown}</div>{notes}'
 
 
 def _identity(frame: pd.DataFrame) -> list[Column]:

@@ -76,7 +76,7 @@ def _answer(cells: pd.DataFrame, table: pd.DataFrame, model: str, task: str, nam
             f"{subject}: accuracy cannot tell the levels apart, because dense fine-tuning itself "
             f"({_score(base)}) is not clearly above {guess[1]} ({guess[0]:.3f}); read loss and perplexity instead."
         )
-    elif not scored["recovery"].notna().any():
+    elif not (compared := scored[scored["mode"] != "dense"])["recovery"].notna().any() and len(compared):
         parts.append(f"{subject}: the dense baseline was scored under another protocol, so recovery is not known.")
     else:
         parts.append(_kept_sentence(subject, own, here, base, share))

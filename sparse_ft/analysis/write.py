@@ -34,7 +34,7 @@ _CAPTIONS = {
     "evaluation_throughput": "Questions scored per second, on the device and batch that the protocol names.",
     "accuracy_gained": "Accuracy after fine-tuning less that of the pruned model before, in points.",
     "perplexity_gained": "How many times lower fine-tuning made the perplexity of the pruned model.",
-    "remasking_gap_accuracy": "What it costs to make a model sparse again that was merged from a dense adapter, in points.",
+    "remasking_gap_accuracy": "Points lost when a model merged from a dense adapter is made sparse again.",
     "remasking_gap_perplexity": "How many times higher the perplexity is once that merged model is masked again.",
     "pareto": "Cells that no other one beats in both accuracy and throughput form the front.",
     "heatmaps": "Methods by sparsity; the maps of a task share their colours.",

@@ -102,7 +102,7 @@ def _scores(task: str, method: str, sparsity: float, mode: str, rng: np.random.G
     bend = TOLERANCE[method] + (0.05 if mode == "sparse_to_dense" else 0.0)
     kept = 1 / (1 + math.exp((level - bend) / 0.07))
     kept_untuned = 1 / (1 + math.exp((level - bend + 0.2) / 0.06))
-    floor, dense = FLOOR[task], DENSE_ACCURACY[task]
+    floor, dense = FLOOR.get(task, 0.25), DENSE_ACCURACY.get(task, 0.7)
     accuracy = max(0.0, floor + (dense - floor) * kept + rng.normal(0, 0.008))
     untuned = floor + (0.8 * dense - floor) * kept_untuned
     perplexity = 9 * math.exp(5 * (1 - kept))
