@@ -168,7 +168,9 @@ def _metrics(results: dict[str, Any]) -> dict[str, float]:
             continue
         stderr = name.endswith("_stderr")
         parts = [name.removesuffix("_stderr"), "" if filtering == "none" else filtering.replace("-", "_")]
-        metrics["_".join(filter(None, [*parts, "stderr" if stderr else ""]))] = float(value)
+        plain = "_".join(filter(None, [*parts, "stderr" if stderr else ""]))
+        # Lambada's own "perplexity" is of its last words; ours is of running text.
+        metrics[f"task_{plain}" if name.startswith(("loss", "perplexity")) else plain] = float(value)
     return metrics
 
 

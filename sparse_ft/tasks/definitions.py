@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -23,7 +24,7 @@ from sparse_ft.tasks.sources import PACKAGED, local_rows, packaged_data_dir, wri
 
 __all__ = ["eval_split", "load_task", "quiet", "set_fewshot", "task_protocol", "write_lm_eval_task"]
 
-# Scanning all of lm-eval's task files takes several seconds; these three are known to be here.
+# Where lm-eval keeps the tasks that are used all the time, so that nothing need be searched for them.
 _FOLDERS = {"boolq": "super_glue/boolq", "hellaswag": "hellaswag", "gsm8k": "gsm8k"}
 
 
@@ -149,7 +150,7 @@ def quiet() -> Iterator[None]:
 def _definition(name: str) -> Path:
     """The YAML file of the task in lm-eval."""
     root = Path(lm_eval.tasks.__file__).parent
-    folder = root / _FOLDERS[name] if name in _FOLDERS else root
+    folder = root / _FOLDERS[name] if name in _FOLDERS else _folder(name, root)
     with quiet():
         entry = TaskManager(include_path=folder, include_defaults=False).task_index.get(name)
     if entry is None:
@@ -157,6 +158,17 @@ def _definition(name: str) -> Path:
     if not entry.kind.name.endswith("TASK") or entry.yaml_path is None:
         raise UserError(f"{name!r} is a {entry.kind.name.lower()} of lm-eval tasks; name one of its tasks")
     return entry.yaml_path
+
+
+def _folder(name: str, root: Path) -> Path:
+    """The folder whose files name the task; ``root`` if none does.
+
+    lm-eval finds a name by parsing its thousands of files, which takes ten seconds; to look for the line
+    takes one.
+    """
+    line = re.compile(rf"""^["']?(task|group)["']?: *["']?{re.escape(name)}["']? *$""", re.MULTILINE)
+    files = sorted(root.rglob("*.yaml"))
+    return next((path.parent for path in files if line.search(path.read_text(encoding="utf-8"))), root)
 
 
 def _from_hub(name: str, path: Path) -> Task:

@@ -19,7 +19,7 @@ from sparse_ft.evaluation import EvaluationSettings, evaluate
 from sparse_ft.models.loading import load_model, load_tokenizer
 from sparse_ft.progress import Progress
 from sparse_ft.tasks.definitions import load_task, quiet, write_lm_eval_task
-from sparse_ft.tasks.examples import gold_continuation
+from sparse_ft.tasks.examples import gold_continuation, training_examples
 from sparse_ft.tasks.made import made_data_dir
 
 SMALL = EvaluationSettings(limit=12, batch_size=4, perplexity_tokens=0, keep_samples=True)
@@ -219,6 +219,41 @@ def test_an_unmerged_adapter_is_scored_with_its_adapter(folder, tokenizer, tasks
     assert before["loss"] == pytest.approx(after["loss"], rel=1e-4)
     assert before["perplexity"] == pytest.approx(after["perplexity"], rel=1e-4)
     assert abs(plain["loss"] - after["loss"]) > 1e-3
+
+
+OTHERS = {
+    "arc_easy": {
+        "question": "What burns?",
+        "choices": {"text": ["oil", "sand"], "label": ["A", "B"]},
+        "answerKey": "A",
+    },
+    "winogrande": {"sentence": "Anna saw Emma and _ waved.", "option1": "Anna", "option2": "Emma", "answer": "2"},
+    "lambada_openai": {"text": "the water of the river and the water of the sea"},
+    "wikitext": {"page": " = Water = \n Water is wet . It is the same as the water of the sea . \n"},
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_any_task_of_lm_eval_by_its_name(name, model, tokenizer, tmp_path):
+    """Multiple choice, several contexts, one word, running text: no code here knows these names."""
+    (tmp_path / name).mkdir()
+    for split in ("train", "validation", "test"):
+        (tmp_path / name / f"{split}.jsonl").write_text(json.dumps(OTHERS[name]) + "\n")
+    task = load_task(name, tmp_path)
+    settings = EvaluationSettings(batch_size=2, perplexity_tokens=32, perplexity_seq_len=16, keep_samples=True)
+    result = evaluate(model, tokenizer, task, settings)
+    assert result.protocol["task"] == name and result.metrics["perplexity"] > 1
+    if name == "wikitext":
+        assert result.metrics["word_perplexity"] > 1 and "loss" not in result.metrics
+        return
+    (sample,) = result.samples
+    gold = {"arc_easy": (0, " oil"), "winogrande": (1, " waved."), "lambada_openai": (0, " sea")}[name]
+    context, answer = sample["arguments"][gold[0]]
+    assert answer == gold[1] and ("and Emma" in context) == (name == "winogrande")
+    assert result.metrics["loss"] * result.protocol["loss_tokens"] == pytest.approx(-sample["resps"][gold[0]][0][0])
+    if task.has_training_docs():
+        (example,) = training_examples(task, tokenizer, 512)
+        assert tokenizer.decode(example.input_ids, skip_special_tokens=True) == context + answer
 
 
 @pytest.mark.parametrize(
