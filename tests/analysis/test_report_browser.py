@@ -4,12 +4,13 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
-from contextlib import contextmanager
 from functools import partial
 from html import unescape
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from queue import Queue
 from threading import Thread
 
 import pytest
@@ -58,50 +59,62 @@ PROBE = """
 # As MLflow's artifact view shows a page: its text in a blob, in a frame that may run scripts and nothing else.
 FRAME = """<!DOCTYPE html><meta charset="utf-8"><title>frame</title><iframe id="f" sandbox="allow-scripts"
  style="width:1200px;height:900px"></iframe><script>
-window.addEventListener("message", (event) => {
-  const pre = document.createElement("pre"); pre.id = "found"; pre.textContent = event.data; document.body.append(pre);
-});
+window.addEventListener("message", (event) => fetch("/found", { method: "POST", body: event.data }));
 document.getElementById("f").src = URL.createObjectURL(new Blob([PAGE], { type: "text/html" }));
 </script>"""
+FLAGS = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-default-apps",
+    "--disable-extensions", "--enable-logging=stderr", "--window-size=1280,1000",
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+)  # fmt: skip
 
 
-def opened(page: Path, folder: Path, served: bool = False) -> tuple[dict, str, list[str]]:
-    """What the probe found, the browser's console, and every address that the page asked for."""
+def opened(page: Path, folder: Path) -> tuple[dict, str, list[str]]:
+    """Opens a file: what the probe found, the browser's console, and every address that the page asked for."""
     log = folder / "net.json"
-    with address_of(page, served) as address:
-        command = [
-            BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-            "--disable-background-networking", "--disable-component-update", "--disable-sync",
-            "--disable-default-apps", "--disable-extensions", "--enable-logging=stderr",
-            "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1", f"--user-data-dir={folder / 'profile'}",
-            f"--log-net-log={log}", "--virtual-time-budget=8000", "--window-size=1280,1000", "--dump-dom", address,
-        ]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
+    command = [BROWSER, *FLAGS, f"--user-data-dir={folder / 'profile'}", f"--log-net-log={log}", "--dump-dom"]
+    done = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=300, check=False)
     found = re.search(r'<pre id="found"[^>]*>(.*?)</pre>', done.stdout, re.DOTALL)
     assert found, f"the page did not answer: {done.stderr[-2000:]}"
-    console = "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
-    return json.loads(unescape(found.group(1))), console, requested(log.read_text("utf-8", "replace"), address)
+    return json.loads(unescape(found.group(1))), console(done.stderr), requested(log.read_text("utf-8", "replace"))
 
 
-@contextmanager
-def address_of(page: Path, served: bool):
-    """The page as a file, or from a server: a blob needs an origin."""
-    if not served:
-        yield page.as_uri()
-        return
-    handler = partial(Quiet, directory=str(page.parent))
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+def framed(page: Path, folder: Path) -> tuple[dict, str, list[str]]:
+    """The same for a page that a server hands out (a blob needs an origin) and that sends its answer back."""
+    log, errors, answers = folder / "net.json", folder / "stderr.txt", Queue()
+
+    class Handler(SimpleHTTPRequestHandler):
+        def do_POST(self):
+            answers.put(self.rfile.read(int(self.headers["Content-Length"])))
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(folder))) as server:
         Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/{page.name}"
-        server.shutdown()
+        own = f"http://127.0.0.1:{server.server_port}"
+        command = [BROWSER, *FLAGS, f"--user-data-dir={folder / 'profile'}", f"--log-net-log={log}"]
+        with errors.open("w") as stream:
+            browser = subprocess.Popen([*command, "--remote-debugging-port=0", f"{own}/{page.name}"], stderr=stream,
+                                       stdout=stream, start_new_session=True)  # fmt: skip
+            try:
+                found = json.loads(answers.get(timeout=300))
+            finally:
+                os.killpg(browser.pid, signal.SIGTERM)
+                browser.wait(timeout=60)
+                server.shutdown()
+    addresses = requested(log.read_text("utf-8", "replace"))
+    return found, console(errors.read_text("utf-8", "replace")), [url for url in addresses if not url.startswith(own)]
 
 
-class Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *_):
-        pass
+def console(stderr: str) -> str:
+    return "\n".join(line for line in stderr.splitlines() if "CONSOLE" in line and "favicon" not in line)
 
 
-def requested(log: str, own: str) -> list[str]:
+def requested(log: str) -> list[str]:
     """Addresses that the page asked for. The browser's own requests name no origin, or its maker's, as initiator."""
     found = []
     for line in log.splitlines():
@@ -109,7 +122,7 @@ def requested(log: str, own: str) -> list[str]:
         url = re.search(r'"url":"((?:https?|wss?)://[^"]*)"', line)
         if initiator and url and initiator.group(1).startswith(("file:", "null", "http://127.0.0.1")):
             found.append(url.group(1))
-    return [url for url in dict.fromkeys(found) if url != own and not url.endswith("/favicon.ico")]
+    return list(dict.fromkeys(found))
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +151,7 @@ def answer(request, report, tmp_path_factory):
     if request.param != "file":
         text = FRAME.replace("PAGE", json.dumps(text).replace("</", "<\\/"))
     page.write_text(text, encoding="utf-8")
-    return (request.param, *opened(page, folder, served=request.param != "file"))
+    return (request.param, *(opened if request.param == "file" else framed)(page, folder))
 
 
 def number(text: str) -> float:

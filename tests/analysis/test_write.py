@@ -107,6 +107,7 @@ def test_progress_ends_where_it_said(tmp_path):
     assert seen.done == seen.total > 0 and seen.stopped == 1
 
 
+@pytest.mark.slow
 def test_a_study_of_360_cells(tmp_path):
     result = write_analysis(study(), tmp_path)
     assert len(result.cells) == 366 and result.holes.empty
