@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from sparse_ft.evaluation import Evaluation, EvaluationSettings, evaluate
+from sparse_ft.evaluation import Evaluation, evaluate
 from sparse_ft.files import write_json
-from sparse_ft.lora.config import LoraSettings
 from sparse_ft.lora.model import apply_sparse_lora, merge_all_lora_weights, remask, validate_sparsity_preserved
 from sparse_ft.masks.checks import check_masks
 from sparse_ft.masks.mask_set import MaskSet
@@ -23,11 +22,12 @@ from sparse_ft.models.checkpoint import Checkpoint
 from sparse_ft.models.loading import apply_masks, load_state_into, save_model
 from sparse_ft.progress import Progress
 from sparse_ft.pruning.output import MaskFile
+from sparse_ft.study.cell_settings import check_cell, count, evaluation_settings, lora_settings, training_settings
 from sparse_ft.study.config import CellConfig
 from sparse_ft.study.failures import ValidationFailedError
 from sparse_ft.study.workbench import Workbench
 from sparse_ft.tasks.examples import training_examples
-from sparse_ft.training import TrainingResult, TrainingSettings, train
+from sparse_ft.training import TrainingResult, train
 from sparse_ft.validation import Validation, validate_checkpoint
 
 __all__ = ["CellResult", "run_cell"]
@@ -72,10 +72,10 @@ def run_cell(cell: CellConfig, mask_file: MaskFile | None, bench: Workbench, fol
     result, clock = CellResult(), _Clock()
     folder.mkdir(parents=True, exist_ok=True)
     with clock("load"):
-        settings = _training_settings(cell)
-        settings.check()
+        check_cell(cell)
+        settings = training_settings(cell)
         checkpoint, tokenizer = bench.checkpoint(cell.model), bench.tokenizer(cell.model)
-        task = bench.task(cell.task, cell.data_dir, _count(cell.num_fewshot))
+        task = bench.task(cell.task, cell.data_dir, count(cell.num_fewshot))
         start = checkpoint if mask_file is None or mask_file.checkpoint is None else Checkpoint(mask_file.checkpoint)
         masks = _masks(mask_file, start, result)
         examples = training_examples(task, tokenizer, cell.max_seq_len, settings.examples_needed, cell.seed)
@@ -91,7 +91,7 @@ def run_cell(cell: CellConfig, mask_file: MaskFile | None, bench: Workbench, fol
                 _log_untuned(result, scores, model, masks)
         with clock("train"):
             torch.manual_seed(cell.seed)
-            adapted = apply_sparse_lora(model, _lora_settings(cell), cell.mode, masks)
+            adapted = apply_sparse_lora(model, lora_settings(cell), cell.mode, masks)
             trained = train(
                 adapted, examples, settings, folder / "trainer", tokenizer.pad_token_id, progress=bench.progress
             )
@@ -113,7 +113,7 @@ def run_cell(cell: CellConfig, mask_file: MaskFile | None, bench: Workbench, fol
                 target,
                 obeyed,
                 base=None if cell.mode == "full" else start.folder,
-                target_modules=_lora_settings(cell).target_modules,
+                target_modules=lora_settings(cell).target_modules,
                 progress=bench.progress,
             )
             _log_validation(result, cell, validation, base_violations, folder)
@@ -138,12 +138,7 @@ class _Scores:
 
     def __init__(self, cell: CellConfig, bench: Workbench, tokenizer, task):
         self._cell, self._bench, self._tokenizer, self._task = cell, bench, tokenizer, task
-        self._settings = EvaluationSettings(
-            limit=_count(cell.eval_limit),
-            batch_size=cell.eval_batch_size,
-            perplexity_seq_len=cell.perplexity_seq_len,
-            perplexity_tokens=_count(cell.perplexity_tokens),
-        )
+        self._settings = evaluation_settings(cell)
         self.protocol: dict[str, Any] = {}
 
     def __call__(self, model: PreTrainedModel, stage: str) -> Evaluation:
@@ -250,25 +245,3 @@ def _log_validation(
     if violations or problems:
         what = f"{violations} masked weights are not zero" if violations else problems[0]
         raise ValidationFailedError(f"{what}; see validation.json")
-
-
-def _training_settings(cell: CellConfig) -> TrainingSettings:
-    return TrainingSettings(
-        learning_rate=cell.learning_rate,
-        max_steps=cell.max_steps,
-        batch_size=cell.batch_size,
-        gradient_accumulation=cell.gradient_accumulation,
-        warmup_fraction=cell.warmup_fraction,
-        weight_decay=cell.weight_decay,
-        gradient_checkpointing=cell.gradient_checkpointing,
-        seed=cell.seed,
-    )
-
-
-def _lora_settings(cell: CellConfig) -> LoraSettings:
-    targets = None if cell.target_modules == "all" else tuple(cell.target_modules.split(","))
-    return LoraSettings(cell.lora_r, cell.lora_alpha, cell.lora_dropout, targets)
-
-
-def _count(value: int | str) -> int | None:
-    return None if value == "none" else int(value)

@@ -13,6 +13,7 @@ from sparse_ft.files import write_text
 from sparse_ft.levels import level_label
 from sparse_ft.progress import shown_progress
 from sparse_ft.pruning.output import MaskFile
+from sparse_ft.study.cell_settings import check_cell, count
 from sparse_ft.study.config import SweepConfig
 from sparse_ft.study.executors.serial import run_serial
 from sparse_ft.study.failures import Failure, classify
@@ -20,7 +21,6 @@ from sparse_ft.study.mask_sets import make_masks
 from sparse_ft.study.plan import MaskSetPlan, Plan, load_study, make_plan
 from sparse_ft.study.recording import log_failure, log_mask_inputs, log_masks
 from sparse_ft.study.reporting import in_milliseconds, report_study, study_console, ui_command
-from sparse_ft.study.settings import pruning_settings
 from sparse_ft.study.workbench import Workbench
 from sparse_ft.study.worker import Job, Worker
 from sparse_ft.tracking.runs import Tracker
@@ -73,12 +73,12 @@ def sweep(config: SweepConfig) -> int:
 
 def _check_inputs(plan: Plan, bench: Workbench) -> None:
     """What would stop cells hours later is asked for now: models, tasks, pruning settings. All problems at once."""
-    problems = []
-    for item in plan.mask_sets:
+    problems: list[str] = []
+    for cell in plan.cells:
         try:
-            pruning_settings(item.config).check()
+            check_cell(cell)
         except UserError as error:
-            problems.append(f"masks {item.name}: {error}")
+            problems += [str(error)] if str(error) not in problems else []
     for model in dict.fromkeys(cell.model for cell in plan.cells):
         try:
             bench.checkpoint(model).prunable_shapes()
@@ -87,7 +87,7 @@ def _check_inputs(plan: Plan, bench: Workbench) -> None:
             problems.append(str(error))
     for task, data_dir, shots in dict.fromkeys((cell.task, cell.data_dir, cell.num_fewshot) for cell in plan.cells):
         try:
-            bench.task(task, data_dir, None if shots == "none" else shots)
+            bench.task(task, data_dir, count(shots))
         except UserError as error:
             problems.append(str(error))
     if problems:

@@ -17,6 +17,7 @@ from sparse_ft.levels import level_label
 from sparse_ft.masks.files import load_masks
 from sparse_ft.progress import shown_progress
 from sparse_ft.study.cell import run_cell
+from sparse_ft.study.cell_settings import check_cell, count
 from sparse_ft.study.config import AnalyzeConfig, CellConfig, MaskConfig, ValidateConfig
 from sparse_ft.study.failures import classify
 from sparse_ft.study.mask_sets import make_masks, mask_file
@@ -61,11 +62,10 @@ def train(config: CellConfig) -> int:
     if config.pruned and config.masks != "none":
         given = mask_file(config.masks)
         config = replace(config, **given.described)
+    check_cell(config)
     kind = mask_set_of(config)
-    if kind is not None:
-        pruning_settings(replace(kind, sparsities=f"{config.sparsity:g}")).check()
     bench.checkpoint(config.model).prunable_shapes()
-    bench.task(config.task, config.data_dir, None if config.num_fewshot == "none" else config.num_fewshot)
+    bench.task(config.task, config.data_dir, count(config.num_fewshot))
 
     tracker, folder = Tracker(), Path(config.output_dir)
     run_id = tracker.start(config.title, {"kind": "cell"})
@@ -135,7 +135,9 @@ def analyze(config: AnalyzeConfig) -> int:
     with tracker.ending(run_id):
         tracker.log(run_id, params=flatten_config(config))
         folder = Path(config.output_dir)
-        result = write_analysis(rows, folder, baseline=_optional(config.baseline), title=title, progress=shown_progress())
+        result = write_analysis(
+            rows, folder, baseline=_optional(config.baseline), title=title, progress=shown_progress()
+        )
         tracker.log_folder(run_id, folder, "report")
         write_curve_runs(tracker, parent, result.curves)
     console = study_console()

@@ -60,7 +60,7 @@ def test_a_dense_cell_prunes_nothing(run):
 
 
 def test_every_number_has_its_protocol(run):
-    cell, masks, result, _ = run(sparsity=0.7)
+    _, masks, result, _ = run(sparsity=0.7)
     expected = {"eval/accuracy", "eval/accuracy_stderr", "eval/loss", "eval/perplexity", "eval/samples_per_second"}
     expected |= {f"{name}_untuned" for name in expected}
     expected |= {"train/loss", "train/tokens_per_second", "train/samples_per_second", "memory/peak_bytes"}

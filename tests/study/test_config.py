@@ -9,7 +9,8 @@ def test_a_key_ignores_where_results_go_and_nothing_else():
     cell = CellConfig()
     same = [replace(cell, output_dir="elsewhere"), replace(cell, register_as="auto"), replace(cell, keep="all")]
     assert {other.key() for other in same} == {cell.key()}
-    others = [replace(cell, seed=1), replace(cell, sparsity=0.6), replace(cell, eval_limit=3), replace(cell, dtype="float32")]
+    changes = [{"seed": 1}, {"sparsity": 0.6}, {"eval_limit": 3}, {"dtype": "float32"}]
+    others = [replace(cell, **change) for change in changes]
     keys = {other.key() for other in others} | {cell.key("masks"), cell.key("", "2.0"), cell.key()}
     assert len(keys) == len(others) + 3
 

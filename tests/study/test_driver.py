@@ -75,7 +75,7 @@ def test_a_failed_cell_says_why_and_costs_only_itself(run_study, capsys):
 
 def test_masks_that_cannot_be_made_fail_their_cells_with_the_reason(run_study):
     grid = {"model": ["tiny-llama"], "method": ["semi_structured"], "sparsity": [0.5], "mode": ["sparse_to_sparse"]}
-    status, _, parent, children = run_study(grid, cell={"pattern": "7:14", "scope": "layer"})
+    status, _, _, children = run_study(grid, cell={"pattern": "7:14", "scope": "layer"})
     (masks,) = _of(children, "masks")
     dense, sparse = _of(children, "cell")
     assert (status, masks["status"], dense["status"], sparse["status"]) == (1, "FAILED", "FINISHED", "FAILED")

@@ -1,0 +1,202 @@
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sparse_ft.tracking.runs import Tracker
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs an entry point as ``python -m entrypoints.NAME`` does; returns (exit status, stdout, stderr)."""
+
+    def run(name, **values):
+        argv = [part for key, value in values.items() for part in (f"--{key}", str(value))]
+        monkeypatch.setattr(sys, "argv", [f"entrypoints.{name}", *argv])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_module(f"entrypoints.{name}", run_name="__main__")
+        captured = capsys.readouterr()
+        return stop.value.code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def masks(command, tmp_path):
+    status, _, _ = command("compute_masks", model="tiny-llama", sparsities="0.5,0.7", output_dir=tmp_path / "masks")
+    assert status == 0
+    return tmp_path / "masks"
+
+
+SMALL = {
+    "model": "tiny-llama",
+    "data_dir": "made",
+    "lora_r": 2,
+    "max_steps": 2,
+    "batch_size": 2,
+    "eval_limit": 4,
+    "perplexity_tokens": 200,
+    "perplexity_seq_len": 50,
+}
+
+
+def test_compute_masks_writes_and_logs_a_file_of_each_kind_per_level(masks):
+    for level in (50, 70):
+        for stem, ending in (("masks", "safetensors"), ("stats", "json"), ("histogram", "png")):
+            assert (masks / f"{stem}_sparsity{level}_unstructured.{ending}").is_file()
+    tracker = Tracker()
+    (run,) = tracker.search()
+    assert (run["status"], run["params"]["cfg/sparsities"]) == ("FINISHED", "0.5,0.7")
+    assert "masks/masks_sparsity70_unstructured.safetensors" in tracker.artifacts(run["run_id"])
+    assert tracker.curve(run["run_id"], "sparsity/achieved") == [(50, 0.5), (70, 0.7)]
+
+
+@pytest.fixture
+def trained(command, masks, tmp_path):
+    file = masks / "masks_sparsity70_unstructured.safetensors"
+    status, shown, _ = command("train", **SMALL, masks=file, keep="all", output_dir=tmp_path / "cell")
+    assert status == 0
+    assert "sparse to sparse" in shown
+    return tmp_path / "cell" / "merged", file
+
+
+def test_validate_says_0_for_a_good_pair_1_for_a_broken_one_2_for_none(command, trained, masks, tmp_path):
+    merged, file = trained
+    status, shown, _ = command("validate", checkpoint=merged, masks=file)
+    assert (status, "0 violations" in shown) == (0, True)
+
+    weights = load_file(merged / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    index = tuple((weights[name] == 0).nonzero()[0].tolist())
+    weights[name][index] = 1e-3
+    save_file(weights, merged / "model.safetensors", metadata={"format": "pt"})
+    report = tmp_path / "report.json"
+    status, shown, _ = command("validate", checkpoint=merged, masks=file, report=report)
+    assert status == 1
+    assert name in shown
+    written = json.loads(report.read_text())
+    assert (written["ok"], written["violations"]) == (False, 1)
+    assert {layer["name"]: layer["violations"] for layer in written["per_layer"]}[name] == 1
+    assert command("validate", checkpoint=merged, masks=file, tolerance=1e-2)[0] == 0
+
+    runs = [run for run in Tracker().search() if run["tags"]["kind"] == "validation"]
+    assert [run["metrics"]["sparsity/violations"] for run in runs] == [0, 1, 0]
+
+    for wrong in ({"checkpoint": tmp_path / "none"}, {"masks": tmp_path / "none.safetensors"}):
+        status, _, complaint = command("validate", **{"checkpoint": merged, "masks": file, **wrong})
+        assert status == 2
+        assert "none" in complaint
+        assert complaint.strip().count("\n") == 0
+
+
+def test_masks_of_another_model_do_not_fit(command, trained, tmp_path):
+    command("compute_masks", model="tiny-mixtral", sparsities="0.5", output_dir=tmp_path / "foreign")
+    foreign = tmp_path / "foreign" / "masks_sparsity50_unstructured.safetensors"
+    status, _, complaint = command("validate", checkpoint=trained[0], masks=foreign)
+    assert (status, "do not fit" in complaint) == (2, True)
+
+
+def test_a_trained_model_is_registered_and_validates_from_the_registry(command, tmp_path):
+    status, shown, _ = command("train", **SMALL, sparsity=0.7, register_as="auto", output_dir=tmp_path / "cell")
+    assert status == 0
+    uri = "models:/tiny-llama-boolq-sparse@sparse70"
+    assert f"registered: {uri}" in shown
+    file = tmp_path / "cell" / "masks" / "masks_sparsity70_unstructured.safetensors"
+    assert command("validate", checkpoint=uri, masks=file)[0] == 0
+
+
+def test_a_cell_takes_its_description_from_the_masks_it_is_given(trained):
+    (run,) = [run for run in Tracker().search() if run["tags"]["kind"] == "cell"]
+    assert (run["params"]["cfg/sparsity"], run["params"]["cfg/method"]) == ("0.7", "unstructured")
+    assert run["metrics"]["sparsity/target"] == 0.7
+
+
+def test_analyze_writes_its_own_run_and_curves_only_once(command, tmp_path, study_of_two):
+    counts = []
+    for _ in range(2):
+        status, _, _ = command("analyze", parent_run_id=study_of_two, output_dir=tmp_path / "analysis")
+        assert status == 0
+        runs = Tracker().search()
+        counts.append(sum(run["tags"].get("kind") == "curve" for run in runs))
+    assert counts == [1, 1]
+    assert (tmp_path / "analysis" / "summary.csv").is_file()
+    analyses = [run for run in runs if run["tags"].get("kind") == "analysis"]
+    assert len(analyses) == 2
+    assert "report/summary.csv" in Tracker().artifacts(analyses[0]["run_id"])
+
+
+@pytest.fixture
+def study_of_two(command, tmp_path):
+    path = tmp_path / "study.yaml"
+    cell = {key: value for key, value in SMALL.items() if key != "model"}
+    grid = {"model": ["tiny-llama"], "sparsity": [0.3, 0.6]}
+    path.write_text(json.dumps({"grid": grid, "cell": cell, "dense_baseline": False}))
+    assert command("sweep", config=path, output_dir=tmp_path / "out")[0] == 0
+    (study,) = [run for run in Tracker().search() if run["tags"].get("kind") == "study"]
+    return study["run_id"]
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("compute_masks", {"sparsities": "1.5"}, "between 0 and 1"),
+        ("compute_masks", {"method": "thin"}, "method is 'thin'"),
+        ("compute_masks", {"model": "tiny-llama", "importance": "wanda", "scope": "global"}, "force"),
+        ("train", {"mode": "thin"}, "mode is 'thin'"),
+        ("train", {"model": "./none", "data_dir": "made"}, "none"),
+        ("train", {"model": "tiny-llama", "data_dir": "./none"}, "none"),
+        ("train", {"model": "tiny-llama", "data_dir": "made", "masks": "none.npz"}, "does not exist"),
+        ("train", {"model": "tiny-llama", "data_dir": "made", "lora_r": 0}, "lora_r"),
+        ("train", {"model": "tiny-llama", "data_dir": "made", "max_steps": 0}, "max_steps"),
+        ("train", {"model": "tiny-llama", "data_dir": "made", "sparsity": 2}, "sparsity"),
+        ("analyze", {}, "parent_run_id"),
+        ("sweep", {"config": "none.yaml"}, "does not exist"),
+    ],
+)
+def test_wrong_input_is_one_line_status_2_and_no_run(command, name, values, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, _, complaint = command(name, **values)
+    assert status == 2
+    assert message in complaint
+    assert complaint.count("\n") == 1
+    assert complaint.startswith(f"{name}: ")
+    assert not (tmp_path / "outputs").exists()
+    assert Tracker().search() == []
+
+
+def test_help_comes_without_loading_torch():
+    program = (
+        "import sys; sys.argv = ['train', '--help']\n"
+        "import runpy\n"
+        "try: runpy.run_module('entrypoints.train', run_name='__main__')\n"
+        "except SystemExit as stop: assert stop.code == 0\n"
+        "assert 'torch' not in sys.modules and 'mlflow' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+
+
+def test_mlflow_run_makes_one_run_and_keeps_what_was_typed(tmp_path):
+    """The real thing: `mlflow run` in a process of its own."""
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    parameters = {"model": "tiny-llama", "sparsities": ".50", "output_dir": str(tmp_path / "masks"), "force": "false"}
+    argv = [part for item in parameters.items() for part in ("-P", "=".join(item))]
+    done = subprocess.run(
+        [sys.executable, "-m", "mlflow", "run", str(ROOT), "-e", "compute_masks", "--env-manager", "local", *argv],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (run,) = Tracker(experiment="Default").search()
+    assert run["status"] == "FINISHED"
+    assert (run["params"]["sparsities"], run["params"]["cfg/sparsities"]) == (".50", ".50")
+    assert torch.is_tensor(load_file(tmp_path / "masks" / "masks_sparsity50_unstructured.safetensors").popitem()[1])
