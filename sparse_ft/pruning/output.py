@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -54,7 +55,7 @@ class MaskFile:
 
 
 class LevelFiles:
-    """The mask files of all levels, open at once and written row block by row block (a `MaskSink`).
+    """The mask files of all levels, written side by side, row block by row block (a `MaskSink`).
 
     Args:
         folder: where the files go.
@@ -82,15 +83,12 @@ class LevelFiles:
         self.stems = [f"sparsity{level_label(level)}_{label}" for level in levels]
         self._kept = [dict.fromkeys(shapes, 0) for _ in levels]
         self._writers: list[MaskFileWriter] = []
-        try:
-            for stem in self.stems:
-                self._writers.append(MaskFileWriter(self._written(stem), shapes))
-        except BaseException:
-            self.abort()
-            raise
+        self._opening = threading.Lock()
 
     def append(self, level: int, name: str, packed: np.ndarray) -> None:
         """The next packed rows of a mask; the set bits are counted on the way."""
+        if len(self._writers) < len(self.levels):
+            self._open()
         self._writers[level].append(name, packed)
         self._kept[level][name] += _set_bits(packed)
 
@@ -143,6 +141,12 @@ class LevelFiles:
         """Removes what was written and not finished."""
         for writer in self._writers:
             writer.abort()
+
+    def _open(self) -> None:
+        """Opens the files when the first rows come: scores may take hours, and a run may be killed before."""
+        with self._opening:
+            for stem in self.stems[len(self._writers) :]:
+                self._writers.append(MaskFileWriter(self._written(stem), self.shapes))
 
     def _written(self, stem: str) -> Path:
         """Other formats cannot be written row by row: they are converted from a safetensors file."""
