@@ -148,23 +148,25 @@ def _match(
     points: Sequence[Mapping[str, Any]],
     conditions: Mapping[tuple[Any, ...], Mapping[str, set[str]]],
 ) -> tuple[list[dict[str, Any]], str]:
-    protocol = _parsed(row["protocol"])
-    unstated, column = _column(row, measure, protocol)
-    if unstated:
-        return [], unstated
     tests = (
         (lambda p: model_key(p["model"]) == model_key(row["model"]), "no cell of this model"),
         (lambda p: measure == "perplexity" or p["task"] == row["task"], "this model has no cell of this task"),
         (lambda p: _same_method(row, p), "no cell with this method"),
         (lambda p: abs(p["sparsity"] - row["sparsity"]) < 1e-6, "no cell at this sparsity"),
         (lambda p: row["mode"] in ("untuned", p["mode"]), "no cell in this mode"),
-        (lambda p: not math.isnan(p.get(column, math.nan)), f"{column} was not measured"),
     )
     left: Sequence[Mapping[str, Any]] = points
     for test, reason in tests:
         left = [point for point in left if test(point)]
         if not left:
             return [], reason
+    protocol = _parsed(row["protocol"])
+    unstated, column = _column(row, measure, protocol)
+    if unstated:
+        return [], unstated
+    left = [point for point in left if not math.isnan(point.get(column, math.nan))]
+    if not left:
+        return [], f"{column} was not measured"
     found, reasons = [], []
     for point in left:
         differing = _differences(protocol, conditions[tuple(point[name] for name in GROUP)])

@@ -177,9 +177,9 @@ def _finish(axes: Axes, chart: Chart) -> None:
         axes.set_yscale("log")
         low, high = axes.get_ylim()
         decades = math.log10(high / low)
-        axes.yaxis.set_major_locator(
-            LogLocator(10, subs=(1.0,) if decades > 3 else (1, 2, 5) if decades > 0.4 else "all")
-        )
+        # Powers of ten alone would leave a narrow range without a label.
+        few = MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]) if decades < 0.8 else None
+        axes.yaxis.set_major_locator(few or LogLocator(10, subs=(1.0,) if decades > 3 else (1, 2, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
     left, right = axes.get_xlim()
