@@ -157,4 +157,5 @@ class LevelFiles:
 def _set_bits(packed: np.ndarray) -> int:
     flat = packed.reshape(-1)
     whole = flat.size // 8 * 8
-    return int(np.bitwise_count(flat[:whole].view(np.uint64)).sum()) + int(np.bitwise_count(flat[whole:]).sum())
+    count = int(np.bitwise_count(flat[:whole].view(np.uint64)).sum())
+    return count + int(np.bitwise_count(flat[whole:]).sum()) if whole < flat.size else count

@@ -19,7 +19,7 @@ from sparse_ft.pruning.kernels import random_keys
 
 __all__ = ["PART", "KeySource", "MagnitudeSource", "RandomSource", "ScoreSource", "ordered_keys", "row_parts"]
 
-PART = 1 << 19  # weights in one part: its keys and flags stay in a core's cache
+PART = 1 << 20  # weights in one part: few megabytes, and large enough that calls cost nothing
 
 _DIGITS = {torch.bfloat16: np.uint16, torch.float16: np.uint16, torch.float32: np.uint32}
 _INFINITY = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0x7F800000}
