@@ -53,7 +53,7 @@ def prune_(tensor: Tensor, packed: Tensor) -> Tensor:
     return tensor
 
 
-_BLOCK = 1 << 20  # elements
+_BLOCK = 1 << 21  # elements
 
 
 @lru_cache
