@@ -44,6 +44,7 @@ class BarProgress(Progress):
             TextColumn("{task.description:<28}"),
             BarColumn(bar_width=30),
             TextColumn("{task.fields[done]:>22}"),
+            TextColumn("{task.fields[rate]:>10}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
@@ -58,15 +59,17 @@ class BarProgress(Progress):
         self.stop()
         self._unit = unit
         self._rich.start()
-        self._task = self._rich.add_task(stage, total=total, done=_amounts(0, total, unit), note="")
+        self._began = time.monotonic()
+        self._task = self._rich.add_task(stage, total=total, done=_amounts(0, total, unit), rate="", note="")
 
     def advance(self, amount: float = 1, note: str = "") -> None:
         if self._task is None:
             return
         task = self._rich.tasks[-1]
         done = _amounts(task.completed + amount, task.total or 0, self._unit)
+        rate = _rate((task.completed + amount) / max(time.monotonic() - self._began, 1e-9), self._unit)
         fields = {"note": note} if note else {}
-        self._rich.update(self._task, advance=amount, done=done, **fields)
+        self._rich.update(self._task, advance=amount, done=done, rate=rate, **fields)
 
     def stop(self) -> None:
         if self._task is None:
@@ -119,3 +122,9 @@ def _amounts(done: float, total: float, unit: str) -> str:
     if unit == "B":
         return f"{done / 1e9:.2f}/{total / 1e9:.2f} GB" if total >= 1e9 else f"{done / 1e6:.1f}/{total / 1e6:.1f} MB"
     return f"{done:g}/{total:g} {unit}".rstrip()
+
+
+def _rate(per_second: float, unit: str) -> str:
+    if unit == "B":
+        return f"{per_second / 1e9:.2f} GB/s" if per_second >= 1e9 else f"{per_second / 1e6:.1f} MB/s"
+    return f"{per_second:.3g}/s"

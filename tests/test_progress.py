@@ -30,6 +30,17 @@ def test_bars_show_stage_amount_and_time_left(capsys):
     shown = capsys.readouterr().err
     assert "train" in shown
     assert "3/4 steps" in shown
+    assert "/s" in shown
+
+
+def test_bars_show_bytes_and_their_rate(capsys):
+    progress = BarProgress()
+    progress.start("read", 4e9, "B")
+    progress.advance(3e9)
+    progress.stop()
+    shown = capsys.readouterr().err
+    assert "3.00/4.00 GB" in shown
+    assert "GB/s" in shown
 
 
 def test_silence_is_silent(capsys):

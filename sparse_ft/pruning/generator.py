@@ -285,8 +285,10 @@ class MaskGenerator:
         self._finished.append(state)
 
     def _note(self, text: str) -> None:
+        """Says a remark on the run, once, and keeps it for the metadata."""
         if text not in self.notes:
             self.notes.append(text)
+            self.progress.say(text)
 
     def _metadata(self, level: int, checkpoint: Path | None) -> dict[str, Any]:
         settings = self.settings

@@ -194,7 +194,12 @@ def test_other_text_does_not_resume(tiny_model, text, tmp_path):
 def test_an_expert_without_tokens_is_said(tiny_model, tmp_path):
     text = torch.full((1, 3), 7)  # one token visits 2 of 4 experts
     for importance in ("wanda", "sparsegpt"):
-        generator, (result,) = generate(tiny_model("tiny-mixtral"), text, tmp_path / importance, importance=importance)
+        said = []
+        progress = Progress()
+        progress.say = said.append
+        how = {"importance": importance}
+        generator, (result,) = generate(tiny_model("tiny-mixtral"), text, tmp_path / importance, progress, **how)
+        assert said == generator.notes
         assert any("no calibration token came here" in note for note in generator.notes)
         assert result.load().metadata["notes"] == generator.notes[:20]
 
