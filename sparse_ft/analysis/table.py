@@ -66,17 +66,11 @@ def cell_table(rows: Iterable[Row]) -> pd.DataFrame:
     """
     runs = [row for row in rows if _tags(row).get("kind") == "cell"]
     records = _resolve_same([_record(row) for row in _latest(runs)])
-    table = pd.DataFrame.from_records(records)
-    for name in (*IDENTITY, *RESULTS, *TAGS, "status", "run_id", "parent_run_id", "name"):
-        if name not in table:
-            table[name] = pd.Series(dtype=float if name in RESULTS or name == "sparsity" else object)
-    for name in table.columns:
-        if name in RESULTS or name == "sparsity" or str(name).endswith("_seconds"):
-            table[name] = pd.to_numeric(table[name], errors="coerce").astype(float)
-        else:
-            table[name] = table[name].astype(object).where(table[name].notna(), None)
-    table["series"] = _series(table)
-    table["variant"] = _variants(table)
+    names = dict.fromkeys([*IDENTITY, *RESULTS, *TAGS, "status", "run_id", "parent_run_id", "name"])
+    names |= dict.fromkeys(name for record in records for name in record)
+    # Column by column into one frame: a run has over a hundred of them.
+    table = pd.DataFrame({name: _column(name, records) for name in names})
+    table = pd.concat([table, _series(table).rename("series"), _variants(table).rename("variant")], axis=1)
     first = [*IDENTITY[:5], "series", "variant", *IDENTITY[5:], "status", *RESULTS, *TAGS]
     last = ["run_id", "parent_run_id", "name"]
     rest = sorted(str(c) for c in table.columns if c not in first and c not in last)
@@ -203,6 +197,13 @@ def _resolve_same(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return records
 
 
+def _column(name: str, records: Sequence[Mapping[str, Any]]) -> pd.Series:
+    values = [record.get(name) for record in records]
+    if name in RESULTS or name == "sparsity" or name.endswith("_seconds"):
+        return pd.Series([_number(value) for value in values], dtype=float)
+    return pd.Series([None if _missing(value) else value for value in values], dtype=object)
+
+
 def _missing(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
@@ -263,10 +264,11 @@ def _sorted(table: pd.DataFrame) -> pd.DataFrame:
     """By model and task, the dense baseline first, then method, mode, level, seed."""
     if table.empty:
         return table.reset_index(drop=True)
-    ranks = table.assign(_pruned=table["mode"] != "dense", _method=table["method"].map(_method_rank))
+    ranks = {"_pruned": table["mode"] != "dense", "_method": table["method"].map(_method_rank)}
     keys = ["model", "task", "_pruned", "_method", "series", "mode", "sparsity", "variant"]
     keys += ["seed"] if "seed" in table else []
-    order = ranks.sort_values(keys, key=_sortable, kind="stable").index
+    ranked = pd.DataFrame({name: ranks.get(name, table.get(name)) for name in keys})
+    order = ranked.sort_values(keys, key=_sortable, kind="stable").index
     return table.loc[order].reset_index(drop=True)
 
 

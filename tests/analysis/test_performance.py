@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 from synthetic import cell, demo, study
 
-from sparse_ft.analysis.performance import chance_level, curves, dense_baseline, pareto_front, performance_table
+from sparse_ft.analysis.performance import (
+    chance_level,
+    curves,
+    dense_baseline,
+    majority_level,
+    pareto_front,
+    performance_table,
+)
 from sparse_ft.analysis.table import cell_table, grouped_table
 
 
@@ -108,3 +115,11 @@ def test_the_front_is_what_nothing_dominates():
                  for i in range(60)]  # fmt: skip
     expected = {(x[i], y[i]) for i in range(60) if not dominated[i]}
     assert {(x[i], y[i]) for i in pareto_front(x, y)} == expected
+
+
+def test_the_commonest_answer_is_known_from_the_runs_or_the_whole_published_split():
+    whole = {"protocol/split_rows": "3270"}
+    assert majority_level(cell_table([cell(params=whole)]), "boolq") == pytest.approx(0.6217, abs=1e-4)
+    assert majority_level(cell_table([cell(params=whole | {"protocol/majority": "0.7"})]), "boolq") == 0.7
+    assert majority_level(cell_table([cell(params={"protocol/split_rows": "40"})]), "boolq") is None
+    assert majority_level(cell_table([cell()]), "boolq") is None

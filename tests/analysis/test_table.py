@@ -1,4 +1,5 @@
 import math
+import warnings
 
 import pandas as pd
 import pytest
@@ -126,3 +127,12 @@ def test_numbers_keep_their_types():
     table = cell_table(demo())
     assert pd.api.types.is_float_dtype(table["sparsity"]) and pd.api.types.is_float_dtype(table["loss"])
     assert table["seed"].tolist() == [0] * 5
+
+
+def test_runs_with_hundreds_of_parameters_make_one_whole_frame():
+    many = {f"cfg/option_{i}": str(i) for i in range(300)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # pandas warns of frames that are pieced together
+        table = cell_table([cell(params=many), cell(sparsity=0.6, params=many)])
+        grouped_table(table)
+    assert table["cfg_option_299"].tolist() == ["299", "299"]
