@@ -139,12 +139,12 @@ def _perplexity_sentence(here: pd.DataFrame, base: pd.Series | None) -> str:
         return ""
     first = known[known["series"] == known["series"].iloc[0]].sort_values("sparsity")
     point = first.iloc[-1]
-    before = f"from {_plain(point['perplexity_untuned'])} " if not math.isnan(point["perplexity_untuned"]) else ""
+    before, after = _plain(point["perplexity_untuned"]), _plain(point["perplexity"])
     dense = f" (dense: {_plain(base['perplexity'])})" if base is not None and base["perplexity"] > 0 else ""
-    return (
-        f"At {point['sparsity_percent']:g} % {point['series']}, sparse to sparse fine-tuning brings perplexity "
-        f"{before}to {_plain(point['perplexity'])}{dense}."
-    )
+    said = f"{point['sparsity_percent']:g} % {point['series']}, sparse to sparse fine-tuning"
+    if before == after:
+        return f"At {said} leaves perplexity at {after}{dense}."
+    return f"At {said} brings perplexity {f'from {before} ' if before else ''}to {after}{dense}."
 
 
 def _best_of(subject: str, scored: pd.DataFrame) -> str:
@@ -172,6 +172,8 @@ def _score(point: pd.Series) -> str:
 
 
 def _plain(value: float) -> str:
+    if math.isnan(value):
+        return ""
     return "infinity" if math.isinf(value) else f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 

@@ -70,6 +70,8 @@ class Look:
             "marker": self.marker,
             "linestyle": self.dashes if self.lines else "none",
             "markerfacecolor": self.colour if self.filled else "white",
+            # The hollow one is larger, so that two lines that coincide show as a ring around a dot.
+            "markersize": 5.0 if self.filled else 7.0,
             "markeredgewidth": 1.2,
         }
 

@@ -97,6 +97,13 @@ def test_perplexity_before_and_after():
     assert "brings perplexity from 441 to 31.2" in said([DENSE, row])[0]
 
 
+def test_perplexity_that_tuning_left_alone_or_that_was_not_measured_before():
+    row = cell(metrics={"eval/perplexity_untuned": 746.2, "eval/perplexity": 745.9})
+    assert "leaves perplexity at 746" in said([DENSE, row])[0]
+    row = cell(metrics={"eval/perplexity_untuned": float("nan"), "eval/perplexity": 30.0})
+    assert "brings perplexity to 30 (dense" in said([DENSE, row])[0]
+
+
 def test_one_sentence_a_model_and_task():
     assert len(said(study())) == 6
     assert said([]) == []
