@@ -5,25 +5,25 @@ from __future__ import annotations
 import copy
 import inspect
 import time
-from collections.abc import Callable, Iterable, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby, islice
 from typing import Any, TypeVar
 
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from torch.nn import functional
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
+from sparse_ft.errors import UserError
 from sparse_ft.evaluation.batches import rows_that_fit
+from sparse_ft.evaluation.rows import Request, Row, branched_rows, model_inputs, single_rows
 from sparse_ft.progress import SILENT, Progress
 from sparse_ft.tasks.examples import PairEncoder
 
 __all__ = ["Scorer"]
 
 Result = TypeVar("Result")
-Request = tuple[Any, list[int], list[int]]  # what was asked, tokens of the context, tokens of the answer
 
 
 class Scorer(HFLM):
@@ -36,6 +36,8 @@ class Scorer(HFLM):
     Attributes:
         seconds: time spent in scoring so far.
         batch_sizes_used: sizes in the order they were used.
+        shares_contexts: whether answers to the same context are read in one row; only where asked for,
+            because the last digits then differ from lm-eval's, and where the model's attention allows it.
     """
 
     def __init__(
@@ -44,11 +46,13 @@ class Scorer(HFLM):
         tokenizer: PreTrainedTokenizerBase,
         batch_size: int | str = "auto",
         progress: Progress = SILENT,
+        share_contexts: bool = False,
     ) -> None:
         # HFLM sets a pad token and the padding side on the tokenizer it gets: not on the caller's.
         super().__init__(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=1)
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._keeps_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
+        self.shares_contexts = share_contexts and self._keeps_logits and _takes_branches(base)
         self._asked = batch_size
         self._progress = progress
         self.cache_hook = _Ticker(progress)
@@ -65,6 +69,11 @@ class Scorer(HFLM):
         return self._timed(lambda: call(requests, disable_tqdm=True), requests)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
+        if self.max_length <= self.max_gen_toks:
+            raise UserError(
+                f"the task generates {self.max_gen_toks} tokens, but the model reads {self.max_length} in all; "
+                "it needs a model of longer context"
+            )
         longest = max(len(self.tok_encode(request.args[0])) for request in requests) + self.max_gen_toks
         self.batch_size_per_gpu = self._fitting(longest, positions=1, tokens_at_once=1)
         call = super().generate_until
@@ -76,49 +85,50 @@ class Scorer(HFLM):
         """HFLM's method with the vocabulary's logits computed at the answers' positions alone.
 
         The order, the batches, the padding and the arithmetic are HFLM's (answers that share all tokens
-        but the last, such as BoolQ's two, share one pass); only the logits that it throws away are not
-        made. They would be most of the memory and, on a CPU, most of the time.
+        but the last, such as BoolQ's two, share one row); only the logits that it throws away are not
+        made. They would be most of the memory and, on a CPU, much of the time. With shared contexts the
+        rows are others, and the last digits too.
+
+        Raises:
+            UserError: an answer is longer than the model's context.
         """
-        longest = max(len(context) + len(answer) for _, context, answer in requests)
-        # Answers of several lengths in a batch are read at more positions than the longest has.
-        positions = min(longest, 4 * max(len(answer) for *_, answer in requests)) if self._keeps_logits else None
-        self.batch_size_per_gpu = self._fitting(longest, positions)
+        longest_answer = max(len(answer) for *_, answer in requests)
+        if longest_answer > self.max_length:
+            raise UserError(f"an answer has {longest_answer} tokens, but the model reads {self.max_length} at most")
         if not self._keeps_logits:
+            self.batch_size_per_gpu = self._fitting(max(len(context) + len(answer) for _, context, answer in requests))
             call = super()._loglikelihood_tokens
             return self._shrinking(lambda: call(requests, disable_tqdm=True, **kwargs))
-        return self._shrinking(lambda: self._at_answers(requests))
+        if self.shares_contexts:
+            window = getattr(self.model.config.get_text_config(), "sliding_window", None)
+            rows = branched_rows(requests, self.max_length, window)
+        else:
+            rows = single_rows(requests, self.max_length)
+        longest = max(len(row.tokens) for row in rows)
+        read = max(len({position for _, positions in row.reads for position in positions}) for row in rows)
+        # Rows of different lengths are read at more positions than any one of them.
+        self.batch_size_per_gpu = self._fitting(longest, positions=min(longest, 4 * read))
+        return self._shrinking(lambda: self._at_answers(rows, requests))
 
     @torch.inference_mode()
-    def _at_answers(self, requests: Sequence[Request]) -> list[tuple[float, bool]]:
-        shared: dict[tuple[int, ...], list[int]] = {}
-        for index, (_, context, answer) in enumerate(requests):
-            shared.setdefault(tuple((context + answer)[-(self.max_length + 1) : -1]), []).append(index)
-        order = sorted(shared, key=lambda tokens: (-len(tokens), tokens))
+    def _at_answers(self, rows: Sequence[Row], requests: Sequence[Request]) -> list[tuple[float, bool]]:
         results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        for start in range(0, len(order), self.batch_size_per_gpu):
-            rows = order[start : start + self.batch_size_per_gpu]
-            # Position p predicts token p + 1: an answer of n tokens is read at the last n positions.
-            needed = {
-                position
-                for row in rows
-                for index in shared[row]
-                for position in range(len(row) - len(requests[index][2]), len(row))
-            }
-            kept = _in_whole_tiles(needed, len(rows[0]))
+        for batch in _batches(rows, self.batch_size_per_gpu):
+            needed = {position for row in batch for _, positions in row.reads for position in positions}
+            kept = _in_whole_tiles(needed, len(batch[0].tokens))
             column = {position: place for place, position in enumerate(kept)}
-            inputs = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)  # on the right, by 0
-            positions = torch.tensor(kept, device=self.device)
-            logits = self.model(inputs.to(self.device), logits_to_keep=positions, use_cache=False).logits
-            for row, row_logits in zip(rows, functional.log_softmax(logits, dim=-1), strict=True):
-                for index in shared[row]:
-                    request, _, answer = requests[index]
-                    first = column[len(row) - len(answer)]
-                    scores = row_logits[first : first + len(answer)]
+            inputs = {name: value.to(self.device) for name, value in model_inputs(batch, self.model.dtype).items()}
+            kept = torch.tensor(kept, device=self.device)
+            logits = self.model(**inputs, logits_to_keep=kept, use_cache=False).logits
+            for row, row_logits in zip(batch, functional.log_softmax(logits, dim=-1), strict=True):
+                for number, positions in row.reads:
+                    request, _, answer = requests[number]
+                    scores = row_logits[[column[position] for position in positions]]
                     tokens = torch.tensor(answer, device=self.device)
                     greedy = bool((scores.argmax(dim=-1) == tokens).all())
-                    results[index] = (float(scores.gather(1, tokens[:, None]).sum()), greedy)
+                    results[number] = (float(scores.gather(1, tokens[:, None]).sum()), greedy)
                     if request is not None:
-                        self.cache_hook.add_partial("loglikelihood", request, results[index])
+                        self.cache_hook.add_partial("loglikelihood", request, results[number])
         return results
 
     def tok_continuation(self, context: str, continuation: str) -> list[int]:
@@ -150,6 +160,24 @@ class Scorer(HFLM):
         finally:
             self.seconds += time.perf_counter() - began
             self._progress.stop()
+
+
+def _takes_branches(model: torch.nn.Module) -> bool:
+    """Whether the model's attention obeys a mask of our own."""
+    config = model.config.get_text_config()
+    chunked = getattr(config, "attention_chunk_size", None)
+    return not chunked and config._attn_implementation in ("sdpa", "eager")
+
+
+def _batches(rows: Sequence[Row], size: int) -> Iterator[Sequence[Row]]:
+    """``rows`` in their order, ``size`` at once, those with branches apart from those without.
+
+    A batch without branches needs no mask of ours, and its numbers are lm-eval's.
+    """
+    for _, alike in groupby(rows, key=lambda row: bool(row.branches)):
+        remaining = list(alike)
+        for start in range(0, len(remaining), size):
+            yield remaining[start : start + size]
 
 
 def _in_whole_tiles(needed: set[int], length: int) -> list[int]:

@@ -42,6 +42,8 @@ class EvaluationSettings:
         perplexity_tokens: Tokens of held-out text for the perplexity; 0 for none, null for all.
         perplexity_seq_len: Tokens of a window of that text.
         perplexity_corpus: task (the task's held-out texts), wikitext2 (from the hub), or a text file.
+        share_contexts: Read the answers to one question (HellaSwag's four endings) after one context. About
+            half the work there; log-likelihoods then differ from lm-eval's in the last digits.
         keep_samples: Keep what the model answered to every question.
     """
 
@@ -51,6 +53,7 @@ class EvaluationSettings:
     perplexity_tokens: int | None = 16384
     perplexity_seq_len: int = 512
     perplexity_corpus: str = "task"
+    share_contexts: bool = False
     keep_samples: bool = False
 
     def check(self) -> None:
@@ -116,7 +119,7 @@ def evaluate(
     name = task.config.task
     corpus, texts = corpus_texts(settings.perplexity_corpus, task)
     with quiet(), quiet_transformers(), _kept_mode(model), _fewshot(task, settings.num_fewshot):
-        scorer = Scorer(model, tokenizer, settings.batch_size, progress)
+        scorer = Scorer(model, tokenizer, settings.batch_size, progress, settings.share_contexts)
         scorer.stage = f"scoring {name}"
         task.set_fewshot_seed(DEFAULT_OTHER_SEED)
         with _without_bar(task):
@@ -142,6 +145,7 @@ def evaluate(
             "chance": _chance(task, samples),
             "loss_tokens": tokens,
             "batch_size": scorer.batch_sizes_used[-1] if scorer.batch_sizes_used else scorer.batch_size,
+            "shared_contexts": scorer.shares_contexts,
             "max_length": scorer.max_length,
             "fewshot_seed": DEFAULT_OTHER_SEED,
             "chat_template": None,

@@ -5,6 +5,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
+from sparse_ft.errors import UserError
 from sparse_ft.evaluation.batches import rows_that_fit
 from sparse_ft.evaluation.scorer import Scorer, _in_whole_tiles
 from sparse_ft.models.loading import load_model, load_tokenizer
@@ -44,6 +45,59 @@ def test_equal_to_lm_evals_method(batch_size, max_length, checkpoint):
         wanted = theirs.loglikelihood(requests(), disable_tqdm=True)
     assert [score for score, _ in found] == pytest.approx([score for score, _ in wanted], rel=1e-5)
     assert [greedy for _, greedy in found] == [greedy for _, greedy in wanted]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+@pytest.mark.parametrize("max_length", [None, 24])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_shared_contexts_change_the_last_digits_at_most(batch_size, max_length, attention, checkpoint):
+    model, tokenizer = checkpoint
+    model.set_attn_implementation(attention)
+    with quiet():
+        ours = Scorer(model, tokenizer, batch_size, share_contexts=True)
+        theirs = HFLM(model, tokenizer=tokenizer, batch_size=batch_size)
+        ours._max_length = theirs._max_length = max_length
+        assert ours.shares_contexts
+        found = ours.loglikelihood(requests())
+        wanted = theirs.loglikelihood(requests(), disable_tqdm=True)
+    model.set_attn_implementation("sdpa")
+    assert [score for score, _ in found] == pytest.approx([score for score, _ in wanted], rel=1e-4)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in wanted]
+
+
+@pytest.mark.parametrize("window", [8, 20, 100])
+def test_shared_contexts_respect_the_window_of_attention(window, tiny_model):
+    from transformers import AutoModelForCausalLM
+
+    folder = tiny_model("tiny-mistral")
+    model = AutoModelForCausalLM.from_pretrained(folder, sliding_window=window, attn_implementation="sdpa")
+    tokenizer = load_tokenizer(folder)
+    with quiet():
+        ours = Scorer(model, tokenizer, 4, share_contexts=True)
+        found = ours.loglikelihood(requests())
+        wanted = HFLM(model, tokenizer=tokenizer, batch_size=4).loglikelihood(requests(), disable_tqdm=True)
+        free = Scorer(load_model(folder, "float32", "cpu"), tokenizer, 4).loglikelihood(requests())
+    assert [score for score, _ in found] == pytest.approx([score for score, _ in wanted], rel=1e-4)
+    assert (found[-1][0] != pytest.approx(free[-1][0], rel=1e-4)) == (window < 100)
+
+
+def test_contexts_are_not_shared_where_the_mask_would_not_hold(checkpoint, monkeypatch):
+    model, tokenizer = checkpoint
+    monkeypatch.setattr(model.config, "_attn_implementation", "flash_attention_2")
+    with quiet():
+        assert not Scorer(model, tokenizer, share_contexts=True).shares_contexts
+
+
+def test_more_than_the_model_reads(checkpoint):
+    model, tokenizer = checkpoint
+    with quiet():
+        scorer = Scorer(model, tokenizer)
+    scorer._max_length = 200
+    with pytest.raises(UserError, match="generates 256 tokens, but the model reads 200 in all"):
+        scorer.generate_until([Instance("generate_until", {}, ("Question:", {"until": ["x"]}), 0)])
+    scorer._max_length = 4
+    with pytest.raises(UserError, match="an answer has 5 tokens, but the model reads 4"):
+        scorer._loglikelihood_tokens([(None, [5], [6, 7, 8, 9, 10])])
 
 
 def test_a_greedy_answer_is_known_as_one(checkpoint):

@@ -152,6 +152,15 @@ def test_twice_the_same(model, tokenizer, tasks):
     assert first == second
 
 
+def test_shared_contexts_are_in_the_protocol(model, tokenizer, tasks):
+    plain, shared = (
+        evaluate(model, tokenizer, tasks["hellaswag"], replace(SMALL, share_contexts=share)) for share in (False, True)
+    )
+    assert (plain.protocol["shared_contexts"], shared.protocol["shared_contexts"]) == (False, True)
+    assert shared.metrics["loss"] == pytest.approx(plain.metrics["loss"], rel=1e-5)
+    assert shared.metrics["acc_norm"] == plain.metrics["acc_norm"]
+
+
 def test_few_shot_by_setting_and_back(model, tokenizer, tasks):
     settings = replace(SMALL, num_fewshot=3, limit=2)
     result = evaluate(model, tokenizer, tasks["boolq"], settings)
