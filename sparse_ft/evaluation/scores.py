@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
@@ -143,6 +144,7 @@ def evaluate(
             "samples": len(samples),
             "accuracy_metric": headline,
             "chance": _chance(task, samples),
+            "majority": _majority(task, samples),
             "loss_tokens": tokens,
             "batch_size": scorer.batch_sizes_used[-1] if scorer.batch_sizes_used else scorer.batch_size,
             "shared_contexts": scorer.shares_contexts,
@@ -203,6 +205,14 @@ def _chance(task: Task, samples: list[dict[str, Any]]) -> float | None:
     if task.OUTPUT_TYPE != "multiple_choice":
         return None
     return math.fsum(1 / len(task.doc_to_choice(sample["doc"])) for sample in samples) / len(samples)
+
+
+def _majority(task: Task, samples: list[dict[str, Any]]) -> float | None:
+    """Accuracy of always giving the commonest right answer; None where the questions have choices of their own."""
+    if _chance(task, samples) is None or len({tuple(task.doc_to_choice(s["doc"])) for s in samples}) != 1:
+        return None
+    answers = Counter(gold_index(task, sample["doc"]) for sample in samples)
+    return answers.most_common(1)[0][1] / len(samples)
 
 
 def _is_batch_size(value: int | str) -> bool:

@@ -144,6 +144,15 @@ def test_headline_metric(name, model, tokenizer, tasks):
     assert result.metrics["samples_per_second"] > 0
 
 
+def test_always_giving_the_commonest_answer_is_in_the_protocol(model, tokenizer, tasks):
+    """So that nobody takes a model that has only learnt to say yes for one that reads."""
+    result = evaluate(model, tokenizer, tasks["boolq"], SMALL)
+    labels = [tasks["boolq"].eval_docs[number]["label"] for number in range(SMALL.limit)]
+    assert result.protocol["majority"] == max(labels.count(0), labels.count(1)) / len(labels)
+    for name in ("hellaswag", "gsm8k"):  # each question has endings of its own, or none
+        assert evaluate(model, tokenizer, tasks[name], short(SMALL, name)).protocol["majority"] is None
+
+
 def test_twice_the_same(model, tokenizer, tasks):
     settings = replace(SMALL, batch_size="auto", perplexity_tokens=300, perplexity_seq_len=64)
     first, second = (evaluate(model, tokenizer, tasks["hellaswag"], settings) for _ in range(2))
