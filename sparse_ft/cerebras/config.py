@@ -71,6 +71,7 @@ class TrainerPlan:
         batch_size: sequences per optimizer step.
         learning_rate: peak of the linear schedule, after ``warmup_fraction`` of the steps.
         lora: the adapter (ignored by mode ``full``).
+        shuffle: anew by the trainer; without it the examples come in the order of their files.
         eval_steps: batches of the validation data after training; 0 leaves it out.
         device: ``CSX`` or ``CPU``.
         precision: ``cbfloat16``, ``bfloat16``, ``float16``, or ``float32`` (no mixed precision). None: cbfloat16
@@ -85,6 +86,7 @@ class TrainerPlan:
     max_grad_norm: float = 1.0
     lora: LoraPlan = field(default_factory=LoraPlan)
     seed: int = 0
+    shuffle: bool = False
     eval_steps: int = 0
     device: str = "CSX"
     precision: str | None = None
@@ -169,7 +171,7 @@ def create_sparse_config(
         "data_processor": "GptHDF5MapDataProcessor",
         "data_dir": str(data_dir),
         "batch_size": plan.batch_size,
-        "shuffle": True,
+        "shuffle": plan.shuffle,
         "shuffle_seed": plan.seed,
         "num_workers": plan.cluster.num_workers if plan.device == "CSX" else 0,
     }

@@ -27,6 +27,7 @@ class TrainerError(RuntimeError):
     def __init__(self, failure: Failure):
         super().__init__(f"{failure.kind}: {failure.message}")
         self.failure = failure
+        self.failure_class = failure.kind  # what a study's summary calls it
 
 
 @dataclass

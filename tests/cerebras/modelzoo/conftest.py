@@ -58,7 +58,11 @@ def prepare(folder, data, work, mode, device="CPU", steps=5, **settings):
     masks = None if mode == "dense" else random_masks(source)
     if masks is not None:
         save_masks(masks, work / "masks.safetensors")
-    converted = open_checkpoint(to_modelzoo(folder, work / "model.mdl"))
+    converted = folder.with_suffix(".cs") / "model.mdl"
+    if not converted.exists():
+        to_modelzoo(folder, converted)
+    converted = open_checkpoint(converted)
+    (work / "config.json").write_text(json.dumps(source.config))
     write_start_checkpoint(converted, work / "start.mdl", masks, None if mode == "full" else lora)
     config = create_sparse_config(
         source.config,

@@ -1,0 +1,60 @@
+"""Cells one after another, trained on a Cerebras cluster and scored here."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass, field
+
+from sparse_ft.cerebras.logs import Step
+from sparse_ft.study.cerebras import CerebrasSettings, run_cerebras_cell
+from sparse_ft.study.executors.serial import SerialExecutor
+from sparse_ft.study.failures import Failure
+from sparse_ft.study.jobs import Job, Outcome
+from sparse_ft.study.recording import log_cell_inputs, log_cell_result
+from sparse_ft.study.workbench import Workbench
+from sparse_ft.study.worker import Worker, WorkerSetup
+
+__all__ = ["CerebrasExecutor", "CerebrasSetup"]
+
+
+@dataclass(frozen=True)
+class CerebrasSetup(WorkerSetup):
+    """A worker's setup, and where it trains."""
+
+    cerebras: CerebrasSettings = field(default_factory=CerebrasSettings)
+
+    def build(self, bench: Workbench | None = None) -> Worker:
+        return CerebrasWorker(self, bench or Workbench(shared=self.shared))
+
+
+class CerebrasWorker(Worker):
+    """Runs cells by `run_cerebras_cell`; the losses go to the run as they come."""
+
+    def __init__(self, setup: CerebrasSetup, bench: Workbench):
+        super().__init__(setup, bench)
+        self._settings = setup.cerebras
+
+    def _cell(self, job: Job, run_id: str, began: float) -> Outcome:
+        log_cell_inputs(self._tracker, run_id, job.cell)
+        if isinstance(job.masks, Failure):
+            return self._failed(job, run_id, began, job.masks)
+        labels = (*self._settings.cluster.job_labels, f"mlflow_run={run_id}")
+
+        def follow(step: Step) -> None:
+            values = {"cerebras/loss": step.loss, "cerebras/samples_per_second": step.rate}
+            live = {name: [(step.number, value)] for name, value in values.items() if value is not None}
+            self._tracker.log(run_id, curves=live)
+
+        result = run_cerebras_cell(job.cell, job.masks, self._bench, job.folder, self._settings, follow, labels)
+        log_cell_result(self._tracker, run_id, result)
+        if result.merged is None:
+            shutil.rmtree(job.folder, ignore_errors=True)
+        return Outcome(job, run_id, "FINISHED", time.monotonic() - began, result.metrics)
+
+
+class CerebrasExecutor(SerialExecutor):
+    """One cell at a time: a training takes the whole cluster that it was given.
+
+    Ctrl-C stops the trainer and cancels its job (`sparse_ft.cerebras.runner`) before the run is closed.
+    """
