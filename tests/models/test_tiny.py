@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparse_ft.models.checkpoint import Checkpoint
-from sparse_ft.models.tiny import KINDS, make_tiny, tiny_config, tiny_tokenizer
+from sparse_ft.models.tiny import KINDS, RECIPE, make_tiny, tiny_config, tiny_tokenizer
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -90,3 +90,13 @@ def test_answers_are_single_tokens_and_special_tokens_are_three():
 def test_unknown_kind():
     with pytest.raises(ValueError, match="tiny-gpt"):
         tiny_config("tiny-gpt")
+
+
+def test_other_shapes_are_another_recipe(tmp_path: Path):
+    """Caches keep a model under its recipe's number: whoever changes the files raises it, and writes both here."""
+    shapes = hashlib.sha256()
+    for kind in KINDS:
+        checkpoint = Checkpoint(make_tiny(kind, tmp_path / kind))
+        for name in checkpoint.names:
+            shapes.update(f"{kind} {name} {checkpoint.shape(name)}\n".encode())
+    assert (RECIPE, shapes.hexdigest()[:16]) == (2, "a718e81858883e68")
