@@ -191,6 +191,7 @@ def test_mlflow_run_makes_one_run_and_keeps_what_was_typed(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "mlflow", "run", str(ROOT), "-e", "compute_masks", "--env-manager", "local", *argv],
         env=environment,
+        cwd=tmp_path,  # where mlflow puts the artifacts of an experiment without a place of its own
         capture_output=True,
         text=True,
         check=False,
