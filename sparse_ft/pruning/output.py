@@ -17,6 +17,7 @@ from sparse_ft.masks.figures import save_heatmap, save_histogram
 from sparse_ft.masks.files import FORMATS, MaskFileWriter, load_masks, save_masks
 from sparse_ft.masks.mask_set import MaskSet
 from sparse_ft.masks.statistics import statistics_of_counts
+from sparse_ft.pruning.kernels import count_set_bits
 from sparse_ft.pruning.settings import level_label
 
 __all__ = ["LevelFiles", "MaskFile"]
@@ -157,5 +158,4 @@ class LevelFiles:
 def _set_bits(packed: np.ndarray) -> int:
     flat = packed.reshape(-1)
     whole = flat.size // 8 * 8
-    count = int(np.bitwise_count(flat[:whole].view(np.uint64)).sum())
-    return count + int(np.bitwise_count(flat[whole:]).sum()) if whole < flat.size else count
+    return int(count_set_bits(flat[:whole].view(np.uint64))) + int(np.bitwise_count(flat[whole:]).sum())

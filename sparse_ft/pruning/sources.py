@@ -15,7 +15,7 @@ import torch
 
 from sparse_ft.errors import UserError
 from sparse_ft.models.checkpoint import Checkpoint
-from sparse_ft.pruning.kernels import random_keys
+from sparse_ft.pruning.kernels import random_keys, strip_signs
 
 __all__ = ["PART", "KeySource", "MagnitudeSource", "RandomSource", "ScoreSource", "ordered_keys", "row_parts"]
 
@@ -118,8 +118,7 @@ class MagnitudeSource:
                     buffer = np.empty((last - first, columns), digits)
                 keys = buffer[: last - first]
                 read(keys, first * columns * itemsize)
-                np.bitwise_and(keys, magnitude_bits, out=keys)
-                if keys.size and keys.max() >= _INFINITY[dtype]:
+                if strip_signs(keys.reshape(-1), magnitude_bits) >= _INFINITY[dtype]:
                     raise UserError(
                         f"{name} in {self.checkpoint.shard(name)} holds NaN or infinite weights, which have"
                         " no place in an order. Repair the checkpoint first."

@@ -79,3 +79,19 @@ def test_column_sums_do_not_depend_on_how_rows_come(random):
         kernels.add_column_sums(scores[row : row + 7], in_parts)
     assert np.array_equal(at_once, in_parts)
     assert np.allclose(at_once, scores.sum(0, dtype=np.float64))
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
+def test_signs_are_stripped_in_place(random, dtype):
+    keys = random.integers(0, np.iinfo(dtype).max, 1000).astype(dtype)
+    mask = dtype(np.iinfo(dtype).max >> 1)
+    expected = keys & mask
+    assert kernels.strip_signs(keys, mask) == expected.max()
+    assert np.array_equal(keys, expected)
+    assert kernels.strip_signs(keys[:0], mask) == 0
+
+
+def test_set_bits_are_counted(random):
+    words = random.integers(0, 1 << 64, 999, dtype=np.uint64)
+    words[:2] = 0, (1 << 64) - 1
+    assert kernels.count_set_bits(words) == np.bitwise_count(words).sum()
