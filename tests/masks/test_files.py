@@ -58,7 +58,7 @@ def test_an_edited_bit_is_noticed(masks, tmp_path):
     content = bytearray(path.read_bytes())
     content[-40] ^= 1
     path.write_bytes(content)
-    with pytest.raises(UserError, match="changed after it was written|damaged"):
+    with pytest.raises(UserError, match=r"changed after it was written|damaged"):
         load_masks(path)
 
 
