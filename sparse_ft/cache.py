@@ -35,8 +35,7 @@ def cache_dir() -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"cannot make the cache folder {folder} ({error.strerror}); set SPARSE_FT_CACHE to a folder you "
-            "can write"
+            f"cannot make the cache folder {folder} ({error.strerror}); set SPARSE_FT_CACHE to a folder you can write"
         ) from error
     if not os.access(folder, os.W_OK):
         raise UserError(f"the cache folder {folder} is not writable; set SPARSE_FT_CACHE to one that is")

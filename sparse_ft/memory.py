@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -23,21 +24,17 @@ def reset_peak(device: torch.device | str = "cpu") -> None:
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
-    try:
+    with suppress(OSError):
         _CLEAR.write_text("5")  # proc(5): resets VmHWM to the present resident size
-    except OSError:
-        pass
 
 
 def peak_bytes(device: torch.device | str = "cpu") -> int:
     """Bytes at the peak since `reset_peak`: allocated on a CUDA device, else resident in this process."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:
+    with suppress(OSError):
         for line in _STATUS.read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
-    except OSError:
-        pass
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -146,9 +146,7 @@ def test_absent_member_is_named(wheels):
 
 def test_two_processes_at_once_both_get_the_whole_file(wheels):
     _, digest = wheels
-    code = (
-        f"from sparse_ft.cache import wheel_file; print(wheel_file('sft-probe', '1.0', '{digest}', '{ONE}'))"
-    )
+    code = f"from sparse_ft.cache import wheel_file; print(wheel_file('sft-probe', '1.0', '{digest}', '{ONE}'))"
     command = [sys.executable, "-c", code]
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     outputs = [process.communicate()[0].strip() for process in running]

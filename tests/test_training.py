@@ -92,9 +92,7 @@ def test_checkpointing_changes_no_number(folder, examples, tmp_path, kind):
     curves = []
     for checkpointing in ("none", kind):
         model = AutoModelForCausalLM.from_pretrained(folder)
-        settings = TrainingSettings(
-            learning_rate=1e-2, max_steps=3, batch_size=4, gradient_checkpointing=checkpointing
-        )
+        settings = TrainingSettings(learning_rate=1e-2, max_steps=3, batch_size=4, gradient_checkpointing=checkpointing)
         curves.append(train(model, examples, settings, tmp_path).loss_curve)
     assert curves[0] == curves[1]
 
@@ -135,22 +133,28 @@ def test_a_loss_that_is_not_finite_stops_training(model, examples, tmp_path):
 
 
 def test_progress_is_told_of_every_step(model, examples, tmp_path):
-    class Heard(Progress):
-        calls = []
+    calls = []
 
+    class Heard(Progress):
         def start(self, stage, total, unit=""):
-            self.calls.append((stage, total))
+            calls.append((stage, total))
 
         def advance(self, amount=1, note=""):
-            self.calls.append(note.split()[0])
+            calls.append(note.split()[0])
 
     train(model, examples, TrainingSettings(max_steps=3, batch_size=2), tmp_path, progress=Heard())
-    assert Heard.calls == [("train", 3), "loss", "loss", "loss"]
+    assert calls == [("train", 3), "loss", "loss", "loss"]
 
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"max_steps": 0}, {"batch_size": 0}, {"learning_rate": 0}, {"warmup_fraction": 1}, {"gradient_checkpointing": "x"}],
+    [
+        {"max_steps": 0},
+        {"batch_size": 0},
+        {"learning_rate": 0},
+        {"warmup_fraction": 1},
+        {"gradient_checkpointing": "x"},
+    ],
 )
 def test_settings_that_cannot_train_are_refused(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):

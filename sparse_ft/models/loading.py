@@ -69,11 +69,7 @@ def resolve_dtype(dtype: str, device: torch.device | str) -> torch.dtype:
     if dtype != "auto":
         raise UserError(f"dtype '{dtype}' is not one of auto, {', '.join(_DTYPES)}")
     on_cuda = torch.device(device).type == "cuda"
-    return (
-        torch.bfloat16
-        if on_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-        else torch.float32
-    )
+    return torch.bfloat16 if on_cuda and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
 
 
 def load_model(
@@ -229,9 +225,7 @@ def load_state_into(
             raise UserError(f"the model has no parameter for {name} of {checkpoint.folder}")
         target = slot.view(parameters[slot.parameter])
         if tuple(target.shape) != shape:
-            raise UserError(
-                f"{name} is {shape} in {checkpoint.folder} and {tuple(target.shape)} in the model"
-            )
+            raise UserError(f"{name} is {shape} in {checkpoint.folder} and {tuple(target.shape)} in the model")
         targets[checkpoint.shard(name)][name] = target
     for file, tensors in targets.items():
         with safe_open(file, framework="pt") as source:  # mapped, so the bytes are copied once

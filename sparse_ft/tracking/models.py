@@ -235,9 +235,7 @@ def resolve_model(uri: str, store: str | None = None, folder: str | Path | None 
             into = str(folder) if folder else None
             found = Path(mlflow.artifacts.download_artifacts(location, dst_path=into, tracking_uri=address))
     except (MlflowException, SQLAlchemyError, OSError) as error:
-        raise UserError(
-            f"there is no model {uri} in {address} ({error}); is MLFLOW_TRACKING_URI right?"
-        ) from error
+        raise UserError(f"there is no model {uri} in {address} ({error}); is MLFLOW_TRACKING_URI right?") from error
     for candidate in (found / _WEIGHTS, found):
         if (candidate / "config.json").is_file():
             return candidate
@@ -258,16 +256,12 @@ def _location(client: MlflowClient, uri: str) -> str:
         logged = [client.get_logged_model(output.model_id) for output in run.outputs.model_outputs]
         newest = [model.artifact_location for model in logged if model.name == match[2]][-1:]
         return newest[0] if newest else f"{run.info.artifact_uri}/{match[2]}"
-    raise UserError(
-        f"'{uri}' is not models:/NAME@ALIAS, models:/NAME/VERSION, models:/m-ID or runs:/RUN/NAME"
-    )
+    raise UserError(f"'{uri}' is not models:/NAME@ALIAS, models:/NAME/VERSION, models:/m-ID or runs:/RUN/NAME")
 
 
 def _weights(folder: Path) -> list[Path]:
     if (folder / "adapter_config.json").is_file():
-        raise UserError(
-            f"{folder} holds an adapter; merge it before logging, an adapter loads with other weights"
-        )
+        raise UserError(f"{folder} holds an adapter; merge it before logging, an adapter loads with other weights")
     weights = sorted(folder.glob("model*.safetensors"))
     if not weights or not (folder / "config.json").is_file():
         raise UserError(f"{folder} is not a checkpoint to log: it needs config.json and model*.safetensors")

@@ -143,9 +143,7 @@ class Tracker:
     @contextmanager
     def system_metrics(self, run_id: str, seconds: float = 10) -> Iterator[None]:
         """Logs CPU, memory, disk, network and GPU use of this machine while the block runs, from a thread."""
-        monitor = SystemMetricsMonitor(
-            run_id, sampling_interval=seconds, tracking_uri=self.uri, resume_logging=True
-        )
+        monitor = SystemMetricsMonitor(run_id, sampling_interval=seconds, tracking_uri=self.uri, resume_logging=True)
         with quiet_mlflow():
             monitor.start()
         try:
@@ -231,9 +229,7 @@ class Tracker:
         try:
             return _plain(self.client.get_run(run_id))
         except MlflowException as error:
-            raise UserError(
-                f"there is no run {run_id} in {self.uri}; is MLFLOW_TRACKING_URI right?"
-            ) from error
+            raise UserError(f"there is no run {run_id} in {self.uri}; is MLFLOW_TRACKING_URI right?") from error
 
     def children(self, parent_run_id: str, status: str | None = None) -> list[dict[str, Any]]:
         """All runs below a parent, oldest first; only those of one status (RUNNING, FINISHED, ...) if asked."""
@@ -279,9 +275,7 @@ class Tracker:
         known = {item.name: item.experiment_id for item in self.client.search_experiments()}
         if name in known or name in known.values():
             return known.get(name, name)
-        raise UserError(
-            f"there is no experiment '{name}' in {self.uri}; it has {', '.join(sorted(known)) or 'none'}"
-        )
+        raise UserError(f"there is no experiment '{name}' in {self.uri}; it has {', '.join(sorted(known)) or 'none'}")
 
     def curve(self, run_id: str, metric: str) -> list[tuple[int, float]]:
         """All points of a metric of a run, by step."""

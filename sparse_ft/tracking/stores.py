@@ -55,10 +55,7 @@ def tracking_uri(uri: str | None = None) -> str:
 
 def is_server(uri: str) -> bool:
     """Whether the store is an mlflow server, which then decides itself where artifacts go."""
-    return (
-        urlsplit(uri).scheme not in ("sqlite", "postgresql", "mysql", "mssql")
-        and "+" not in urlsplit(uri).scheme
-    )
+    return urlsplit(uri).scheme not in ("sqlite", "postgresql", "mysql", "mssql") and "+" not in urlsplit(uri).scheme
 
 
 def artifact_location(uri: str, experiment: str) -> str | None:

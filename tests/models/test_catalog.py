@@ -105,9 +105,7 @@ def test_hub_model_that_is_not_here_says_what_to_do(hub: Path):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("status", "code", "words"), [(403, "GatedRepo", "licence"), (404, "RepoNotFound", "private")]
-)
+@pytest.mark.parametrize(("status", "code", "words"), [(403, "GatedRepo", "licence"), (404, "RepoNotFound", "private")])
 def test_what_the_hub_refuses_is_explained(status: int, code: str, words: str, hub: Path, monkeypatch):
     """A server that answers as the hub does, so that the client's own error classes are the ones met."""
     import threading

@@ -37,9 +37,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def random_masks(folder: Path, seed: int = 0) -> MaskSet:
     generator = torch.Generator().manual_seed(seed)
     shapes = Checkpoint(folder).prunable_shapes()
-    return MaskSet.from_bool(
-        {name: torch.rand(shape, generator=generator) > 0.6 for name, shape in shapes.items()}
-    )
+    return MaskSet.from_bool({name: torch.rand(shape, generator=generator) > 0.6 for name, shape in shapes.items()})
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -202,9 +200,7 @@ def test_failed_save_leaves_the_old_checkpoint(folders, tmp_path: Path, monkeypa
 def test_a_generation_config_that_breaks_its_own_rules_can_be_saved(folders, tmp_path: Path):
     """LLaMA-2 was published with a temperature but without sampling; transformers refuses to save that."""
     shutil.copytree(folders["tiny-llama"], tmp_path / "m")
-    (tmp_path / "m" / "generation_config.json").write_text(
-        '{"temperature": 0.6, "top_p": 0.9, "do_sample": false}'
-    )
+    (tmp_path / "m" / "generation_config.json").write_text('{"temperature": 0.6, "top_p": 0.9, "do_sample": false}')
     target = save_model(load_model(tmp_path / "m"), None, tmp_path / "out")
     assert json.loads((target / "generation_config.json").read_text())["temperature"] == 0.6
 
@@ -228,10 +224,7 @@ def test_prunable_shapes_of_the_model_are_those_of_its_checkpoint(kind: str, fol
     model = load_model(folders[kind])
     assert prunable_shapes(model) == Checkpoint(folders[kind]).prunable_shapes()
     fused = prunable_shapes(model, fused=True)
-    sizes = [
-        sum(torch.Size(shape).numel() for shape in shapes.values())
-        for shapes in (fused, prunable_shapes(model))
-    ]
+    sizes = [sum(torch.Size(shape).numel() for shape in shapes.values()) for shapes in (fused, prunable_shapes(model))]
     assert sizes[0] == sizes[1] and (len(fused) < len(prunable_shapes(model))) == (kind == "tiny-mixtral")
 
 

@@ -41,7 +41,7 @@ def test_fused_experts_in_a_checkpoint_are_found():
     fused = ["model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.down_proj"]
     assert prunable_names(config, attention + fused) == sorted(attention + fused)
     assert slots(config, fused)[fused[0]].index == ()
-    with pytest.raises(UserError, match="gate_up_proj|down_proj"):
+    with pytest.raises(UserError, match=r"gate_up_proj|down_proj"):
         prunable_names(config, attention + fused[:1])
 
 

@@ -158,9 +158,7 @@ def test_a_logged_model_is_found_by_every_address(tracker: Tracker, merged: Path
         params={"r": 16},
     )
     name = registered_name("tiny-llama", "found")
-    first = register_model(
-        tracker, uri, name, alias="sparse70", tags={"accuracy": 0.5}, description="# A card"
-    )
+    first = register_model(tracker, uri, name, alias="sparse70", tags={"accuracy": 0.5}, description="# A card")
     addresses = [uri, f"models:/{name}@sparse70", f"models:/{name}/{first}", f"runs:/{run_id}/merged"]
     folders = {resolve_model(address, tracker.uri) for address in addresses}
     assert len(folders) == 1  # in place: nothing was copied
@@ -170,9 +168,7 @@ def test_a_logged_model_is_found_by_every_address(tracker: Tracker, merged: Path
     assert (root / "LICENSE").read_text() == "a licence" and not (root / "LICENSE.txt").exists()
     assert "A card" in (root / "model_card.md").read_text()
     requirements = (root / "requirements.txt").read_text()
-    assert (
-        "transformers==" in requirements and "torchvision" not in requirements and "+cpu" not in requirements
-    )
+    assert "transformers==" in requirements and "torchvision" not in requirements and "+cpu" not in requirements
     logged = tracker.client.get_logged_model(uri.removeprefix("models:/"))
     assert logged.status == "READY" and logged.tags["mode"] == "dense" and logged.params["r"] == "16"
     assert logged.source_run_id == run_id
@@ -235,9 +231,7 @@ def test_a_model_that_could_not_be_stored_is_marked_failed(tracker: Tracker, mer
         patch.setattr(tracker.client, "log_model_artifact", full)
         with pytest.raises(OSError, match="No space"):
             log_model(tracker, run_id, merged, "unlucky")
-    (model,) = [
-        m for m in tracker.client.search_logged_models([tracker.experiment_id]) if m.name == "unlucky"
-    ]
+    (model,) = [m for m in tracker.client.search_logged_models([tracker.experiment_id]) if m.name == "unlucky"]
     assert model.status == "FAILED"
 
 

@@ -80,12 +80,8 @@ def test_a_new_store_is_made_silently_with_artifacts_beside_it(tmp_path: Path):
         "import logging; assert get_telemetry_client() is None;"
         "t = Tracker('sqlite:///new/mlflow.db', 'study'); r = t.start('one'); t.log_text(r, 'x', 'x.txt')"
     )
-    environment = {
-        key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_") and key != "CI"
-    }
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_") and key != "CI"}
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     there = Tracker(f"sqlite:///{tmp_path}/new/mlflow.db", "study")
     (run,) = there.search()
@@ -141,9 +137,7 @@ def test_unknown_experiment_lists_the_known(tracker: Tracker):
 
 def test_children_stand_under_their_parent(tracker: Tracker):
     parent = tracker.start("sweep", {"kind": "study"})
-    ids = [
-        tracker.start_child(parent, f"cell {index}", {"index": index, "empty": None}) for index in range(3)
-    ]
+    ids = [tracker.start_child(parent, f"cell {index}", {"index": index, "empty": None}) for index in range(3)]
     other = tracker.start("another sweep")
     tracker.start_child(other, "stranger")
     children = tracker.children(parent)
@@ -164,9 +158,7 @@ def test_a_workers_child_is_in_the_parents_experiment(tracker: Tracker):
 
 def test_statuses_and_those_left_running(tracker: Tracker):
     parent = tracker.start("sweep")
-    runs = {
-        status: tracker.start_child(parent, status) for status in ("FINISHED", "FAILED", "KILLED", "RUNNING")
-    }
+    runs = {status: tracker.start_child(parent, status) for status in ("FINISHED", "FAILED", "KILLED", "RUNNING")}
     for status, run_id in runs.items():
         if status != "RUNNING":
             tracker.finish(run_id, status)
@@ -320,9 +312,9 @@ def test_searching(tracker: Tracker):
         tracker.log(run_id, metrics={"eval/accuracy": accuracy}, tags={"kind": "cell"})
     tracker.start("no cell")
     assert [run["name"] for run in tracker.search()] == ["run 0.4", "run 0.6", "no cell"]
-    assert [
-        run["name"] for run in tracker.search("metrics.`eval/accuracy` > 0.5 and tags.kind = 'cell'")
-    ] == ["run 0.6"]
+    assert [run["name"] for run in tracker.search("metrics.`eval/accuracy` > 0.5 and tags.kind = 'cell'")] == [
+        "run 0.6"
+    ]
     with pytest.raises(UserError, match="nonsense"):
         tracker.search("nonsense ? query")
 
@@ -361,18 +353,14 @@ def test_four_processes_write_to_one_sqlite_store_that_none_of_them_finds_there(
     """They create it, too: the first thing workers of a careless driver would do at once."""
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     creators = [
-        subprocess.Popen(
-            [sys.executable, "-c", f"from sparse_ft.tracking.runs import Tracker; Tracker({uri!r}, 's')"]
-        )
+        subprocess.Popen([sys.executable, "-c", f"from sparse_ft.tracking.runs import Tracker; Tracker({uri!r}, 's')"])
         for _ in range(3)
     ]
     assert [process.wait() for process in creators] == [0, 0, 0]
     tracker = Tracker(uri, "s")
     parent = tracker.start("sweep")
     workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, uri, parent, str(worker)], stderr=subprocess.PIPE, text=True
-        )
+        subprocess.Popen([sys.executable, "-c", WORKER, uri, parent, str(worker)], stderr=subprocess.PIPE, text=True)
         for worker in range(4)
     ]
     errors = [process.communicate()[1] for process in workers]
