@@ -7,6 +7,7 @@ imports this module first.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -34,6 +35,22 @@ class MaskedLoRALinear(LoRA_Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight = merged_weight(self.weight, self.lora_A, self.lora_B, self.scaling, self.weight_mask)
         return F.linear(x, weight, bias=self.bias)
+
+
+class _Prefixed(Mapping[str, torch.Tensor]):
+    """Masks under the names they have in the trainer's module, still made one at a time."""
+
+    def __init__(self, masks: Mapping[str, torch.Tensor], prefix: str):
+        self._masks, self._prefix = masks, prefix
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._masks[name.removeprefix(self._prefix)]
+
+    def __iter__(self) -> Iterator[str]:
+        return (self._prefix + name for name in self._masks)
+
+    def __len__(self) -> int:
+        return len(self._masks)
 
 
 class SparseMaskCallback(Callback):
@@ -70,9 +87,8 @@ class SparseMaskCallback(Callback):
         mask_set = load_masks(self.masks)
         config = json.loads(Path(self.hf_config).read_text(encoding="utf-8"))
         by_name = ModelZooMasks(config, mask_set)
-        names = dict(trainer.model.named_parameters())
-        prefix = "model." if any(name.startswith("model.") for name in names) else ""
-        masks = {prefix + name: by_name[name] for name in by_name}
+        prefixed = any(name.startswith("model.") for name, _ in trainer.model.named_parameters())
+        masks = _Prefixed(by_name, "model." if prefixed else "")
         adapted = [module for module in trainer.model.modules() if isinstance(module, (LoRA_Linear, LoRA_Embedding))]
         self._check(adapted)
         self._sparsity = attach_masks(trainer.model, masks, trainer.optimizer)

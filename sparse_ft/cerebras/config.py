@@ -112,6 +112,7 @@ def create_sparse_config(
     model_dir: str | Path,
     plan: TrainerPlan | None = None,
     val_data_dir: str | Path | None = None,
+    masks_exist: bool = True,
 ) -> dict[str, Any]:
     """A trainer configuration (``trainer.init / fit / validate``) that trains a model under masks.
 
@@ -127,6 +128,8 @@ def create_sparse_config(
         start: the start checkpoint (`write_start_checkpoint`) with masks and adapter.
         model_dir: folder for the trainer's checkpoints and logs.
         val_data_dir: the same as ``data_dir`` for validation; None repeats the training data.
+        masks_exist: False where the mask file is to be made later (not for ``full``: its sparsities stand in the
+            configuration).
 
     Raises:
         UserError: a mode that does not exist, masks missing or superfluous, or masks that do not fit.
@@ -164,7 +167,8 @@ def create_sparse_config(
     else:
         init["callbacks"].append({"Lora": {"lora_params": _lora_params(model, plan.lora)}})
         if masks is not None:
-            load_masks(masks)  # a file that is damaged or missing is found here, not on the cluster
+            if masks_exist:
+                load_masks(masks)  # a file that is damaged or missing is found here, not on the cluster
             callback = {"masks": str(masks), "hf_config": str(hf_config), "mode": mode}
             init["callbacks"].append({"SparseMask": callback})
     train = {

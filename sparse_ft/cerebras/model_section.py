@@ -34,7 +34,7 @@ def model_section(config: Mapping[str, Any]) -> dict[str, Any]:
     """ModelZoo's ``trainer.init.model`` for a llama, mistral or mixtral model.
 
     The same as ModelZoo's converter writes, without ``norm_first`` and ``use_ff_layer1_dropout``, which its own
-    schema refuses.
+    schema refuses, and with the implementation of a mixture that the converter's tensors belong to.
 
     Args:
         config: the content of ``config.json``, of transformers 4 or 5.
@@ -83,6 +83,8 @@ def model_section(config: Mapping[str, Any]) -> dict[str, Any]:
             "num_experts": old["num_local_experts"],
             "top_k": old["num_experts_per_tok"],
             "load_balancing_loss_coef": old.get("router_aux_loss_coef", 0.001),
+            # The layout of the converter's output; ModelZoo's default is another, whose names it does not write.
+            "moe_implementation": "optimized",
         }
     return section
 

@@ -51,6 +51,8 @@ def test_the_model_section_is_the_converters(kind, scaled, models):
     theirs = converter.convert(kind, converter_config(config), index, drop_unmatched_keys=True)["model"]
     assert theirs.pop("norm_first") is True
     assert theirs.pop("use_ff_layer1_dropout") is False
+    if kind == "mixtral":
+        theirs["moe"]["moe_implementation"] = "optimized"  # the trainer's default has other tensors
     assert yaml.safe_load(yaml.safe_dump(theirs)) == model_section(config)
 
 

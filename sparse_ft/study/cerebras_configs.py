@@ -1,0 +1,124 @@
+"""Trainer configurations of a whole study, for whoever starts the trainings by hand or by a scheduler."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from sparse_ft.cerebras.config import create_sparse_config, write_config
+from sparse_ft.errors import ModelUnavailableError, UserError
+from sparse_ft.files import write_json
+from sparse_ft.levels import level_label
+from sparse_ft.models.catalog import BUILT_IN, locate
+from sparse_ft.models.checkpoint import Checkpoint
+from sparse_ft.study.cell_settings import check_cell
+from sparse_ft.study.cerebras import CerebrasSettings, load_settings, trainer_plan
+from sparse_ft.study.config import CellConfig
+from sparse_ft.study.plan import load_study, make_plan
+
+__all__ = ["CerebrasConfigsConfig", "write_configs", "write_study_configs"]
+
+
+@dataclass(frozen=True)
+class CerebrasConfigsConfig:
+    """Writes a ModelZoo trainer configuration for every cell of a study.
+
+    Args:
+        config: the study's YAML file (see configs/).
+        output_dir: folder for the configurations; masks, data and start checkpoints are expected in it.
+        settings: YAML file with python, device, retries and cluster, or none for the defaults.
+    """
+
+    config: str
+    output_dir: str = "outputs/cerebras"
+    settings: str = "none"
+
+
+def write_configs(config: CerebrasConfigsConfig) -> int:
+    """Writes the configurations and says how many. Returns 0."""
+    settings = load_settings(None if config.settings == "none" else config.settings)
+    files = write_study_configs(config.config, config.output_dir, settings)
+    print(f"{len(files)} configurations in {config.output_dir}; index.json lists them with their masks and data.")
+    return 0
+
+
+def write_study_configs(study: str | Path, output_dir: str | Path, settings: CerebrasSettings) -> list[Path]:
+    """One ``cells/NAME/fit.yaml`` per cell that has to be trained, and ``index.json`` over all.
+
+    Nothing but the models' ``config.json`` is read: masks, data and start checkpoints have their places in the
+    folder and may be made later (mode ``full`` needs its masks now: their sparsities stand in the file).
+
+    Args:
+        study: the study's YAML.
+        output_dir: where everything goes.
+        settings: device and cluster.
+
+    Returns:
+        the configurations, in the order of the study.
+
+    Raises:
+        UserError: a cell that ModelZoo cannot take (the message names it), or a model whose configuration is missing.
+    """
+    plan, root = make_plan(load_study(study)), Path(output_dir).absolute()
+    files, index = [], []
+    for number, cell in enumerate(plan.cells):
+        if plan.same_as[number] is not None:
+            continue
+        which = plan.mask_set_of[number]
+        masks = None if which is None else root / "masks" / plan.mask_sets[which].name / _mask_name(cell)
+        try:
+            check_cell(cell)
+            path = _write(cell, masks, root, settings)
+        except UserError as error:
+            raise UserError(f"{cell.title}: {error}") from None
+        files.append(path)
+        index.append(
+            {"title": cell.title, "config": str(path), "masks": str(masks) if masks else None, "key": cell.key()}
+        )
+    write_json(root / "index.json", index)
+    return files
+
+
+def _write(cell: CellConfig, masks: Path | None, root: Path, settings: CerebrasSettings) -> Path:
+    config, model = _model_config(cell.model), cell.model.rstrip("/").split("/")[-1]
+    folder = root / "cells" / f"{_slug(cell.title)}-{cell.key()[:8]}"
+    hf_config = root / "models" / model / "config.json"
+    if not hf_config.exists():
+        write_json(hf_config, config)
+    written = create_sparse_config(
+        config,
+        root / "data" / model / cell.task / str(cell.max_seq_len),
+        masks,
+        cell.mode,
+        hf_config=hf_config,
+        start=folder / "start.mdl",
+        model_dir=folder / "model_dir",
+        plan=trainer_plan(cell, config, settings.device, settings.cluster),
+        masks_exist=cell.mode == "full",
+    )
+    return write_config(folder / "fit.yaml", written)
+
+
+def _mask_name(cell: CellConfig) -> str:
+    return f"masks_sparsity{level_label(cell.sparsity)}_{cell.method}.safetensors"
+
+
+def _slug(title: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.]+", "-", title).strip("-")
+
+
+@cache
+def _model_config(model: str) -> Mapping[str, Any]:
+    if model in BUILT_IN or Path(model).is_dir():
+        return Checkpoint(locate(model)).config
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return json.loads(Path(hf_hub_download(model, "config.json")).read_text(encoding="utf-8"))
+    except Exception as error:  # offline, gated, unknown: the hub's own words say which
+        raise ModelUnavailableError(f"config.json of {model} cannot be had: {error}") from None

@@ -1,0 +1,79 @@
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sparse_ft.cerebras.config import check_config
+from sparse_ft.errors import UserError
+from sparse_ft.study.cerebras import CerebrasSettings, load_settings
+from sparse_ft.study.cerebras_configs import write_study_configs
+
+SHAPE = {
+    "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "vocab_size": 512, "rms_norm_eps": 1e-5,
+    "hidden_act": "silu", "tie_word_embeddings": False, "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"},
+}  # fmt: skip
+
+
+@pytest.fixture
+def study(tmp_path):
+    """The grid of configs/full.yaml on two small models of which only the configuration is there."""
+    import torch
+    from safetensors.torch import save_file
+
+    models = []
+    for kind in ("llama", "mistral"):
+        folder = tmp_path / kind
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps({"model_type": kind, **SHAPE}))
+        (folder / "tokenizer.json").write_text("{}")
+        save_file({"lm_head.weight": torch.zeros(1)}, folder / "model.safetensors")
+        models.append(str(folder))
+
+    def make(**changes):
+        content = yaml.safe_load(Path("configs/full.yaml").read_text(encoding="utf-8"))
+        content["grid"]["model"] = models
+        content["cell"].update(changes)
+        path = tmp_path / "study.yaml"
+        path.write_text(yaml.safe_dump(content))
+        return path
+
+    return make
+
+
+def test_all_360_configurations_of_the_full_study(study, tmp_path):
+    files = write_study_configs(study(), tmp_path / "out", CerebrasSettings())
+    index = json.loads((tmp_path / "out" / "index.json").read_text())
+    assert len(files) == len(index) == len(set(files))
+    trained = [entry for entry in index if entry["masks"]]
+    dense = [entry for entry in index if not entry["masks"]]
+    assert (len(trained), len(dense)) == (360, 6)
+    assert len({entry["masks"] for entry in trained}) == 2 * 3 * 10
+    modes = set()
+    for entry in index:
+        written = yaml.safe_load(Path(entry["config"]).read_text(encoding="utf-8"))
+        check_config(written)
+        callbacks = {name: value for item in written["trainer"]["init"]["callbacks"] for name, value in item.items()}
+        modes.add(callbacks.get("SparseMask", {}).get("mode", "dense"))
+        assert written["trainer"]["init"]["loop"]["max_steps"] == 500
+        assert written["trainer"]["fit"]["train_dataloader"]["batch_size"] == 16
+        assert callbacks["Lora"]["lora_params"]["merge_weights"] is False
+    assert modes == {"dense", "sparse_to_dense", "sparse_to_sparse"}
+
+
+def test_a_cell_that_modelzoo_cannot_take_is_named(study, tmp_path):
+    with pytest.raises(UserError, match=r"llama boolq dense: target_modules .* cannot adapt q_proj"):
+        write_study_configs(study(target_modules="q_proj"), tmp_path / "out", CerebrasSettings())
+    with pytest.raises(UserError, match="lora_dropout must be 0"):
+        write_study_configs(study(lora_dropout=0.1), tmp_path / "out", CerebrasSettings())
+
+
+def test_settings_from_a_file(tmp_path):
+    file = tmp_path / "cerebras.yaml"
+    file.write_text("python: /env/bin/python\ndevice: CPU\ncluster:\n  mount_dirs: [/data]\n  job_time_sec: 60\n")
+    settings = load_settings(file)
+    assert (settings.python, settings.device, settings.cluster.mount_dirs) == ("/env/bin/python", "CPU", ("/data",))
+    file.write_text("cluster:\n  mounts: [/data]\n")
+    with pytest.raises(UserError, match="unknown field 'mounts'"):
+        load_settings(file)
