@@ -131,6 +131,7 @@ def train(
     pad_token_id: int = 0,
     progress: Progress = SILENT,
     resume_from: str | Path | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> TrainingResult:
     """Trains the parameters of ``model`` that require gradients, in place, and leaves it in eval mode.
 
@@ -141,6 +142,7 @@ def train(
         output_dir: where the Trainer may write its checkpoints (nothing is written when ``save_steps`` is 0).
         pad_token_id: any id; padding is masked.
         resume_from: a Trainer checkpoint to go on from.
+        callbacks: of the Trainer, besides the ones that measure here. What they take counts as training time.
 
     Raises:
         UserError: settings that cannot train, or no examples.
@@ -159,7 +161,7 @@ def train(
         args=_arguments(settings, output_dir, device),
         train_dataset=rows,
         data_collator=AnswerCollator(pad_token_id),
-        callbacks=[watch],
+        callbacks=[watch, *callbacks],
     )
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 

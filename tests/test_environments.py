@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sparse_ft.study.config import AnalyzeConfig, CellConfig, MaskConfig, SweepConfig, ValidateConfig
+from sparse_ft.study.config import AnalyzeConfig, CellConfig, MaskConfig, RebuildConfig, SweepConfig, ValidateConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = {
@@ -17,6 +17,7 @@ STEPS = {
     "validate": ValidateConfig,
     "analyze": AnalyzeConfig,
     "sweep": SweepConfig,
+    "rebuild": RebuildConfig,
 }
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 
 from sparse_ft.evaluation import Evaluation, evaluate
 from sparse_ft.files import write_json
@@ -30,7 +30,7 @@ from sparse_ft.tasks.examples import training_examples
 from sparse_ft.training import TrainingResult, train
 from sparse_ft.validation import Validation, validate_checkpoint
 
-__all__ = ["CellResult", "run_cell"]
+__all__ = ["CellResult", "Judge", "StoppedEarly", "run_cell"]
 
 
 @dataclass
@@ -54,7 +54,9 @@ class CellResult:
     merged: Path | None = None
 
 
-def run_cell(cell: CellConfig, mask_file: MaskFile | None, bench: Workbench, folder: Path) -> CellResult:
+def run_cell(
+    cell: CellConfig, mask_file: MaskFile | None, bench: Workbench, folder: Path, judge: Judge | None = None
+) -> CellResult:
     """Runs a cell on this machine.
 
     Args:
@@ -63,8 +65,10 @@ def run_cell(cell: CellConfig, mask_file: MaskFile | None, bench: Workbench, fol
             updates the weights it keeps), training starts from that.
         bench: keeps the base model between cells.
         folder: the cell's own folder; what ``cell.keep`` names stays there.
+        judge: of a search: decides at some steps whether the cell goes on, from the loss on the task's answers.
 
     Raises:
+        StoppedEarly: the judge has seen enough.
         UserError: anything the user can put right: model, data, masks that do not fit.
         NonFiniteLossError: training diverged.
         ValidationFailedError: the merged checkpoint breaks what the mode promises.
@@ -92,10 +96,19 @@ def run_cell(cell: CellConfig, mask_file: MaskFile | None, bench: Workbench, fol
         with clock("train"):
             torch.manual_seed(cell.seed)
             adapted = apply_sparse_lora(model, lora_settings(cell), cell.mode, masks)
+            rungs = _Rungs(judge, adapted, scores, clock) if judge is not None and judge.rungs else None
             trained = train(
-                adapted, examples, settings, folder / "trainer", tokenizer.pad_token_id, progress=bench.progress
+                adapted,
+                examples,
+                settings,
+                folder / "trainer",
+                tokenizer.pad_token_id,
+                progress=bench.progress,
+                callbacks=[rungs] if rungs else [],
             )
-        _log_training(result, trained)
+        _log_training(result, trained, timed=rungs is None)
+        if rungs is not None:
+            result.series["eval/loss_while_training"] = rungs.losses
         if cell.keep != "none" and cell.mode != "full":
             adapted.save_pretrained(folder / "adapter")
             result.artifacts.append((folder / "adapter", "adapter"))
@@ -107,6 +120,7 @@ def run_cell(cell: CellConfig, mask_file: MaskFile | None, bench: Workbench, fol
             merged = merge_all_lora_weights(adapted)
         with clock("save"):
             target = save_model(merged, tokenizer, folder / "merged")
+            result.tags["merged_fingerprint"] = Checkpoint(target).fingerprint
         with clock("validate"):
             obeyed = MaskSet.all_kept(checkpoint.prunable_shapes()) if masks is None else masks
             validation = validate_checkpoint(
@@ -133,6 +147,23 @@ def run_cell(cell: CellConfig, mask_file: MaskFile | None, bench: Workbench, fol
     return result
 
 
+class Judge(Protocol):
+    """Decides at some steps of a training whether it goes on. ``rungs``: after which steps it is asked."""
+
+    rungs: Collection[int]
+
+    def __call__(self, step: int, loss: float) -> bool:
+        """Takes the loss on the task's answers; True: stop."""
+
+
+class StoppedEarly(Exception):
+    """A judge has stopped the training; ``losses`` are the (step, loss) that it saw."""
+
+    def __init__(self, losses: list[tuple[int, float]]):
+        super().__init__(f"stopped at step {losses[-1][0]} with an evaluation loss of {losses[-1][1]:.4f}")
+        self.losses = losses
+
+
 class _Scores:
     """Scores a model as the cell asks."""
 
@@ -141,9 +172,9 @@ class _Scores:
         self._settings = evaluation_settings(cell)
         self.protocol: dict[str, Any] = {}
 
-    def __call__(self, model: PreTrainedModel, stage: str) -> Evaluation:
+    def __call__(self, model: torch.nn.Module, stage: str, **changes: Any) -> Evaluation:
         progress = _Staged(self._bench.progress, stage)
-        evaluation = evaluate(model, self._tokenizer, self._task, self._settings, progress)
+        evaluation = evaluate(model, self._tokenizer, self._task, replace(self._settings, **changes), progress)
         self.protocol = evaluation.protocol
         return evaluation
 
@@ -152,6 +183,24 @@ class _Scores:
         key = (cell.model, cell.task, cell.data_dir, cell.num_fewshot, cell.dtype, cell.device, checksum)
         key += astuple(self._settings)
         return self._bench.untuned(key, cell.title, lambda: self(model, "score untuned"))
+
+
+class _Rungs(TrainerCallback):
+    """Scores the model in the middle of its training, and stops where the judge says so."""
+
+    def __init__(self, judge: Judge, model: torch.nn.Module, scores: _Scores, clock: _Clock):
+        self._judge, self._model, self._scores, self._clock = judge, model, scores, clock
+        self.losses: list[tuple[int, float]] = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        step = state.global_step
+        if step not in self._judge.rungs:
+            return
+        with self._clock("eval"):  # the scorer puts the model back into training mode
+            loss = self._scores(self._model, f"score at step {step}", perplexity_tokens=0).metrics["loss"]
+        self.losses.append((step, loss))
+        if self._judge(step, loss):
+            raise StoppedEarly(self.losses)
 
 
 class _Staged(Progress):
@@ -208,7 +257,8 @@ def _masks(file: MaskFile | None, checkpoint: Checkpoint, result: CellResult) ->
 
 
 def _log_untuned(result: CellResult, scores: _Scores, model: PreTrainedModel, masks: MaskSet | None) -> None:
-    measured_by, evaluation = scores.untuned(model, masks.checksum if masks is not None else "")
+    pruned = masks is not None and masks.n_pruned > 0  # masks that keep all leave the model as it is
+    measured_by, evaluation = scores.untuned(model, masks.checksum if pruned else "")
     result.tags["untuned_measured_by"] = measured_by
     _log_scores(result, evaluation, "_untuned")
 
@@ -217,13 +267,11 @@ def _log_scores(result: CellResult, evaluation: Evaluation, suffix: str) -> None
     result.metrics.update({f"eval/{name}{suffix}": value for name, value in evaluation.metrics.items()})
 
 
-def _log_training(result: CellResult, trained: TrainingResult) -> None:
-    measured = {
-        "train/loss": trained.loss,
-        "train/tokens_per_second": trained.tokens_per_second,
-        "train/samples_per_second": trained.samples_per_second,
-        "memory/peak_bytes": trained.peak_bytes,
-    }
+def _log_training(result: CellResult, trained: TrainingResult, timed: bool) -> None:
+    measured = {"train/loss": trained.loss, "memory/peak_bytes": trained.peak_bytes}
+    if timed:  # nobody scored in between
+        measured["train/tokens_per_second"] = trained.tokens_per_second
+        measured["train/samples_per_second"] = trained.samples_per_second
     result.metrics.update({name: value for name, value in measured.items() if value is not None})
     result.series["train/loss_curve"] = trained.loss_curve
     result.protocol.update({f"train_{name}": value for name, value in trained.protocol.items()})

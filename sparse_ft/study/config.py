@@ -17,6 +17,7 @@ __all__ = [
     "AnalyzeConfig",
     "CellConfig",
     "MaskConfig",
+    "RebuildConfig",
     "SweepConfig",
     "ValidateConfig",
 ]
@@ -250,21 +251,42 @@ class AnalyzeConfig:
 
 
 @dataclass(frozen=True)
+class RebuildConfig:
+    """Makes the merged checkpoint of a cell again, bit for bit, from the adapter and the masks that its run holds.
+
+    Args:
+        run_id: the cell's run.
+        output_dir: folder for the checkpoint.
+    """
+
+    run_id: str
+    output_dir: str = "outputs/rebuilt"
+
+
+@dataclass(frozen=True)
 class SweepConfig:
     """Runs a study: every cell of a configuration as a child run under one parent.
 
     Args:
         config: the study's YAML file (see configs/).
-        executor: where cells run: one after another here (serial).
-        max_workers: number of workers, or none for as many as the executor finds sensible.
-        resume: id of the parent run to go on with, or none.
+        executor: where cells run: one after another here (serial), in worker processes on this machine
+            (process), or on a Ray cluster (ray).
+        max_workers: number of workers, or none for as many as the executor finds sensible (one per GPU).
+        resume: id of the parent run to go on with; none goes on with an unfinished study of the same
+            configuration in the same experiment, where there is one; new starts afresh.
         dry_run: print the plan and stop.
-        output_dir: folder for masks, adapters and reports.
+        output_dir: folder for masks, models and reports.
+        cell_seconds: longest time for a cell, or none for no limit.
+        max_retries: how often a cell is tried again whose worker was lost or that took too long.
+        ray_address: a running Ray cluster to join (auto finds one), or none for one on this machine.
     """
 
     config: str
-    executor: Literal["serial"] = "serial"
+    executor: Literal["serial", "process", "ray"] = "serial"
     max_workers: Count = "none"
     resume: str = "none"
     dry_run: bool = False
     output_dir: str = "outputs"
+    cell_seconds: float | Literal["none"] = "none"
+    max_retries: int = 1
+    ray_address: str = "none"

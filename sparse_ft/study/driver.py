@@ -1,134 +1,171 @@
-"""The study: mask sets, then cells, as child runs under one parent; a table and a report at the end."""
+"""The study: mask sets, then cells, as child runs under one parent; models kept, a table and a report at the end."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
 
 from sparse_ft.analysis.terminal import TERMINAL_WIDTH, terminal_table
+from sparse_ft.analysis.write import AnalysisResult
 from sparse_ft.errors import UserError
 from sparse_ft.files import write_text
 from sparse_ft.levels import level_label
 from sparse_ft.progress import shown_progress
-from sparse_ft.pruning.output import MaskFile
-from sparse_ft.study.cell_settings import check_cell, count
 from sparse_ft.study.config import SweepConfig
-from sparse_ft.study.executors.serial import run_serial
-from sparse_ft.study.failures import Failure, classify
-from sparse_ft.study.mask_sets import make_masks
-from sparse_ft.study.plan import MaskSetPlan, Plan, load_study, make_plan
-from sparse_ft.study.recording import log_failure, log_mask_inputs, log_masks
+from sparse_ft.study.display import duration, shown_display
+from sparse_ft.study.executors import make_executor, worker_count
+from sparse_ft.study.failures import RETRIED, classify
+from sparse_ft.study.keeping import keep_models
+from sparse_ft.study.life import close_open_runs, interruptible, resume_command, signs_of_life
+from sparse_ft.study.phases import Phases, holes_table
+from sparse_ft.study.plan import Plan, load_study, make_plan
+from sparse_ft.study.preflight import check_plan, check_resources, estimate_disk
 from sparse_ft.study.reporting import in_milliseconds, report_study, study_console, ui_command
+from sparse_ft.study.resume import Start, start_study
 from sparse_ft.study.workbench import Workbench
-from sparse_ft.study.worker import Job, Worker
+from sparse_ft.study.worker import WorkerSetup
 from sparse_ft.tracking.runs import Tracker
+from sparse_ft.tracking.stores import artifact_location, tracking_uri
 
 __all__ = ["sweep"]
 
-Masks = dict[float, MaskFile] | Failure
+_SHOWN = 40  # a table of more cells is for a file, not for a terminal
 
 
 def sweep(config: SweepConfig) -> int:
-    """Runs a study to its end. Returns 0 when every cell is FINISHED, else 1.
+    """Runs a study to its end, or goes on with one. Returns 0 when every cell is FINISHED, else 1.
 
     Raises:
-        UserError: a study that cannot start: its file, a model, a task, masks that make no sense.
+        UserError: a study that cannot start: its file, a model, a task, masks that make no sense, a disk or a
+            memory that cannot hold it; or a run to resume that is none, or is still going on.
+        KeyboardInterrupt: Ctrl-C or SIGTERM, after workers were stopped and runs closed.
     """
-    plan = make_plan(load_study(config.config))
-    console = study_console()
+    study = load_study(config.config)
+    if study.search is not None:
+        from sparse_ft.study.search import search
+
+        return search(config, study)
+    plan, console = make_plan(study), study_console()
+    workers = worker_count(config)
+    bench = Workbench(shown_progress())
+    problems = check_plan(plan, bench)
     if config.dry_run:
-        console.print("\n".join(_described(plan)), highlight=False)
-        return 0
-    if config.resume != "none":
-        raise UserError("resume: a study cannot be resumed yet; start it again without resume.")
-    progress = shown_progress()
-    bench = Workbench(progress)
-    _check_inputs(plan, bench)
-
-    tracker = Tracker()
-    name = plan.study.name
-    parent = tracker.start(name, {"kind": "study"})
-    folder = Path(config.output_dir) / f"{name}-{parent[:8]}"
-    with tracker.ending(parent):
-        tracker.log(parent, params={"cfg/study": name, "cfg/cells": len(plan.cells)})
-        tracker.log_file(parent, config.config)
-        masks = [_make_mask_set(tracker, parent, item, bench, folder / "masks") for item in plan.mask_sets]
-        worker = Worker(tracker.uri, parent, bench)
-        outcomes = list(run_serial(list(_jobs(plan, masks, folder)), worker, progress))
-        report = report_study(tracker, parent, folder / "report", name, progress)
-        table = terminal_table(in_milliseconds(tracker.children(parent)))
-        _log_table(tracker, parent, table, folder)
-    console.print(table)
-    for figure in report.figures.values():
-        console.print(f"figure: {figure}", highlight=False, soft_wrap=True)
-    console.print(f"tables: {folder / 'report'}", highlight=False, soft_wrap=True)
-    console.print(f"everything, in a browser: {ui_command(tracker)}", highlight=False, soft_wrap=True)
-    failed = sum(outcome.status != "FINISHED" for outcome in outcomes)
-    if failed:
-        console.print(f"{failed} of {len(outcomes)} cells failed; each run holds its traceback.", style="red")
-    return 1 if failed else 0
-
-
-def _check_inputs(plan: Plan, bench: Workbench) -> None:
-    """What would stop cells hours later is asked for now: models, tasks, pruning settings. All problems at once."""
-    problems: list[str] = []
-    for cell in plan.cells:
-        try:
-            check_cell(cell)
-        except UserError as error:
-            problems += [str(error)] if str(error) not in problems else []
-    for model in dict.fromkeys(cell.model for cell in plan.cells):
-        try:
-            bench.checkpoint(model).prunable_shapes()
-            bench.tokenizer(model)
-        except UserError as error:
-            problems.append(str(error))
-    for task, data_dir, shots in dict.fromkeys((cell.task, cell.data_dir, cell.num_fewshot) for cell in plan.cells):
-        try:
-            bench.task(task, data_dir, count(shots))
-        except UserError as error:
-            problems.append(str(error))
+        console.print("\n".join(_described(plan, bench, workers, problems)), highlight=False, soft_wrap=True)
+        return 1 if problems else 0
+    if not problems:
+        artifacts = artifact_location(tracking_uri(), study.name)
+        problems = check_resources(plan, bench, Path(config.output_dir), artifacts, workers)
     if problems:
-        raise UserError(f"The study {plan.study.name} cannot start. " + " | ".join(problems))
+        raise UserError(f"The study {study.name} cannot start. " + " | ".join(problems))
+
+    with interruptible():
+        tracker = Tracker()
+        start = start_study(tracker, plan, config, console)
+        began = time.monotonic()
+        with tracker.ending(start.parent), signs_of_life(tracker, start.parent):
+            try:
+                phases = _run(tracker, start, plan, config, workers)
+            except BaseException as error:
+                close_open_runs(tracker, start.parent)
+                if isinstance(error, KeyboardInterrupt):
+                    console.print(f"stopped; to go on: {resume_command(config, start.parent)}", soft_wrap=True)
+                raise
+            seconds = time.monotonic() - began
+            complete = _finish(tracker, start, phases, bench, console)
+            tracker.log(
+                start.parent,
+                metrics={"study/holes": len(phases.holes), "time/total_seconds": seconds},
+                tags={"complete": complete},
+            )
+    _print_overhead(console, phases, workers, seconds)
+    console.print(f"everything, in a browser: {ui_command(tracker)}", highlight=False, soft_wrap=True)
+    if phases.holes:
+        console.print(holes_table(phases.holes))
+        console.print(
+            f"{len(phases.holes)} of {len(plan.cells)} cells failed; each run holds its traceback. When the cause is "
+            f"put right: {resume_command(config, start.parent)}",
+            style="red",
+            soft_wrap=True,
+        )
+    return 1 if phases.holes or not complete else 0
 
 
-def _make_mask_set(tracker: Tracker, parent: str, item: MaskSetPlan, bench: Workbench, folder: Path) -> Masks:
-    """Masks of all levels as a child run; a failure is logged there and handed to the cells that need them."""
-    run_id = tracker.start_child(parent, f"masks {item.name}", {"kind": "masks"})
+def _run(tracker: Tracker, start: Start, plan: Plan, config: SweepConfig, workers: int) -> Phases:
+    phases = Phases(plan, start.ledger, start.folder, tracker, start.parent, config.max_retries)
+    setup = WorkerSetup(tracker.uri, start.parent, start.folder.absolute() / "untuned")
+    with shown_display(len(plan.cells)) as display, tracker.system_metrics(start.parent):
+        display.workers = workers
+        executor = make_executor(config, setup, display, workers, start.folder / "logs")
+        try:
+            phases.make_masks(executor)
+            phases.run_cells(executor, display)
+        finally:
+            executor.close()
+    return phases
+
+
+def _finish(tracker: Tracker, start: Start, phases: Phases, bench: Workbench, console: Console) -> bool:
+    """Models, report and table. What goes wrong here is said, and the study can be resumed for it: the cells are
+    safe. Returns whether all went well and no cell could still be run."""
+    study, progress = phases.plan.study, bench.progress
+    complete = all(hole.kind not in RETRIED for hole in phases.holes)
     try:
-        log_mask_inputs(tracker, run_id, item.config)
-        files = make_masks(item.config, bench, folder / item.name)
-        log_masks(tracker, run_id, files)
+        if study.kept in ("pareto", "all"):
+            keep_models(
+                tracker, start.parent, start.folder, study.registers, bench, study.kept == "pareto", progress,
+                lambda text: console.print(text, style="red", soft_wrap=True),
+            )  # fmt: skip
+        expected = [cell.canonical() for cell in phases.plan.cells]
+        statistics = phases.mask_statistics()
+        report = report_study(
+            tracker, start.parent, start.folder / "report", study.name, progress, expected, statistics
+        )
+        _print_report(tracker, start, phases, report, console)
     except Exception as error:
         failure = classify(error)
-        log_failure(tracker, run_id, failure)
-        tracker.finish(run_id, "FAILED")
-        return failure
-    except BaseException:
-        tracker.finish(run_id, "KILLED")
-        raise
-    tracker.finish(run_id)
-    return {file.sparsity: file for file in files}
+        console.print(f"the report is not complete: {failure.kind}: {failure.message}", style="red", soft_wrap=True)
+        return False
+    return complete
 
 
-def _jobs(plan: Plan, masks: list[Masks], folder: Path) -> Iterator[Job]:
-    for cell, number in zip(plan.cells, plan.mask_set_of, strict=True):
-        made = None if number is None else masks[number]
-        job = Job(cell, made[cell.sparsity] if isinstance(made, dict) else made, folder)
-        yield Job(cell, job.masks, folder / "cells" / job.key)
+def _print_report(
+    tracker: Tracker, start: Start, phases: Phases, report: AnalysisResult, console: Console
+) -> None:  # fmt: skip
+    table = terminal_table(in_milliseconds(tracker.children(start.parent)))
+    hidden = Console(width=TERMINAL_WIDTH, record=True, quiet=True)
+    hidden.print(table)
+    file = write_text(start.folder / "report" / "table.txt", hidden.export_text())
+    tracker.log_file(start.parent, file, "report")
+    if len(phases.plan.cells) <= _SHOWN:
+        console.print(table)
+    for figure in report.figures.values():
+        console.print(f"figure: {figure}", highlight=False, soft_wrap=True)
+    console.print(f"tables: {start.folder / 'report'}", highlight=False, soft_wrap=True)
 
 
-def _described(plan: Plan) -> Iterator[str]:
+def _print_overhead(console: Console, phases: Phases, workers: int, seconds: float) -> None:
+    measured = [o.metrics["time/overhead_seconds"] for o in phases.outcomes if "time/overhead_seconds" in o.metrics]
+    if measured:
+        mean, worst = sum(measured) / len(measured), max(measured)
+        console.print(
+            f"{len(measured)} cells in {duration(seconds)} with {workers} worker(s); beyond training and scoring a "
+            f"cell took {mean:.2f} s on average, {worst:.2f} s at most",
+            highlight=False,
+        )
+
+
+def _described(plan: Plan, bench: Workbench, workers: int, problems: list[str]) -> Iterator[str]:
+    same = sum(number is not None for number in plan.same_as)
     yield f"study {plan.study.name}: {len(plan.cells)} cells, {len(plan.mask_sets)} mask sets"
+    if same:
+        yield f"  {same} cells at 0 % compute the same as another and are recorded, not run"
     for item in plan.mask_sets:
         yield f"  masks {item.name}: {', '.join(level_label(level) for level in item.config.levels)} %"
-    for number, cell in enumerate(plan.cells, 1):
-        yield f"  {number:4d}  {cell.title}"
-
-
-def _log_table(tracker: Tracker, parent: str, table: object, folder: Path) -> None:
-    console = Console(width=TERMINAL_WIDTH, record=True, quiet=True)
-    console.print(table)
-    tracker.log_file(parent, write_text(folder / "report" / "table.txt", console.export_text()), "report")
+    for number, (cell, twin) in enumerate(zip(plan.cells, plan.same_as, strict=True), 1):
+        yield f"  {number:4d}  {cell.title}" + ("" if twin is None else f"  (same as {twin + 1})")
+    if not problems:
+        yield from estimate_disk(plan, bench, workers).lines()
+    yield from (f"problem: {problem}" for problem in problems)

@@ -11,10 +11,20 @@ import torch
 from sparse_ft.errors import DataMissingError, ModelUnavailableError, UserError
 from sparse_ft.training import NonFiniteLossError
 
-__all__ = ["RETRIED", "CellTimeoutError", "Failure", "ValidationFailedError", "WorkerLostError", "classify"]
+__all__ = [
+    "RETRIED",
+    "RETRIED_AT_ONCE",
+    "CellTimeoutError",
+    "Failure",
+    "ValidationFailedError",
+    "WorkerLostError",
+    "classify",
+]
 
-# Classes for which another try can end differently.
+# Classes for which another try can end differently: when a study is resumed,
 RETRIED = frozenset({"out_of_memory", "disk_full", "worker_lost", "timeout", "model_unavailable", "data_missing"})
+# and at once, without anybody having put something right.
+RETRIED_AT_ONCE = frozenset({"out_of_memory", "worker_lost", "timeout"})
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from sparse_ft.errors import UserError
+from sparse_ft.files import write_json
 from sparse_ft.masks.files import load_masks
 from sparse_ft.models.loading import resolve_device
 from sparse_ft.pruning.generator import MaskGenerator
@@ -16,7 +20,9 @@ from sparse_ft.study.settings import pruning_settings
 from sparse_ft.study.workbench import Workbench
 from sparse_ft.tasks.examples import calibration_tokens
 
-__all__ = ["GivenMasks", "make_masks", "mask_file"]
+__all__ = ["GivenMasks", "make_masks", "mask_file", "read_manifest", "write_manifest"]
+
+_MANIFEST = "mask_set.json"
 
 
 def make_masks(config: MaskConfig, bench: Workbench, output_dir: str | Path | None = None) -> list[MaskFile]:
@@ -60,12 +66,18 @@ def mask_file(path: str | Path) -> GivenMasks:
     """A mask file from disk as the engine would have handed it over.
 
     Raises:
-        UserError: it is missing, damaged, or none of ours.
+        UserError: it is missing, damaged, or none of ours; or it belongs to a pruned checkpoint (SparseGPT
+            changes the weights that it keeps) which is no longer beside it.
     """
-    masks = load_masks(path)
+    masks, path = load_masks(path), Path(path)
     about = masks.metadata
+    checkpoint = None
+    if "source_fingerprint" in about:
+        checkpoint = path.with_name(path.stem.replace("masks", "model", 1))
+        if not checkpoint.is_dir():
+            raise UserError(f"Masks {path} belong to the pruned checkpoint {checkpoint.name}, which is gone.")
     given = MaskFile(
-        path=Path(path),
+        path=path,
         sparsity=float(about.get("sparsity", masks.sparsity)),
         achieved=masks.sparsity,
         checksum=masks.checksum,
@@ -75,9 +87,37 @@ def mask_file(path: str | Path) -> GivenMasks:
         histogram=None,
         heatmap=None,
         metadata=about,
-        checkpoint=None,
+        checkpoint=checkpoint,
     )
     described = {key: about[key] for key in ("method", "importance", "scope") if key in about}
     if described.get("method") == "random":
         described.update(importance="none", scope="none")
     return GivenMasks(given, {**described, "sparsity": given.sparsity})
+
+
+def write_manifest(folder: Path, files: Sequence[MaskFile]) -> Path:
+    """Writes ``mask_set.json``: what `make_masks` returned, paths relative to the folder, so that it can be moved."""
+
+    def plain(value: Any) -> Any:
+        return str(value.relative_to(folder)) if isinstance(value, Path) else value
+
+    return write_json(folder / _MANIFEST, [{k: plain(v) for k, v in asdict(file).items()} for file in files])
+
+
+def read_manifest(folder: Path) -> list[MaskFile] | None:
+    """The mask set of a folder, every mask file read and its checksum compared; None where anything is amiss."""
+    paths = ("path", "statistics", "histogram", "heatmap", "checkpoint")
+    try:
+        entries = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        known = {entry.name for entry in fields(MaskFile)}
+        files = [
+            MaskFile(**{k: folder / v if k in paths and v else v for k, v in entry.items() if k in known})
+            for entry in entries
+        ]
+        whole = all(
+            file.load().checksum == file.checksum and (file.checkpoint is None or file.checkpoint.is_dir())
+            for file in files
+        )
+    except (OSError, ValueError, TypeError, UserError):
+        return None
+    return files if whole else None

@@ -16,7 +16,9 @@ from sparse_ft.study.config import CellConfig, MaskConfig
 from sparse_ft.study.parsing import Parser
 from sparse_ft.study.settings import pruning_settings
 
-__all__ = ["MaskSetPlan", "Plan", "Study", "load_study", "make_cell", "make_plan", "mask_set_of"]
+KEEP = ("none", "adapter", "pareto", "all")
+
+__all__ = ["KEEP", "MaskSetPlan", "Plan", "Study", "load_study", "make_cell", "make_plan", "mask_set_of"]
 
 
 @dataclass(frozen=True)
@@ -28,12 +30,30 @@ class Study:
         grid: values of any cell fields; the cells are their product.
         cell: values of cell fields that are the same everywhere.
         dense_baseline: add one dense cell for every (model, task, seed).
+        keep: what of the models stays: none, adapter, pareto (adapters of all cells and whole models of the
+            Pareto front of accuracy and sparsity) or all. Where the file does not say, pareto, or what ``cell``
+            says.
+        register: put the whole models that are kept into the model registry too.
+        search: an Optuna search over some fields, instead of trying every point; see `sparse_ft.study.search`.
     """
 
     name: str
     grid: Mapping[str, list[Any]]
     cell: Mapping[str, Any] = field(default_factory=dict)
     dense_baseline: bool = True
+    keep: str = ""
+    register: bool = False
+    search: Mapping[str, Any] | None = None
+
+    @property
+    def kept(self) -> str:
+        """The disk policy that holds."""
+        return self.keep or self.cell.get("keep") or "pareto"
+
+    @property
+    def registers(self) -> bool:
+        """Whether models that are kept go into the registry."""
+        return self.register or self.cell.get("register_as", "none") != "none"
 
 
 @dataclass(frozen=True)
@@ -54,12 +74,14 @@ class MaskSetPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """All work of a study. ``mask_sets[i]`` serves the cells whose entry in ``mask_set_of`` is i (None: no masks)."""
+    """All work of a study. ``mask_sets[i]`` serves the cells whose entry in ``mask_set_of`` is i (None: no masks);
+    ``same_as[i]`` is the number of the cell that computes the same as cell i (None: it runs itself)."""
 
     study: Study
     cells: tuple[CellConfig, ...]
     mask_sets: tuple[MaskSetPlan, ...]
     mask_set_of: tuple[int | None, ...]
+    same_as: tuple[int | None, ...]
 
 
 def load_study(path: str | Path) -> Study:
@@ -75,12 +97,19 @@ def load_study(path: str | Path) -> Study:
         raise UserError(f"Study {path} does not exist; configs/ holds examples.") from None
     except yaml.YAMLError as error:
         raise UserError(f"Study {path} is not valid YAML: {error}") from None
-    if not isinstance(content, dict) or not isinstance(content.get("grid"), dict) or not content["grid"]:
+    if isinstance(content, dict) and content.get("search"):
+        content = {"grid": {}, "dense_baseline": False, **content}
+    elif not isinstance(content, dict) or not isinstance(content.get("grid"), dict) or not content["grid"]:
         raise UserError(f"Study {path} has no 'grid:' with lists of values; configs/ holds examples.")
     known = {entry.name for entry in fields(Study)}
     unknown = sorted(set(content) - known)
     if unknown:
         raise UserError(f"Study {path}: unknown key '{unknown[0]}'; a study has {', '.join(sorted(known))}.")
+    if content.get("keep", "none") not in KEEP:
+        raise UserError(f"Study {path}: keep is '{content['keep']}'; it must be {' | '.join(KEEP)}.")
+    for switch in ("dense_baseline", "register"):
+        if not isinstance(content.get(switch, False), bool):
+            raise UserError(f"Study {path}: {switch} is '{content[switch]}'; it must be true or false.")
     content.setdefault("name", path.stem)
     grid = {axis: _axis(path, axis, values) for axis, values in content["grid"].items()}
     return Study(**{**content, "grid": grid, "cell": content.get("cell") or {}})
@@ -107,11 +136,14 @@ def make_plan(study: Study) -> Plan:
     axes = [[getattr(parser.values({axis: v}, where), axis) for v in values] for axis, values in study.grid.items()]
     points = [replace(common, **dict(zip(study.grid, values, strict=True))) for values in itertools.product(*axes)]
     dense = [replace(point, mode="dense") for point in points] if study.dense_baseline else []
-    cells = {}
+    cells: dict[str, CellConfig] = {}
     for cell in dense + points:
         if not 0 <= cell.sparsity <= 1:
             raise UserError(f"{where}: sparsity is {cell.sparsity}; it must lie between 0 and 1.")
-        cells.setdefault(cell.key(), cell)
+        # Of a model trained without an adapter the whole is all there is to keep.
+        whole = study.kept == "all" or (study.kept == "pareto" and cell.mode == "full")
+        kept = "none" if study.kept == "none" else "all" if whole else "adapter"
+        cells.setdefault(cell.key(), replace(cell, keep=kept, register_as="none"))
 
     sets: dict[MaskConfig, list[float]] = {}
     kinds = []
@@ -126,7 +158,27 @@ def make_plan(study: Study) -> Plan:
         text = ",".join(f"{level:g}" for level in sorted(set(levels)))
         plans.append(MaskSetPlan(replace(kind, sparsities=text)))
     numbers = tuple(None if kind is None else order.index(kind) for kind in kinds)
-    return Plan(study, tuple(cells.values()), tuple(plans), numbers)
+    return Plan(study, tuple(cells.values()), tuple(plans), numbers, _same_as(list(cells.values())))
+
+
+def _same_as(cells: list[CellConfig]) -> tuple[int | None, ...]:
+    """At 0 % every mask keeps all weights, so method and importance make no difference, nor does it matter
+    whether an adapter over a base without zeros is called sparse: such cells are one computation."""
+    seen: dict[str, list[int]] = {}
+    for number, cell in enumerate(cells):
+        if cell.sparsity == 0 and cell.masks == "none" and cell.mode in ("sparse_to_dense", "sparse_to_sparse"):
+            blank = CellConfig()
+            pruning = ("method", "importance", "scope", "pattern", "allocation", "mode", "force")
+            pruning += ("calibration_samples", "calibration_seq_len")
+            alike = replace(cell, **{name: getattr(blank, name) for name in pruning})
+            seen.setdefault(alike.key(), []).append(number)
+    result: list[int | None] = [None] * len(cells)
+    for numbers in seen.values():
+        # The one that runs keeps its promise weight by weight.
+        first = min(numbers, key=lambda number: (cells[number].mode != "sparse_to_sparse", number))
+        for number in numbers:
+            result[number] = None if number == first else first
+    return tuple(result)
 
 
 def mask_set_of(cell: CellConfig) -> MaskConfig | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,22 @@ def study_console() -> Console:
 
 
 def report_study(
-    tracker: Tracker, parent_run_id: str, folder: Path, title: str = "", progress: Progress = SILENT
+    tracker: Tracker,
+    parent_run_id: str,
+    folder: Path,
+    title: str = "",
+    progress: Progress = SILENT,
+    expected: Sequence[Mapping[str, Any]] | None = None,
+    mask_statistics: Sequence[Mapping[str, Any]] = (),
 ) -> AnalysisResult:
-    """Writes tables and figures of a study into ``folder``, logs them to its run, and writes the curve runs."""
-    result = write_analysis(in_milliseconds(tracker.children(parent_run_id)), folder, title=title, progress=progress)
+    """Writes tables and figures of a study into ``folder``, logs them to its run, and writes the curve runs.
+
+    ``expected`` are the plan's cells, so that those never run are named; ``mask_statistics`` those of its masks.
+    """
+    rows = in_milliseconds(tracker.children(parent_run_id))
+    result = write_analysis(
+        rows, folder, title=title, progress=progress, expected=expected, mask_statistics=mask_statistics
+    )
     tracker.log_folder(parent_run_id, folder, "report")
     write_curve_runs(tracker, parent_run_id, result.curves)
     return result

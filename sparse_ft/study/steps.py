@@ -18,8 +18,9 @@ from sparse_ft.masks.files import load_masks
 from sparse_ft.progress import shown_progress
 from sparse_ft.study.cell import run_cell
 from sparse_ft.study.cell_settings import check_cell, count
-from sparse_ft.study.config import AnalyzeConfig, CellConfig, MaskConfig, ValidateConfig
+from sparse_ft.study.config import AnalyzeConfig, CellConfig, MaskConfig, RebuildConfig, ValidateConfig
 from sparse_ft.study.failures import classify
+from sparse_ft.study.keeping import rebuild as rebuild_checkpoint
 from sparse_ft.study.mask_sets import make_masks, mask_file
 from sparse_ft.study.plan import mask_set_of
 from sparse_ft.study.recording import log_cell_inputs, log_cell_result, log_failure, log_mask_inputs, log_masks
@@ -31,7 +32,7 @@ from sparse_ft.tracking.models import is_model_uri, resolve_model
 from sparse_ft.tracking.runs import Tracker, flatten_config
 from sparse_ft.validation import validate_checkpoint
 
-__all__ = ["analyze", "compute_masks", "train", "validate"]
+__all__ = ["analyze", "compute_masks", "rebuild", "train", "validate"]
 
 
 def compute_masks(config: MaskConfig) -> int:
@@ -144,6 +145,16 @@ def analyze(config: AnalyzeConfig) -> int:
     console.print(terminal_table(rows))
     for path in result.files:
         console.print(f"  {path}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def rebuild(config: RebuildConfig) -> int:
+    """Writes the merged checkpoint of a cell again, from its adapter and masks. Returns 0."""
+    target = Path(config.output_dir)
+    if target.exists() and not (target / "config.json").is_file() and any(target.iterdir()):
+        raise UserError(f"{target} holds something else than a checkpoint; choose another output_dir.")
+    rebuild_checkpoint(Tracker(), config.run_id, target, Workbench(shown_progress()))
+    print(f"rebuilt, bit for bit: {target}")
     return 0
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparse_ft.errors import DataMissingError, ModelUnavailableError, UserError
 from sparse_ft.evaluation import Evaluation
+from sparse_ft.files import write_text
 from sparse_ft.models.catalog import locate
 from sparse_ft.models.checkpoint import Checkpoint
 from sparse_ft.models.loading import load_model, load_state_into, load_tokenizer, resolve_device, resolve_dtype
@@ -26,10 +31,15 @@ class Workbench:
 
     A cell borrows the base model, prunes and trains it in place, and gives it back; before the next cell
     borrows it, what changed is copied back from the checkpoint, which is a hundred times faster than a load.
+
+    Args:
+        progress: told about loads.
+        shared: folder in which several workers share the scores of untuned models; None keeps them here.
     """
 
-    def __init__(self, progress: Progress = SILENT):
+    def __init__(self, progress: Progress = SILENT, shared: Path | None = None):
         self.progress = progress
+        self._shared = shared
         self._checkpoints: dict[str, Checkpoint] = {}
         self._tokenizers: dict[str, PreTrainedTokenizerBase] = {}
         self._tasks: dict[tuple[Any, ...], Any] = {}
@@ -109,5 +119,18 @@ class Workbench:
             the name of the cell that measured, and the score.
         """
         if key not in self._untuned:
-            self._untuned[key] = (name, measure())
+            self._untuned[key] = self._measured(key, name, measure) if self._shared else (name, measure())
         return self._untuned[key]
+
+    def _measured(self, key: tuple[Any, ...], name: str, measure: Callable[[], Evaluation]) -> tuple[str, Evaluation]:
+        """The score from the shared folder; measured, and left there, by the first worker that comes."""
+        path = self._shared / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):  # whoever comes second waits, which takes no longer than to measure again
+            if path.is_file():
+                found = json.loads(path.read_text(encoding="utf-8"))
+                return found["measured_by"], Evaluation(found["metrics"], found["protocol"])
+            evaluation = measure()
+            record = {"measured_by": name, "metrics": evaluation.metrics, "protocol": evaluation.protocol}
+            write_text(path, json.dumps(record, default=str))  # infinities included: this file is ours alone
+            return name, evaluation

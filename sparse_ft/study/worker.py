@@ -1,87 +1,186 @@
-"""Runs cells one after another in one process, each as a child run. Every executor calls this."""
+"""Runs jobs one after another in one process, each as a child run. Every executor calls this."""
 
 from __future__ import annotations
 
+import os
+import platform
+import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import sparse_ft
+import psutil
+
 from sparse_ft.progress import SILENT, Progress
-from sparse_ft.pruning.output import MaskFile
-from sparse_ft.study.cell import run_cell
-from sparse_ft.study.config import CellConfig
+from sparse_ft.study.cell import Judge, StoppedEarly, run_cell
 from sparse_ft.study.failures import Failure, classify
-from sparse_ft.study.recording import log_cell_inputs, log_cell_result, log_failure
+from sparse_ft.study.jobs import Job, MaskJob, Outcome, Work
+from sparse_ft.study.mask_sets import make_masks, write_manifest
+from sparse_ft.study.recording import log_cell_inputs, log_cell_result, log_failure, log_mask_inputs, log_masks
+from sparse_ft.study.trials import TrialJob, run_trial
 from sparse_ft.study.workbench import Workbench
 from sparse_ft.tracking.runs import Tracker
 
-__all__ = ["Job", "Outcome", "Worker"]
+__all__ = ["Worker", "WorkerSetup", "close_lost", "process_name"]
+
+_WORK = ("train", "eval", "eval_untuned", "eval_remasked")  # the rest of a cell's time is overhead
 
 
 @dataclass(frozen=True)
-class Job:
-    """One cell to run, in a folder of its own. ``masks`` is None for a dense cell, and the failure to report
-    where its masks could not be made."""
+class WorkerSetup:
+    """What a worker needs to begin, wherever it runs.
 
-    cell: CellConfig
-    masks: MaskFile | Failure | None
-    folder: Path
+    Attributes:
+        tracking_uri: the store.
+        parent_run_id: the study's run.
+        shared: folder for scores that several cells share.
+    """
 
-    @property
-    def key(self) -> str:
-        """Identity of the cell with its masks and the version of this program."""
-        checksum = self.masks.checksum if isinstance(self.masks, MaskFile) else ""
-        return self.cell.key(checksum, sparse_ft.__version__)
+    tracking_uri: str
+    parent_run_id: str
+    shared: Path
 
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a job ended: its run, the status in MLflow's words, and why it failed."""
-
-    job: Job
-    run_id: str
-    status: str
-    seconds: float
-    metrics: Mapping[str, float]
-    failure: Failure | None = None
+    def build(self, bench: Workbench | None = None) -> Worker:
+        """The worker, in the process that calls."""
+        return Worker(self, bench or Workbench(shared=self.shared))
 
 
 class Worker:
-    """Holds what is kept between cells and logs each as a child of one parent.
+    """Holds what is kept between jobs and logs each as a child of one parent.
 
     Args:
-        tracking_uri: the store.
-        parent_run_id: the study's run.
+        setup: where things are.
         bench: what is in memory already, if anything.
     """
 
-    def __init__(self, tracking_uri: str, parent_run_id: str, bench: Workbench | None = None):
-        self._tracker = Tracker(tracking_uri)
-        self._parent = parent_run_id
-        self._bench = bench or Workbench()
+    def __init__(self, setup: WorkerSetup, bench: Workbench):
+        self._tracker = Tracker(setup.tracking_uri)
+        self._parent = setup.parent_run_id
+        self._bench = bench
+        self._name = process_name()
 
-    def run(self, job: Job, progress: Progress = SILENT) -> Outcome:
-        """Runs one cell. A failure is logged and returned; Ctrl-C closes the run as KILLED and goes on up."""
+    def run(
+        self, job: Work, progress: Progress = SILENT, opened: Callable[[str], None] = lambda run_id: None
+    ) -> Outcome:
+        """Runs one job. A failure is logged and returned; Ctrl-C closes the run as KILLED and goes on up.
+
+        Args:
+            job: a cell or a mask set.
+            progress: told its stages.
+            opened: told the run's id, at once.
+        """
+        if isinstance(job, TrialJob):
+            return run_trial(job, lambda cell, judge: self._run(cell, progress, opened, judge))
+        return self._run(job, progress, opened)
+
+    def _run(
+        self, job: Job | MaskJob, progress: Progress, opened: Callable[[str], None], judge: Judge | None = None
+    ) -> Outcome:
         self._bench.progress = progress
         began = time.monotonic()
-        run_id = self._tracker.start_child(self._parent, job.cell.title, {"kind": "cell", "cell_key": job.key})
         try:
-            log_cell_inputs(self._tracker, run_id, job.cell)
-            if isinstance(job.masks, Failure):
-                return self._failed(job, run_id, began, job.masks)
-            result = run_cell(job.cell, job.masks, self._bench, job.folder)
-            log_cell_result(self._tracker, run_id, result)
+            run_id = self._tracker.start_child(self._parent, job.title, self._tags(job))
+        except Exception as error:  # the store is full or gone
+            return Outcome(job, "", "FAILED", time.monotonic() - began, failure=classify(error))
+        opened(run_id)
+        try:
+            cell = isinstance(job, Job)
+            done = self._cell(job, run_id, began, judge) if cell else self._masks(job, run_id, began)
+            if done.failure is None:
+                self._tracker.finish(run_id)
+            return done
+        except StoppedEarly as stop:
+            return self._stopped(job, run_id, began, stop)
         except Exception as error:
             return self._failed(job, run_id, began, classify(error))
         except BaseException:  # Ctrl-C, or the executor's request to stop
             self._tracker.finish(run_id, "KILLED")
             raise
-        self._tracker.finish(run_id, "FINISHED")
-        return Outcome(job, run_id, "FINISHED", time.monotonic() - began, result.metrics)
+        finally:
+            progress.stop()
 
-    def _failed(self, job: Job, run_id: str, began: float, failure: Failure) -> Outcome:
-        log_failure(self._tracker, run_id, failure)
-        self._tracker.finish(run_id, "FAILED")
-        return Outcome(job, run_id, "FAILED", time.monotonic() - began, {}, failure)
+    def _cell(self, job: Job, run_id: str, began: float, judge: Judge | None) -> Outcome:
+        log_cell_inputs(self._tracker, run_id, job.cell)
+        if isinstance(job.masks, Failure):
+            return self._failed(job, run_id, began, job.masks)
+        result = run_cell(job.cell, job.masks, self._bench, job.folder, judge)
+        log_cell_result(self._tracker, run_id, result)
+        _clear(job.folder, result.merged)
+        seconds = time.monotonic() - began
+        overhead = seconds - sum(result.metrics.get(f"time/{stage}_seconds", 0.0) for stage in _WORK)
+        self._tracker.log(run_id, metrics={"time/overhead_seconds": overhead})
+        metrics = result.metrics | {"time/overhead_seconds": overhead}
+        return Outcome(job, run_id, "FINISHED", time.monotonic() - began, metrics)
+
+    def _masks(self, job: MaskJob, run_id: str, began: float) -> Outcome:
+        log_mask_inputs(self._tracker, run_id, job.config)
+        files = make_masks(job.config, self._bench, job.folder)
+        write_manifest(job.folder, files)
+        log_masks(self._tracker, run_id, files)
+        return Outcome(job, run_id, "FINISHED", time.monotonic() - began, masks=tuple(files))
+
+    def _stopped(self, job: Job, run_id: str, began: float, stop: StoppedEarly) -> Outcome:
+        """A trial that was stopped has no scores and is no cell of any table."""
+        tags = {"kind": "stopped trial", "stopped": stop}
+        self._tracker.log(run_id, tags=tags, curves={"eval/loss_while_training": stop.losses})
+        self._tracker.finish(run_id)
+        shutil.rmtree(job.folder, ignore_errors=True)
+        return Outcome(job, run_id, "PRUNED", time.monotonic() - began)
+
+    def _failed(self, job: Work, run_id: str, began: float, failure: Failure) -> Outcome:
+        _close(self._tracker, run_id, failure)
+        if isinstance(job, Job):
+            shutil.rmtree(job.folder, ignore_errors=True)
+        return Outcome(job, run_id, "FAILED", time.monotonic() - began, failure=failure)
+
+    def _tags(self, job: Work) -> dict[str, object]:
+        kind = {"kind": "cell", "cell_key": job.key} if isinstance(job, Job) else {"kind": "masks", "mask_key": job.key}
+        more = job.tags if isinstance(job, Job) else {}
+        return {**kind, "attempt": job.attempt, "worker": self._name, **more}
+
+
+def close_lost(tracker: Tracker, parent: str, job: Work, run_id: str, failure: Failure, seconds: float) -> Outcome:
+    """Ends, from the driver, the run of a job whose worker is gone; a run is made where it came to none.
+
+    A worker that was lost after it had ended the run has done its work: the run stays FINISHED. (Of a mask job
+    the files are not known then, so it counts as failed.)
+    """
+    if run_id and isinstance(job, Job):
+        found = tracker.run(run_id)
+        if found["status"] == "FINISHED":
+            return Outcome(job, run_id, "FINISHED", seconds, found["metrics"])
+    if isinstance(job, TrialJob) and not run_id:
+        return Outcome(job, "", "FAILED", seconds, failure=failure)  # what cell it would have been nobody knows
+    if not run_id:
+        kind = {"kind": "cell", "cell_key": job.key} if isinstance(job, Job) else {"kind": "masks", "mask_key": job.key}
+        run_id = tracker.start_child(parent, job.title, {**kind, "attempt": job.attempt})
+        if isinstance(job, Job):
+            log_cell_inputs(tracker, run_id, job.cell)
+    _close(tracker, run_id, failure)
+    if isinstance(job, Job):
+        shutil.rmtree(job.folder, ignore_errors=True)
+    return Outcome(job, run_id, "FAILED", seconds, failure=failure)
+
+
+def process_name() -> str:
+    """This process, so that another one can tell whether it still lives: host, process id, its start."""
+    return f"{platform.node()} {os.getpid()} {psutil.Process().create_time():.2f}"
+
+
+def _clear(folder: Path, merged: Path | None) -> None:
+    """Removes what the cell wrote and its run now holds; a merged checkpoint that is kept is the only copy."""
+    for path in folder.iterdir():
+        if path != merged:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if merged is None:
+        folder.rmdir()
+
+
+def _close(tracker: Tracker, run_id: str, failure: Failure) -> None:
+    """Logs what can be logged: where the disk is full that may be nothing, and must not hide the failure."""
+    with suppress(Exception):
+        log_failure(tracker, run_id, failure)
+    with suppress(Exception):
+        tracker.finish(run_id, "FAILED")

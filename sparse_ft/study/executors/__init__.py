@@ -1,0 +1,47 @@
+"""Where jobs run: in the driver's process, in worker processes, or on a Ray cluster."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sparse_ft.errors import UserError
+from sparse_ft.study.config import SweepConfig
+from sparse_ft.study.executors.process import ProcessExecutor, default_workers
+from sparse_ft.study.executors.serial import SerialExecutor
+from sparse_ft.study.jobs import Listener
+from sparse_ft.study.worker import WorkerSetup
+
+__all__ = ["make_executor", "worker_count"]
+
+
+def make_executor(
+    config: SweepConfig, setup: WorkerSetup, listen: Listener, workers: int, logs: Path
+) -> SerialExecutor | ProcessExecutor:
+    """The executor that a configuration asks for.
+
+    Raises:
+        UserError: ray is asked for and not installed, or its cluster does not answer.
+    """
+    limit = None if config.cell_seconds == "none" else float(config.cell_seconds)
+    if config.executor == "process":
+        return ProcessExecutor(setup, listen, workers, limit, logs=logs)
+    if config.executor == "ray":
+        from sparse_ft.study.executors.ray import RayExecutor
+
+        return RayExecutor(setup, listen, workers, limit, address=config.ray_address)
+    return SerialExecutor(setup, listen, limit)
+
+
+def worker_count(config: SweepConfig) -> int:
+    """How many workers a configuration asks for.
+
+    Raises:
+        UserError: fewer than one.
+    """
+    if config.executor == "serial":
+        return 1
+    if config.max_workers == "none":
+        return default_workers()
+    if config.max_workers < 1:
+        raise UserError(f"max_workers is {config.max_workers}; it must be at least 1.")
+    return config.max_workers

@@ -1,35 +1,77 @@
-"""Cells one after another, in the driver's own process."""
+"""Jobs one after another, in the driver's own process."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from sparse_ft.progress import Progress
-from sparse_ft.study.worker import Job, Outcome, Worker
+from sparse_ft.study.failures import CellTimeoutError
+from sparse_ft.study.jobs import Job, Listener, Queue
+from sparse_ft.study.worker import WorkerSetup
 
-__all__ = ["run_serial"]
-
-
-def run_serial(jobs: Sequence[Job], worker: Worker, progress: Progress) -> Iterator[Outcome]:
-    """Runs the jobs in their order; yields each outcome as it comes."""
-    for number, job in enumerate(jobs, 1):
-        yield worker.run(job, _Numbered(progress, f"[{number}/{len(jobs)}] {job.cell.title}"))
+__all__ = ["Reporting", "SerialExecutor"]
 
 
-class _Numbered(Progress):
-    """Says which cell a stage belongs to, once, when the first stage of the cell starts."""
+class SerialExecutor:
+    """Runs everything here: nothing to start, one model in memory, Ctrl-C goes straight to the cell.
 
-    def __init__(self, progress: Progress, title: str):
-        self._progress, self._title = progress, title
+    Args:
+        setup: of the one worker.
+        listen: told what happens.
+        cell_seconds: longest time for a cell; None for no limit.
+    """
+
+    def __init__(self, setup: WorkerSetup, listen: Listener, cell_seconds: float | None = None):
+        self._worker, self._listen, self._limit = setup.build(), listen, cell_seconds
+        self.workers = 1
+
+    def run(self, queue: Queue) -> None:
+        """Runs the queue empty."""
+        while (job := queue.take(0)) is not None:
+            self._listen.started(0, job)
+            with _limited(self._limit if isinstance(job, Job) else None):
+                outcome = self._worker.run(job, Reporting(self._listen))
+            self._listen.ended(0, outcome, queue.settle(0, outcome))
+
+    def close(self) -> None:
+        """Nothing is left running."""
+
+
+class Reporting(Progress):
+    """Hands a worker's progress to a listener in the same process."""
+
+    def __init__(self, listen: Listener, worker: int = 0):
+        self._listen, self._worker = listen, worker
 
     def start(self, stage: str, total: float, unit: str = "") -> None:
-        if self._title:
-            self._progress.say(self._title)
-            self._title = ""
-        self._progress.start(stage, total, unit)
+        self._listen.stage(self._worker, stage, total, unit)
 
     def advance(self, amount: float = 1, note: str = "") -> None:
-        self._progress.advance(amount, note)
+        self._listen.advanced(self._worker, amount, note)
 
     def stop(self) -> None:
-        self._progress.stop()
+        self._listen.stage(self._worker, "", 0, "")
+
+
+@contextmanager
+def _limited(seconds: float | None) -> Iterator[None]:
+    """Raises CellTimeoutError inside the block when its time is up: as soon as the interpreter has its turn, for
+    one call into torch is not broken off. Only in the main thread, which alone receives signals.
+    """
+    if seconds is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(signum: int, frame: object) -> None:
+        raise CellTimeoutError(f"the cell took longer than {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

@@ -1,0 +1,231 @@
+"""What a study shows while it runs: one live display on a terminal, a line per cell elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TextIO
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from sparse_ft.levels import level_label
+from sparse_ft.study.config import CellConfig
+from sparse_ft.study.jobs import Listener, MaskJob, Outcome, Work
+
+__all__ = ["Display", "LiveDisplay", "duration", "shown_display"]
+
+_LONG = 60  # seconds after which a stage is worth a line of its own where nothing is redrawn
+
+
+@dataclass
+class _Desk:
+    """What one worker is at."""
+
+    job: Work
+    stage: str = ""
+    done: float = 0.0
+    total: float = 0.0
+    unit: str = ""
+    note: str = ""
+    began: float = 0.0
+
+
+class Display(Listener):
+    """Keeps count, and prints a line as each cell ends: for logs and pipes.
+
+    Args:
+        total: cells of the study.
+        finished: those that were FINISHED before this start.
+        workers: how many work at once, for the time left.
+        stream: where lines go; stderr by default.
+    """
+
+    def __init__(self, total: int, finished: int = 0, workers: int = 1, stream: TextIO | None = None):
+        self.total, self.finished, self.failed, self.workers = total, finished, 0, workers
+        self._stream = stream or sys.stderr
+        self._desks: dict[int, _Desk] = {}
+        self._seconds: dict[tuple[str, str], list[float]] = defaultdict(list)
+        self._best: dict[tuple[str, str], dict[float, float]] = defaultdict(dict)
+        self._rate: float | None = None
+
+    def __enter__(self) -> Display:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        """A line of its own."""
+        print(text, file=self._stream, flush=True)
+
+    def expect(self, workers: int, finished: int) -> None:
+        """What is known only once the study begins: how many work, how many cells were done before."""
+        self.workers, self.finished = workers, finished
+
+    # -- what the workers report
+
+    def started(self, worker: int, job: Work) -> None:
+        self._desks[worker] = _Desk(job, began=time.monotonic())
+
+    def stage(self, worker: int, stage: str, total: float, unit: str) -> None:
+        desk = self._desks.get(worker)
+        if desk is None:
+            return
+        spent = time.monotonic() - desk.began
+        if desk.stage and spent >= _LONG:
+            self._long_stage(desk, spent)
+        desk.stage, desk.total, desk.unit, desk.done, desk.note = stage, total, unit, 0.0, ""
+        desk.began = time.monotonic()
+
+    def advanced(self, worker: int, amount: float, note: str) -> None:
+        if desk := self._desks.get(worker):
+            desk.done += amount
+            desk.note = note or desk.note
+
+    def ended(self, worker: int, outcome: Outcome, over: bool = True) -> None:
+        self._desks.pop(worker, None)
+        job = outcome.job
+        if not isinstance(job, MaskJob) and over:
+            self._count(job.cell, outcome)
+        self.say(self._line(outcome, over))
+
+    def recorded(self, failed: bool) -> None:
+        """A cell was recorded without being run: it computes the same as another."""
+        self.failed += failed
+        self.finished += not failed
+
+    # -- what is known
+
+    @property
+    def seconds_left(self) -> float | None:
+        """From the cells measured so far: those of a model and task take alike. None before the first."""
+        every = [value for values in self._seconds.values() for value in values]
+        left = self.total - self.finished - self.failed
+        return sum(every) / len(every) * max(0, left) / self.workers if every else None
+
+    @property
+    def best(self) -> Mapping[tuple[str, str], Mapping[float, float]]:
+        """(model, task) -> sparsity -> the best accuracy so far."""
+        return self._best
+
+    def _count(self, cell: CellConfig, outcome: Outcome) -> None:
+        if outcome.failure is not None:
+            self.failed += 1
+            return
+        self.finished += 1
+        self._seconds[cell.model, cell.task].append(outcome.seconds)
+        self._rate = outcome.metrics.get("train/tokens_per_second", self._rate)
+        accuracy = outcome.metrics.get("eval/accuracy")
+        if accuracy is not None:
+            level = outcome.metrics.get("sparsity/target", 0.0)
+            best = self._best[cell.model.rstrip("/").split("/")[-1], cell.task]
+            best[level] = max(best.get(level, accuracy), accuracy)
+
+    def _long_stage(self, desk: _Desk, spent: float) -> None:
+        note = f", {desk.note}" if desk.note else ""
+        self.say(f"          {desk.job.title}: {desk.stage} took {duration(spent)}{note}")
+
+    def _line(self, outcome: Outcome, over: bool) -> str:
+        job = outcome.job
+        width = len(str(self.total))
+        number = f"[{self.finished + self.failed:{width}d}/{self.total}]" if not isinstance(job, MaskJob) else "[masks]"
+        facts = []
+        if outcome.failure is not None:
+            facts.append(f"{outcome.failure.kind}: {outcome.failure.message}")
+        for name, form in (("eval/accuracy", "accuracy {:.3f}"), ("train/tokens_per_second", "{:,.0f} tokens/s")):
+            if name in outcome.metrics:
+                facts.append(form.format(outcome.metrics[name]))
+        facts.append(duration(outcome.seconds))
+        left = self.seconds_left
+        rest = f"; {duration(left)} left" if left and not isinstance(job, MaskJob) else ""
+        bad = "" if over else "; it will be tried again"
+        bad += f"; {self.failed} failed" if self.failed else ""
+        return f"{number} {outcome.status} {job.title}: {', '.join(facts)}{bad}{rest}"
+
+
+class LiveDisplay(Display):
+    """One display that is drawn again and again: counts, time left, a bar a worker, the best so far."""
+
+    def __init__(self, total: int, finished: int = 0, workers: int = 1, console: Console | None = None):
+        super().__init__(total, finished, workers)
+        self._live = Live(
+            console=console or Console(stderr=True), get_renderable=self._draw, refresh_per_second=4, transient=True
+        )
+
+    def __enter__(self) -> Display:
+        self._live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._live.stop()
+
+    def say(self, text: str) -> None:
+        self._live.console.print(Text(text), soft_wrap=True)
+
+    def ended(self, worker: int, outcome: Outcome, over: bool = True) -> None:
+        self._desks.pop(worker, None)
+        if not isinstance(outcome.job, MaskJob) and over:
+            self._count(outcome.job.cell, outcome)
+        if outcome.failure is not None:  # what went well is in the counts
+            self.say(self._line(outcome, over))
+
+    def _long_stage(self, desk: _Desk, spent: float) -> None:
+        """The bar shows it."""
+
+    def _draw(self) -> RenderableType:
+        running = sum(not isinstance(desk.job, MaskJob) for desk in list(self._desks.values()))
+        left = max(0, self.total - self.finished - self.failed - running)
+        counts = Text.assemble(
+            (f"{self.finished} done", "green"),
+            "  ",
+            (f"{self.failed} failed", "bold red" if self.failed else "dim"),
+            f"  {running} running  {left} left",
+        )
+        if self.seconds_left is not None:
+            counts.append(f"  {duration(self.seconds_left)} to go")
+        if self._rate is not None:
+            counts.append(f"  {self._rate:,.0f} tokens/s", style="dim")
+        return Group(
+            counts, ProgressBar(self.total, self.finished + self.failed, width=60), self._bars(), self._bests()
+        )
+
+    def _bars(self) -> Table:
+        grid = Table.grid(padding=(0, 1))
+        for _, desk in sorted(self._desks.items()):
+            share = ProgressBar(desk.total or 1, desk.done, width=20)
+            done = f"{desk.done:.0f}/{desk.total:.0f} {desk.unit}" if desk.total and desk.unit != "B" else ""
+            spent = duration(time.monotonic() - desk.began)
+            grid.add_row(Text(desk.job.title), Text(desk.stage, style="cyan"), share, done, desk.note, spent)
+        return grid
+
+    def _bests(self) -> RenderableType:
+        levels = sorted({level for best in self._best.values() for level in best})
+        if not levels:
+            return Text("")
+        table = Table(title="best accuracy so far, by sparsity in %", title_justify="left", box=None, padding=(0, 1))
+        table.add_column("")
+        for level in levels:
+            table.add_column(level_label(level), justify="right")
+        for (model, task), best in sorted(self._best.items()):
+            table.add_row(f"{model} {task}", *(f"{best[level]:.3f}" if level in best else "" for level in levels))
+        return table
+
+
+def shown_display(total: int) -> Display:
+    """The live one where stderr is a terminal, lines elsewhere."""
+    return LiveDisplay(total) if sys.stderr.isatty() else Display(total)
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it: ``4.1 s``, ``12 min``, ``3 h 5 min``."""
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"

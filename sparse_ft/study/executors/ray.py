@@ -1,0 +1,209 @@
+"""Workers as Ray Core actors: on this machine, or on every machine of a cluster.
+
+Each actor is a `sparse_ft.study.worker.Worker` with one GPU (or its share of a machine's cores). The study's
+folder and the tracking store must be reachable from every node: a shared file system and a server or database.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+from sparse_ft.errors import UserError
+from sparse_ft.study.executors.process import Reporter, cores
+from sparse_ft.study.failures import CellTimeoutError, WorkerLostError, classify
+from sparse_ft.study.jobs import Job, Listener, Queue, Work
+from sparse_ft.study.worker import WorkerSetup, close_lost
+from sparse_ft.tracking.runs import Tracker
+
+__all__ = ["RayExecutor"]
+
+_EVERY = 0.5  # seconds between two looks at what the workers say
+
+
+class RayExecutor:
+    """Starts an actor per worker, gives each one job at a time, and replaces those that are lost with their node.
+
+    Args:
+        setup: of every worker.
+        listen: told what happens, in this process.
+        workers: how many.
+        cell_seconds: longest time for a cell; None for no limit.
+        address: of a running cluster (``auto`` finds the one this machine belongs to); ``none`` starts one here.
+
+    Raises:
+        UserError: ray is not installed, or nobody answers at the address.
+    """
+
+    def __init__(
+        self,
+        setup: WorkerSetup,
+        listen: Listener,
+        workers: int,
+        cell_seconds: float | None = None,
+        address: str = "none",
+    ):
+        self._ray = _ray()
+        self._setup, self._listen, self._limit = setup, listen, cell_seconds
+        self.workers = workers
+        self._ours = not self._ray.is_initialized()
+        if self._ours:
+            self._connect(address)
+        self._hands: list[_Hand | None] = [None] * workers
+        self._tracker = Tracker(setup.tracking_uri)
+        self._actor = self._remote()
+
+    def run(self, queue: Queue) -> None:
+        """Runs the queue empty."""
+        while True:
+            for number, hand in enumerate(self._hands):
+                if hand is not None and hand.job is not None:
+                    continue
+                job = queue.take(number)
+                if job is None:
+                    continue
+                hand = hand or _Hand(self._actor.remote(self._setup))
+                self._hands[number] = hand
+                hand.give(job)
+                self._listen.started(number, job)
+            busy = {number: hand for number, hand in enumerate(self._hands) if hand is not None and hand.job}
+            if not busy:
+                return
+            self._ray.wait([hand.result for hand in busy.values()], timeout=_EVERY)
+            for number, hand in busy.items():
+                self._look(queue, number, hand)
+
+    def close(self) -> None:
+        """Kills the actors, and leaves the cluster as it was."""
+        for hand in self._hands:
+            if hand is not None:
+                self._ray.kill(hand.actor)
+        self._hands = [None] * self.workers
+        if self._ours:
+            self._ray.shutdown()
+
+    def _look(self, queue: Queue, number: int, hand: _Hand) -> None:
+        errors = self._ray.exceptions
+        try:
+            if self._ray.wait([hand.result], timeout=0)[0]:
+                outcome = self._ray.get(hand.result)
+                hand.job = None
+                self._listen.ended(number, outcome, queue.settle(number, outcome))
+                return
+            self._hear(number, hand)
+        except (errors.RayActorError, errors.RayTaskError, errors.NodeDiedError) as error:
+            # The job's own errors are outcomes: what is raised here is the worker's end.
+            self._lose(queue, number, hand, WorkerLostError(f"worker {number} is gone: {str(error).splitlines()[0]}"))
+            return
+        over = hand.deadline is not None and time.monotonic() >= hand.deadline
+        if over:
+            self._lose(queue, number, hand, CellTimeoutError(f"the cell took longer than {self._limit:g} s"))
+
+    def _hear(self, number: int, hand: _Hand) -> None:
+        """What the actor has to say since the last look; it may be busy starting up."""
+        if hand.news is None:
+            hand.news = hand.actor.news.remote()
+        if not self._ray.wait([hand.news], timeout=0)[0]:
+            return
+        messages, hand.news = self._ray.get(hand.news), None
+        for kind, *values in messages:
+            if kind == "opened":
+                hand.run_id = values[0]
+                if self._limit is not None and isinstance(hand.job, Job):
+                    hand.deadline = time.monotonic() + self._limit
+            elif kind == "stage":
+                self._listen.stage(number, *values)
+            else:
+                self._listen.advanced(number, *values)
+
+    def _lose(self, queue: Queue, number: int, hand: _Hand, error: Exception) -> None:
+        self._ray.kill(hand.actor)
+        self._hands[number] = None
+        run_id = hand.run_id or self._open_run(hand.job)
+        seconds = time.monotonic() - hand.began
+        outcome = close_lost(
+            self._tracker, self._setup.parent_run_id, hand.job, run_id, classify(error), seconds
+        )  # fmt: skip
+        self._listen.ended(number, outcome, queue.settle(number, outcome))
+
+    def _open_run(self, job: Work) -> str:
+        """The run of a job whose worker was lost before it could say which: no two workers have the same job."""
+        tag = "cell_key" if isinstance(job, Job) else "mask_key"
+        for run in self._tracker.children(self._setup.parent_run_id, "RUNNING"):
+            if run["tags"].get(tag) == job.key:
+                return run["run_id"]
+        return ""
+
+    def _connect(self, address: str) -> None:
+        options: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": "warning"}
+        try:
+            if address == "none":
+                self._ray.init(**options)
+            else:
+                self._ray.init(address=address, log_to_driver=False, logging_level="warning")
+        except ConnectionError as error:
+            raise UserError(
+                f"ray_address: no Ray cluster answers at '{address}' ({str(error).splitlines()[0]}); start one with "
+                "ray start --head, or leave ray_address out."
+            ) from None
+
+    def _remote(self) -> Any:
+        """The actor's class with what it asks of a node: a GPU where the cluster has any, else cores."""
+        resources = self._ray.cluster_resources()
+        if resources.get("GPU", 0) > 0:
+            asked = {"num_gpus": 1, "num_cpus": 1}
+        else:
+            asked = {"num_cpus": max(1, int(resources.get("CPU", cores()) // self.workers))}
+        threads = {"OMP_NUM_THREADS": str(asked["num_cpus"])} if "num_gpus" not in asked else {}
+        surroundings = {"env_vars": {"TOKENIZERS_PARALLELISM": "false", **threads}}
+        # Two threads: one works, one answers what has happened so far.
+        remote = self._ray.remote(max_concurrency=2, max_restarts=0, runtime_env=surroundings, **asked)
+        return remote(_Actor)
+
+
+@dataclass
+class _Hand:
+    """The driver's end of one actor."""
+
+    actor: Any
+    job: Work | None = None
+    run_id: str = ""
+    began: float = 0.0
+    deadline: float | None = None
+    result: Any = None
+    news: Any = None
+
+    def give(self, job: Work) -> None:
+        self.job, self.run_id, self.began, self.deadline = job, "", time.monotonic(), None
+        self.news = None
+        self.result = self.actor.run.remote(job)
+
+
+class _Actor:
+    """A worker in a process of its own, on whatever node Ray finds room."""
+
+    def __init__(self, setup: WorkerSetup):
+        self._setup = setup
+        self._worker = None
+        self._messages: deque[tuple] = deque()
+
+    def run(self, job: Work) -> Any:
+        """Runs one job; its failure is an outcome, not an error."""
+        self._messages.clear()
+        self._worker = self._worker or self._setup.build()
+        say = self._messages.append
+        return self._worker.run(job, Reporter(say), lambda run_id: say(("opened", run_id)))
+
+    def news(self) -> list[tuple]:
+        """What has happened since the last call."""
+        return [self._messages.popleft() for _ in range(len(self._messages))]
+
+
+def _ray() -> Any:
+    try:
+        import ray
+    except ImportError:
+        raise UserError("executor ray: ray is not installed; pip install 'sparse_ft[ray]'.") from None
+    return ray

@@ -1,0 +1,208 @@
+"""The phases of a study under its parent run: mask sets, cells, and the cells that compute the same as another."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+import sparse_ft
+from sparse_ft.errors import UserError
+from sparse_ft.pruning.output import MaskFile
+from sparse_ft.study.config import CellConfig, MaskConfig
+from sparse_ft.study.display import Display
+from sparse_ft.study.failures import Failure, classify
+from sparse_ft.study.jobs import Job, MaskJob, Outcome, Queue, halved
+from sparse_ft.study.mask_sets import mask_file, read_manifest
+from sparse_ft.study.plan import Plan
+from sparse_ft.study.recording import log_cell_inputs
+from sparse_ft.study.resume import Ledger
+from sparse_ft.tracking.runs import Tracker
+
+__all__ = ["Executor", "Hole", "Phases", "holes_table"]
+
+Masks = dict[float, MaskFile] | Failure
+
+
+class Executor(Protocol):
+    """Where jobs run. ``workers`` of them at a time."""
+
+    workers: int
+
+    def run(self, queue: Queue) -> None:
+        """Runs a queue empty."""
+
+    def close(self) -> None:
+        """Ends the workers, at once, whatever they are at."""
+
+
+@dataclass(frozen=True)
+class Hole:
+    """A cell without a result."""
+
+    title: str
+    kind: str
+    message: str
+    run_id: str
+
+
+@dataclass
+class Phases:
+    """What has come out so far.
+
+    Attributes:
+        plan: what is to be run.
+        ledger: what was done before this start.
+        folder: the study's.
+        tracker, parent: where it is logged.
+        max_retries: see `Queue`.
+        outcomes: of this start, in the order they ended.
+        holes: filled as cells end without a result.
+    """
+
+    plan: Plan
+    ledger: Ledger
+    folder: Path
+    tracker: Tracker
+    parent: str
+    max_retries: int = 1
+    outcomes: list[Outcome] = field(default_factory=list)
+    holes: list[Hole] = field(default_factory=list)
+    masks: list[Masks] = field(default_factory=list)
+
+    def make_masks(self, executor: Executor) -> None:
+        """Makes the mask sets that are not there yet, each once for all its cells."""
+        jobs = []
+        for item in self.plan.mask_sets:
+            key = mask_key(item.config)
+            jobs.append(MaskJob(item.config, item.name, self.folder / "masks" / item.name, key))
+        found = {job.key: self._found(job) for job in jobs}
+        queue = Queue([job for job in jobs if found[job.key] is None], self.max_retries)
+        executor.run(queue)
+        for outcome in queue.outcomes:
+            found[outcome.job.key] = outcome.failure or _by_level(outcome.masks)
+        self.masks = [found[job.key] for job in jobs]
+
+    def run_cells(self, executor: Executor, display: Display) -> None:
+        """Runs every cell that has no result and may get one."""
+        jobs = [self._job(number) for number in range(len(self.plan.cells))]
+        first = [job for job, same in zip(jobs, self.plan.same_as, strict=True) if same is None]
+        display.finished = sum(job.key in self.ledger.finished for job in jobs)
+        waiting = []
+        for job in first:
+            if job.key in self.ledger.finished:
+                continue
+            hopeless = self.ledger.hopeless(job.key)
+            if hopeless is None and self.ledger.ran_out_of_memory(job.key):
+                smaller = halved(job)
+                hopeless = self.ledger.failed[job.key][-1] if smaller is None else None
+                job = smaller or job
+            if hopeless is None:
+                waiting.append(job)
+            else:
+                self.holes.append(_hole_of(hopeless))
+                display.recorded(failed=True)
+        queue = Queue(waiting, self.max_retries)
+        try:
+            executor.run(queue)
+        finally:
+            self.outcomes += queue.outcomes
+        self.holes += [_hole(outcome) for outcome in queue.outcomes if outcome.failure is not None]
+        self._record_same(jobs, display)
+
+    def mask_statistics(self) -> list[dict[str, Any]]:
+        """Of all mask sets, for the report."""
+        files = [file for made in self.masks if isinstance(made, dict) for file in made.values()]
+        return [json.loads(file.statistics.read_text(encoding="utf-8")) for file in files if file.statistics.is_file()]
+
+    def _found(self, job: MaskJob) -> Masks | None:
+        """The mask set of an earlier start: in the study's folder, else among the artifacts of its run."""
+        run = self.ledger.masks.get(job.key)
+        if run is None:
+            return None
+        files = read_manifest(job.folder)
+        if files is None:
+            fetched = job.folder.parent / f"{job.name}-run"
+            fetched.mkdir(parents=True, exist_ok=True)
+            try:
+                files = read_manifest(self.tracker.fetch(run["run_id"], "masks", fetched))
+            except UserError:
+                return None
+        return _by_level(files) if files else None
+
+    def _job(self, number: int) -> Job:
+        cell, made = self.plan.cells[number], self.plan.mask_set_of[number]
+        masks: MaskFile | Failure | None = None
+        if made is not None:
+            of_set = self.masks[made]
+            masks = of_set[cell.sparsity] if isinstance(of_set, dict) else of_set
+        elif cell.pruned and cell.masks != "none":
+            masks = _given(cell)
+        job = Job(cell, masks, self.folder)
+        return replace(job, folder=self.folder / "cells" / job.key)
+
+    def _record_same(self, jobs: list[Job], display: Display) -> None:
+        """Runs of the cells that compute the same as another, tagged with its run: nothing is measured twice."""
+        ended = {outcome.job.key: outcome for outcome in self.outcomes}
+        for job, same in zip(jobs, self.plan.same_as, strict=True):
+            if same is None or job.key in self.ledger.finished:
+                continue
+            outcome, before = ended.get(jobs[same].key), self.ledger.finished.get(jobs[same].key)
+            if outcome is None and before is None:  # not run now, not finished then
+                if job.key in self.ledger.failed:
+                    self.holes.append(_hole_of(self.ledger.failed[job.key][-1]))
+                    display.recorded(failed=True)
+                continue
+            twin = outcome.run_id if outcome is not None else before["run_id"]
+            failure = outcome.failure if outcome is not None else None
+            tags = {"kind": "cell", "cell_key": job.key, "same_as": twin}
+            if isinstance(job.masks, MaskFile):
+                tags["mask_checksum"] = job.masks.checksum
+            if failure is not None:
+                tags |= {"failure_class": failure.kind, "failure_message": failure.message}
+            run_id = self.tracker.start_child(self.parent, job.title, tags)
+            log_cell_inputs(self.tracker, run_id, job.cell)
+            self.tracker.finish(run_id, "FINISHED" if failure is None else "FAILED")
+            display.recorded(failed=failure is not None)
+            if failure is not None:
+                self.holes.append(Hole(job.title, failure.kind, failure.message, run_id))
+
+
+def holes_table(holes: list[Hole]) -> Table:
+    """The cells without a result: what, why, and which run holds the traceback."""
+    table = Table("cell", "why", "message", "run", title="holes", title_justify="left", box=SIMPLE_HEAD)
+    for hole in holes:
+        table.add_row(hole.title, hole.kind, hole.message, hole.run_id[:8])
+    return table
+
+
+def mask_key(config: MaskConfig) -> str:
+    """Identity of a mask set: SHA-256 (16 hex digits) of its configuration and the version of this program."""
+    values = {key: value for key, value in vars(config).items() if key != "output_dir"}
+    text = json.dumps([values, sparse_ft.__version__], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _by_level(files) -> dict[float, MaskFile]:
+    return {file.sparsity: file for file in files}
+
+
+def _given(cell: CellConfig) -> MaskFile | Failure:
+    try:
+        return mask_file(cell.masks).file
+    except UserError as error:
+        return classify(error)
+
+
+def _hole(outcome: Outcome) -> Hole:
+    return Hole(outcome.job.title, outcome.failure.kind, outcome.failure.message, outcome.run_id)
+
+
+def _hole_of(run: dict[str, Any]) -> Hole:
+    tags = run["tags"]
+    return Hole(run["name"], tags.get("failure_class", "unknown"), tags.get("failure_message", ""), run["run_id"])

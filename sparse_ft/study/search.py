@@ -1,0 +1,243 @@
+"""A search instead of a grid: Optuna proposes cells, executors run them, the best are logged and plotted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import optuna
+from matplotlib.figure import Figure
+from optuna.trial import FrozenTrial, TrialState
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from sparse_ft.errors import UserError
+from sparse_ft.files import atomic_path, write_json
+from sparse_ft.levels import level_label
+from sparse_ft.progress import shown_progress
+from sparse_ft.pruning.output import MaskFile
+from sparse_ft.study.config import SweepConfig
+from sparse_ft.study.display import shown_display
+from sparse_ft.study.executors import make_executor, worker_count
+from sparse_ft.study.failures import Failure
+from sparse_ft.study.jobs import Queue
+from sparse_ft.study.life import close_open_runs, interruptible, resume_command, signs_of_life
+from sparse_ft.study.phases import Hole, Phases, holes_table
+from sparse_ft.study.plan import Plan, Study, make_plan, mask_set_of
+from sparse_ft.study.preflight import check_plan, check_resources
+from sparse_ft.study.reporting import study_console, ui_command
+from sparse_ft.study.resume import Start, start_study
+from sparse_ft.study.trials import OBJECTIVES, SearchSettings, TrialJob, open_search
+from sparse_ft.study.workbench import Workbench
+from sparse_ft.study.worker import WorkerSetup
+from sparse_ft.tracking.runs import Tracker
+from sparse_ft.tracking.stores import artifact_location, tracking_uri
+
+__all__ = ["search"]
+
+# Axes that decide which models, tasks and masks are needed; the others change the training alone.
+_NEEDED = (
+    "model", "task", "mode", "method", "importance", "scope", "sparsity", "pattern", "allocation", "seed",
+    "calibration_samples", "calibration_seq_len", "dtype",
+)  # fmt: skip
+
+
+def search(config: SweepConfig, study: Study) -> int:
+    """Runs the trials of a study with a ``search:``, or the rest of them. Returns 0 when every one has ended.
+
+    Raises:
+        UserError: as `sparse_ft.study.driver.sweep`.
+    """
+    settings = SearchSettings.parse(study.search or {}, f"Study {study.name}")
+    if study.grid:
+        raise UserError(f"Study {study.name}: a search has no grid; put lists of choices into search.space.")
+    plan = _plan(study, settings)
+    console, workers = study_console(), worker_count(config)
+    bench = Workbench(shown_progress())
+    problems = check_plan(plan, bench)
+    if not problems:
+        artifacts = artifact_location(tracking_uri(), study.name)
+        problems = check_resources(plan, bench, Path(config.output_dir), artifacts, workers)
+    if problems:
+        raise UserError(f"The study {study.name} cannot start. " + " | ".join(problems))
+    if config.dry_run:
+        console.print(f"study {study.name}: {settings.trials} trials over {', '.join(settings.space)}", highlight=False)
+        return 0
+    with interruptible():
+        tracker = Tracker()
+        start = start_study(tracker, plan, config, console)
+        with tracker.ending(start.parent), signs_of_life(tracker, start.parent):
+            try:
+                trials, holes = _run(tracker, start, plan, settings, config, workers)
+            except BaseException as error:
+                close_open_runs(tracker, start.parent)
+                if isinstance(error, KeyboardInterrupt):
+                    console.print(f"stopped; to go on: {resume_command(config, start.parent)}", soft_wrap=True)
+                raise
+            best = _log_best(tracker, start, settings, trials)
+            tracker.log(start.parent, metrics={"study/holes": len(holes)}, tags={"complete": not holes})
+    _print_best(console, settings, best)
+    console.print(f"figure: {start.folder / 'search.png'}", highlight=False, soft_wrap=True)
+    console.print(f"everything, in a browser: {ui_command(tracker)}", highlight=False, soft_wrap=True)
+    if holes:
+        console.print(holes_table(holes))
+        console.print(f"{len(holes)} of {settings.trials} trials failed.", style="red")
+    return 1 if holes else 0
+
+
+def _run(
+    tracker: Tracker, start: Start, plan: Plan, settings: SearchSettings, config: SweepConfig, workers: int
+) -> tuple[list[FrozenTrial], list[Hole]]:
+    phases = Phases(plan, start.ledger, start.folder, tracker, start.parent, config.max_retries)
+    setup = WorkerSetup(tracker.uri, start.parent, start.folder.absolute() / "untuned")
+    start.folder.mkdir(parents=True, exist_ok=True)
+    storage = settings.storage
+    if storage == "none":
+        storage = f"sqlite:///{(start.folder / 'optuna.db').absolute()}"
+    study = open_search(storage, start.parent, settings)
+    _forget_lost(study)
+    done = sum(trial.state in (TrialState.COMPLETE, TrialState.PRUNED) for trial in study.get_trials(deepcopy=False))
+    asked = len(study.get_trials(deepcopy=False))  # numbers never come twice: they seed the samplers
+    with shown_display(settings.trials) as display, tracker.system_metrics(start.parent):
+        display.workers, display.finished = workers, done
+        executor = make_executor(config, setup, display, workers, start.folder / "logs")
+        try:
+            phases.make_masks(executor)
+            masks = _by_kind(plan, phases)
+            cell, folder = plan.cells[0], start.folder / "cells"
+            jobs = [
+                TrialJob(number, cell, settings, storage, start.parent, masks, folder, f"trial-{number}")
+                for number in range(asked, asked + settings.trials - done)
+            ]
+            queue = Queue(jobs, config.max_retries)
+            executor.run(queue)
+        finally:
+            executor.close()
+    _forget_lost(study)
+    holes = [Hole(o.job.title, o.failure.kind, o.failure.message, o.run_id) for o in queue.outcomes if o.failure]
+    return study.get_trials(deepcopy=False), holes
+
+
+def _plan(study: Study, settings: SearchSettings) -> Plan:
+    """The cells over all choices that need masks, models or tasks of their own; the other fields at their first."""
+    needed = {name: axis for name, axis in settings.choices.items() if name in _NEEDED}
+    first = {
+        name: axis[0] if isinstance(axis, list) else axis["low"]
+        for name, axis in settings.space.items()
+        if name not in needed
+    }
+    if not needed:
+        mode = study.cell.get("mode", "sparse_to_sparse")
+        needed = {"mode": [mode]}
+    plan = make_plan(replace(study, grid=needed, cell={**study.cell, **first}, keep="adapter", dense_baseline=False))
+    return replace(plan, study=replace(study, keep="adapter"), same_as=(None,) * len(plan.cells))
+
+
+def _by_kind(plan: Plan, phases: Phases) -> dict[tuple[Any, float], MaskFile | Failure]:
+    masks: dict[tuple[Any, float], MaskFile | Failure] = {}
+    for cell, number in zip(plan.cells, plan.mask_set_of, strict=True):
+        if number is not None:
+            made = phases.masks[number]
+            masks[mask_set_of(cell), cell.sparsity] = made[cell.sparsity] if isinstance(made, Mapping) else made
+    return masks
+
+
+def _forget_lost(study: optuna.Study) -> None:
+    """Ends the trials that were being run by workers which are gone; called while no worker of ours lives."""
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+
+
+def _log_best(
+    tracker: Tracker, start: Start, settings: SearchSettings, trials: list[FrozenTrial]
+) -> list[FrozenTrial]:  # fmt: skip
+    """The best trial, or the front of a search with two objectives: as a table, a figure, tags and metrics."""
+    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    best = _front(complete, [direction for _, direction in OBJECTIVES[settings.objective]])
+    names = [metric for metric, _ in OBJECTIVES[settings.objective]]
+    records = [_record(trial, names, trial in best) for trial in trials]
+    tracker.log_file(start.parent, write_json(start.folder / "trials.json", records), "search")
+    tracker.log_file(start.parent, _plot(start.folder / "search.png", complete, best, names), "search")
+    for trial in best:
+        tracker.log(trial.user_attrs["run_id"], tags={"best": True})
+    if best and len(names) == 1:
+        tracker.log(start.parent, metrics={f"best/{names[0]}": best[0].values[0]})
+        tracker.log(start.parent, tags={f"best/{key}": value for key, value in best[0].params.items()})
+    if len(names) == 2:
+        points = {round(100 * trial.values[1]): trial.values[0] for trial in best}
+        tracker.log(start.parent, curves={"pareto/accuracy": sorted(points.items())})
+    return best
+
+
+def _front(trials: list[FrozenTrial], directions: list[str]) -> list[FrozenTrial]:
+    """The trials that no other beats in every objective; with one objective the best one."""
+
+    def better(direction: str, value: float) -> float:
+        return value if direction == "maximize" else -value
+
+    points = [tuple(map(better, directions, trial.values)) for trial in trials]
+    front = []
+    for number, point in enumerate(points):
+        beaten = any(
+            all(a >= b for a, b in zip(other, point, strict=True)) and (other != point or place < number)
+            for place, other in enumerate(points)
+            if place != number
+        )
+        if not beaten:
+            front.append(trials[number])
+    return sorted(front, key=lambda trial: trial.values[-1])
+
+
+def _record(trial: FrozenTrial, names: list[str], best: bool) -> dict[str, Any]:
+    record = {"number": trial.number, "state": trial.state.name, "best": best, "run_id": trial.user_attrs.get("run_id")}
+    if trial.state == TrialState.COMPLETE:
+        record["values"] = dict(zip(names, trial.values, strict=True))
+    return {**record, "params": trial.params, "losses": {str(k): v for k, v in trial.intermediate_values.items()}}
+
+
+def _plot(path: Path, trials: list[FrozenTrial], best: list[FrozenTrial], names: list[str]) -> Path:
+    """One objective: every trial's value and the best so far. Two: accuracy against sparsity, with the front."""
+    matplotlib.use("Agg")
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    axes = figure.subplots()
+    if len(names) == 1:
+        numbers, values = [t.number for t in trials], [t.values[0] for t in trials]
+        pick = min if names[0] == "eval/loss" else max
+        axes.plot(numbers, values, "o", color="0.55", label="trial")
+        axes.step(
+            numbers, [pick(values[: i + 1]) for i in range(len(values))], where="post", color="C0", label="best so far"
+        )  # fmt: skip
+        axes.set(xlabel="trial", ylabel=names[0])
+    else:
+        axes.plot([100 * t.values[1] for t in trials], [t.values[0] for t in trials], "o", color="0.55", label="trial")
+        axes.plot(
+            [100 * t.values[1] for t in best], [t.values[0] for t in best], "o-", color="C0", label="Pareto front"
+        )
+        axes.set(xlabel="sparsity after the merge, %", ylabel="accuracy")
+    axes.legend(frameon=False)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=150)
+    return path
+
+
+def _print_best(console: Console, settings: SearchSettings, best: list[FrozenTrial]) -> None:
+    names = [metric for metric, _ in OBJECTIVES[settings.objective]]
+    title = "best trial" if len(names) == 1 else "Pareto front"
+    table = Table("trial", *names, *settings.space, title=title, title_justify="left", box=SIMPLE_HEAD)
+    for trial in best:
+        values = [
+            f"{100 * v:.1f} %" if "sparsity" in n else f"{v:.4f}" for n, v in zip(names, trial.values, strict=True)
+        ]
+        chosen = [_shown(name, trial.params.get(name)) for name in settings.space]
+        table.add_row(str(trial.number), *values, *chosen)
+    console.print(table)
+
+
+def _shown(name: str, value: Any) -> str:
+    if name == "sparsity":
+        return f"{level_label(value)} %"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
