@@ -1,0 +1,112 @@
+"""Real worker processes, killed by real signals."""
+
+import os
+import signal
+import time
+from dataclasses import replace
+
+import psutil
+import pytest
+
+from sparse_ft.study.config import CellConfig
+from sparse_ft.study.executors.process import ProcessExecutor
+from sparse_ft.study.jobs import Job, Listener, Queue
+from sparse_ft.study.worker import WorkerSetup
+from sparse_ft.tracking.runs import Tracker
+
+
+class Watching(Listener):
+    """Remembers what it is told; calls ``at_stage`` for every stage."""
+
+    def __init__(self, at_stage=lambda worker, stage: None):
+        self.stages, self.outcomes, self.jobs, self._at_stage = [], [], {}, at_stage
+
+    def started(self, worker, job):
+        self.jobs[worker] = job
+
+    def stage(self, worker, stage, total, unit):
+        self.stages.append(stage)
+        self._at_stage(worker, stage)
+
+    def ended(self, worker, outcome, over=True):
+        self.outcomes.append((outcome, over))
+
+
+@pytest.fixture
+def study(tmp_path, small):
+    tracker = Tracker()
+    parent = tracker.start("study", {"kind": "study"})
+    setup = WorkerSetup(tracker.uri, parent, tmp_path / "untuned")
+
+    def jobs(count, **values):
+        cells = [
+            CellConfig(**{"model": "tiny-llama", "mode": "dense", **small, "seed": n, **values}) for n in range(count)
+        ]
+        return [Job(cell, None, tmp_path / "cells" / str(cell.seed)) for cell in cells]
+
+    return tracker, parent, setup, jobs
+
+
+def _worker_of(tracker, parent, key):
+    (run,) = [run for run in tracker.children(parent, "RUNNING") if run["tags"]["cell_key"] == key]
+    return int(run["tags"]["worker"].split(" ")[1])
+
+
+def test_a_killed_worker_costs_its_cell_one_try_and_a_slow_cell_its_worker(study, tmp_path):
+    tracker, parent, setup, jobs = study
+    fast, slow = jobs(2), replace(jobs(1)[0], cell=replace(jobs(1)[0].cell, max_steps=100_000), key="slow")
+    killed = []
+
+    def kill_once(worker, stage):
+        if stage == "train" and not killed:
+            job = listen.jobs[worker]
+            killed.append((job.key, _worker_of(tracker, parent, job.key)))
+            os.kill(killed[0][1], signal.SIGKILL)
+
+    listen = Watching(kill_once)
+    executor = ProcessExecutor(setup, listen, 1, logs=tmp_path / "logs")
+    try:
+        queue = Queue(fast)
+        executor.run(queue)
+        assert {outcome.status for outcome in queue.outcomes} == {"FINISHED"}
+        lost = [outcome for outcome, over in listen.outcomes if not over]
+        assert [(outcome.job.key, outcome.failure.kind) for outcome in lost] == [(killed[0][0], "worker_lost")]
+        assert "signal 9" in lost[0].failure.message
+        statuses = sorted((run["status"], run["tags"]["attempt"]) for run in tracker.children(parent))
+        assert statuses == [("FAILED", "1"), ("FINISHED", "1"), ("FINISHED", "2")]
+        (failed,) = tracker.children(parent, "FAILED")
+        assert failed["tags"]["failure_class"] == "worker_lost"
+        assert len({run["tags"]["worker"] for run in tracker.children(parent)}) == 2  # the killed one and its successor
+
+        executor._limit = 2.0
+        queue = Queue([slow], max_retries=0)
+        began = time.monotonic()
+        executor.run(queue)
+        assert time.monotonic() - began < 120
+        assert [outcome.failure.kind for outcome in queue.outcomes] == ["timeout"]
+        assert tracker.children(parent, "RUNNING") == []
+    finally:
+        executor.close()
+    assert not [
+        child for child in psutil.Process().children(recursive=True) if "spawn_main" in " ".join(child.cmdline())
+    ]
+
+
+def test_progress_comes_from_the_workers_and_base_models_stay(study, tmp_path):
+    tracker, parent, setup, jobs = study
+    listen = Watching()
+    executor = ProcessExecutor(setup, listen, 1, logs=tmp_path / "logs")
+    try:
+        queue = Queue(jobs(2))
+        executor.run(queue)
+    finally:
+        executor.close()
+    assert "train" in listen.stages
+    assert any(stage.startswith("score") for stage in listen.stages)
+    runs = tracker.children(parent)
+    assert len({run["tags"]["worker"] for run in runs}) == 1
+    # Both cells start from the same weights: the second takes over the score that the first has measured.
+    assert len({run["tags"]["untuned_measured_by"] for run in runs}) == 1
+    assert len(list((tmp_path / "untuned").glob("*.json"))) == 1
+    assert all(run["metrics"]["time/overhead_seconds"] > 0 for run in runs)
+    assert not (tmp_path / "cells").exists() or not any((tmp_path / "cells").iterdir())

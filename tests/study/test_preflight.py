@@ -1,0 +1,58 @@
+from pathlib import Path
+
+import pytest
+
+from sparse_ft.study.config import SweepConfig
+from sparse_ft.study.driver import sweep
+from sparse_ft.study.plan import Study, load_study, make_plan
+from sparse_ft.study.preflight import check_resources, estimate_disk
+from sparse_ft.study.workbench import Workbench
+from sparse_ft.tracking.runs import Tracker
+
+
+def _plan(small, **rest):
+    grid = {"model": ["tiny-llama"], "sparsity": [0.3, 0.6], "mode": ["sparse_to_dense", "sparse_to_sparse"]}
+    return make_plan(Study("s", grid, {**small, "seed": 0}, **rest))
+
+
+def test_the_estimate_holds_and_is_not_far_off(study_file, small, tmp_path):
+    grid = {"model": ["tiny-llama"], "sparsity": [0.3, 0.6], "mode": ["sparse_to_dense", "sparse_to_sparse"]}
+    estimate = estimate_disk(_plan(small, keep="all"), Workbench(), 1)
+    path = study_file(grid, keep="all")
+    assert sweep(SweepConfig(config=str(path), output_dir=str(tmp_path / "out"))) == 0
+    weights = sum(path.stat().st_size for path in (tmp_path / "out").rglob("merged*/*.safetensors"))
+    weights += sum(path.stat().st_size for path in (tmp_path / "out").glob("*/models/*/*.safetensors"))
+    masks = sum(path.stat().st_size for path in (tmp_path / "out").rglob("masks_*.safetensors"))
+    adapters = sum(path.stat().st_size for path in (tmp_path / "mlruns").rglob("adapter_model.safetensors"))
+    for counted, written in ((estimate.models, weights), (estimate.masks, masks), (estimate.adapters, adapters)):
+        assert 0.5 * written <= counted <= 1.2 * written  # of tiny files the headers are a good part
+    assert Tracker().search()
+
+
+def test_each_policy_writes_what_it_says(small):
+    sizes = {
+        keep: estimate_disk(_plan(small, keep=keep), Workbench(), 1) for keep in ("none", "adapter", "pareto", "all")
+    }
+    assert sizes["none"].models == sizes["none"].adapters == sizes["adapter"].models == 0
+    assert 0 < sizes["adapter"].adapters == sizes["pareto"].adapters == sizes["all"].adapters
+    # Five cells; the front holds at most one model for 0 (dense, and merged dense), 30 and 60 %.
+    assert sizes["all"].models / 5 == sizes["pareto"].models / 3
+    registered = estimate_disk(_plan(small, keep="all", register=True), Workbench(), 1)
+    assert (registered.models, registered.registered) == (0, sizes["all"].models)
+
+
+def test_a_disk_and_a_memory_that_are_too_small_are_both_named(small, tmp_path):
+    plan = _plan(small, keep="all")
+    bench = Workbench()
+    assert check_resources(plan, bench, tmp_path / "not" / "yet", None, 1) == []
+    problems = check_resources(plan, bench, tmp_path, None, 10**9)
+    assert any("memory" in problem for problem in problems)
+    assert any(f"disk of {tmp_path}" in problem and "GB" in problem for problem in problems)
+
+
+@pytest.mark.parametrize(("name", "models"), [("full", 2), ("tiny_full", 2), ("mixtral", 1)])
+def test_the_full_studies_are_what_they_say(name, models):
+    plan = make_plan(load_study(Path(__file__).resolve().parents[2] / "configs" / f"{name}.yaml"))
+    assert len(plan.cells) == models * (180 + 3)
+    assert sum(number is not None for number in plan.same_as) == models * 15  # five of six at 0 %, for 3 tasks
+    assert len(plan.mask_sets) == models * 3
