@@ -21,12 +21,12 @@ from sparse_ft.errors import UserError
 from sparse_ft.files import atomic_path
 from sparse_ft.masks.mask_set import MaskSet, combine_digests, packed_shape
 
-__all__ = ["FORMATS", "FORMAT_VERSION", "MaskFileWriter", "load_masks", "read_header", "save_masks"]
+__all__ = ["FORMATS", "FORMAT_VERSION", "HEADER_ROOM", "MaskFileWriter", "load_masks", "read_header", "save_masks"]
 
 FORMATS = ("safetensors", "npz", "pt")
 FORMAT_VERSION = 1
 _HEADER_KEY = "sparse_ft_masks"
-_HEADER_ROOM = 64 * 1024  # bytes kept free for metadata that is known only when the last mask is written
+HEADER_ROOM = 64 * 1024  # bytes kept free for metadata that is known only when the last mask is written
 
 
 def save_masks(masks: MaskSet, path: str | Path) -> Path:
@@ -106,7 +106,7 @@ class MaskFileWriter:
             self._offsets[name] = (end, end + size)
             end += size
         # safetensors allows spaces after the header's JSON, so its length can be fixed before its text is.
-        longest = len(self._header_bytes("0" * 64, {})) + _HEADER_ROOM
+        longest = len(self._header_bytes("0" * 64, {})) + HEADER_ROOM
         self._header_size = (longest + 7) // 8 * 8
         self._digests: dict[str, bytes] = {}
         self._begun: dict[str, tuple[Any, int]] = {}  # SHA-256 so far and bytes so far of unfinished tensors
@@ -163,7 +163,7 @@ class MaskFileWriter:
         header = self._header_bytes(checksum, metadata)
         if len(header) > self._header_size:
             self.abort()
-            raise ValueError(f"the metadata of {self.path} exceed {_HEADER_ROOM} bytes")
+            raise ValueError(f"the metadata of {self.path} exceed {HEADER_ROOM} bytes")
         os.pwrite(self._file, self._header_size.to_bytes(8, "little") + header.ljust(self._header_size), 0)
         os.fsync(self._file)
         os.close(self._file)

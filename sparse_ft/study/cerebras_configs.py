@@ -48,7 +48,7 @@ def write_configs(config: CerebrasConfigsConfig) -> int:
 
 
 def write_study_configs(study: str | Path, output_dir: str | Path, settings: CerebrasSettings) -> list[Path]:
-    """One ``cells/NAME/fit.yaml`` per cell that has to be trained, and ``index.json`` over all.
+    """One ``cells/NAME/fit.yaml`` per cell, and ``index.json`` over all.
 
     Nothing but the models' ``config.json`` is read: masks, data and start checkpoints have their places in the
     folder and may be made later (mode ``full`` needs its masks now: their sparsities stand in the file).
@@ -67,8 +67,6 @@ def write_study_configs(study: str | Path, output_dir: str | Path, settings: Cer
     plan, root = make_plan(load_study(study)), Path(output_dir).absolute()
     files, index = [], []
     for number, cell in enumerate(plan.cells):
-        if plan.same_as[number] is not None:
-            continue
         which = plan.mask_set_of[number]
         masks = None if which is None else root / "masks" / plan.mask_sets[which].name / _mask_name(cell)
         try:

@@ -1,6 +1,7 @@
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -117,6 +118,22 @@ def test_a_cell_takes_its_description_from_the_masks_it_is_given(trained):
     (run,) = [run for run in Tracker().search() if run["tags"]["kind"] == "cell"]
     assert (run["params"]["cfg/sparsity"], run["params"]["cfg/method"]) == ("0.7", "unstructured")
     assert run["metrics"]["sparsity/target"] == 0.7
+
+
+def test_sparsegpt_masks_bring_the_weights_they_belong_to(command, tmp_path):
+    wanted = {"importance": "sparsegpt", "sparsities": "0.5", "calibration_samples": 2, "calibration_seq_len": 32}
+    folder = tmp_path / "masks"
+    status, _, _ = command("compute_masks", model="tiny-llama", data_dir="made", output_dir=folder, **wanted)
+    assert status == 0
+    file = folder / "masks_sparsity50_unstructured.safetensors"
+    cell = {**SMALL, "masks": file, "output_dir": tmp_path / "cell"}
+    assert command("train", **cell)[0] == 0
+    (run,) = [run for run in Tracker().search() if run["tags"]["kind"] == "cell"]
+    assert "warning" not in run["tags"]
+    assert run["params"]["cfg/importance"] == "sparsegpt"
+    shutil.rmtree(folder / "model_sparsity50_unstructured")
+    status, _, complaint = command("train", **cell)
+    assert (status, "is gone" in complaint) == (2, True)
 
 
 def test_analyze_writes_its_own_run_and_curves_only_once(command, tmp_path, study_of_two):
