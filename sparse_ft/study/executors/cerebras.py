@@ -7,6 +7,8 @@ import time
 from dataclasses import dataclass, field
 
 from sparse_ft.cerebras.logs import Step
+from sparse_ft.errors import UserError
+from sparse_ft.study.cell import Judge
 from sparse_ft.study.cerebras import CerebrasSettings, run_cerebras_cell
 from sparse_ft.study.executors.serial import SerialExecutor
 from sparse_ft.study.failures import Failure
@@ -35,7 +37,9 @@ class CerebrasWorker(Worker):
         super().__init__(setup, bench)
         self._settings = setup.cerebras
 
-    def _cell(self, job: Job, run_id: str, began: float) -> Outcome:
+    def _cell(self, job: Job, run_id: str, began: float, judge: Judge | None) -> Outcome:
+        if judge is not None:
+            raise UserError("A search stops trainings midway, which a Cerebras job cannot: run it as a plain study.")
         log_cell_inputs(self._tracker, run_id, job.cell)
         if isinstance(job.masks, Failure):
             return self._failed(job, run_id, began, job.masks)
