@@ -46,7 +46,7 @@ VOCABULARY = 32000
 CHUNK = 8 << 20
 
 
-def write_checkpoint(folder: Path, scale: str, shard_bytes: int = 2 << 30) -> None:
+def write_checkpoint(folder: Path, scale: str, shard_bytes: int = 1 << 29) -> None:
     """A LLaMA of random bfloat16 weights, in shards of about ``shard_bytes``."""
     hidden, inner, layers, heads, groups = SCALES[scale]
     head = hidden // heads
@@ -136,6 +136,8 @@ def limit(checkpoint: Checkpoint, scratch: Path, threads: int) -> None:
         with open(scratch / f"limit_{level}.bin", "wb", buffering=0) as file:
             for begin in range(0, packed, CHUNK):
                 file.write(content[: min(CHUNK, packed - begin)])
+                if hasattr(os, "posix_fadvise"):  # as our writer does: the disk begins at once
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             os.fsync(file.fileno())
 
     with ThreadPoolExecutor(threads) as pool:
@@ -199,7 +201,7 @@ def main() -> None:
     shutil.rmtree(scratch, ignore_errors=True)
     available = psutil.virtual_memory().available
     single: dict[str, Cost | None] = {}
-    for name, work, bytes_per_weight in (("kthvalue", kthvalue, 15), ("global_unstructured", torch_prune, 20)):
+    for name, work, bytes_per_weight in (("kthvalue", kthvalue, 15), ("global_unstructured", torch_prune, 38)):
         fits = weights * bytes_per_weight < available
         single[name] = measured(lambda work=work: work(checkpoint)) if fits else None
 
