@@ -14,6 +14,8 @@ from sparse_ft.tracking.runs import Tracker, flatten_config
 
 __all__ = ["log_cell_inputs", "log_cell_result", "log_failure", "log_mask_inputs", "log_masks"]
 
+_TAG_ROOM = 1000  # characters; all remarks are in the mask files' metadata
+
 
 def log_cell_inputs(tracker: Tracker, run_id: str, cell: CellConfig) -> None:
     """The cell's configuration, as parameters ``cfg/...`` and as ``config.yaml``."""
@@ -52,12 +54,18 @@ def log_mask_inputs(tracker: Tracker, run_id: str, config: MaskConfig) -> None:
 
 
 def log_masks(tracker: Tracker, run_id: str, files: Sequence[MaskFile]) -> None:
-    """Masks, statistics and pictures as artifacts; sparsity as metrics, with step = sparsity in percent."""
+    """Masks, statistics and pictures as artifacts; sparsity as metrics, with step = sparsity in percent.
+
+    What the pruning had to say (more damping in a Cholesky factorisation, experts without text) is the tag ``warning``.
+    """
     curves = {
         "sparsity/target": [(round(100 * file.sparsity), file.sparsity) for file in files],
         "sparsity/achieved": [(round(100 * file.sparsity), file.achieved) for file in files],
     }
     tags = {f"mask_checksum_{level_label(file.sparsity)}": file.checksum for file in files}
+    remarks = files[0].metadata.get("notes", [])
+    if remarks:
+        tags["warning"] = "; ".join(remarks)[:_TAG_ROOM]
     tracker.log(run_id, curves=curves, tags=tags)
     folder = files[0].path.parent
     for path in sorted(folder.iterdir()):

@@ -10,6 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sparse_ft.levels import level_label
+from sparse_ft.masks.files import load_masks
+from sparse_ft.models.loading import load_model
+from sparse_ft.pruning import MaskGenerator, PruningSettings
 from sparse_ft.tracking.runs import Tracker
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -200,15 +204,14 @@ def test_help_comes_without_loading_torch():
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
-def test_mlflow_run_makes_one_run_and_keeps_what_was_typed(tmp_path):
-    """The real thing: `mlflow run` in a process of its own."""
+def mlflow_run(entry_point, folder, **parameters):
+    """The real thing: `mlflow run` in a process of its own, started in ``folder``."""
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    parameters = {"model": "tiny-llama", "sparsities": ".50", "output_dir": str(tmp_path / "masks"), "force": "false"}
     argv = [part for item in parameters.items() for part in ("-P", "=".join(item))]
     done = subprocess.run(
-        [sys.executable, "-m", "mlflow", "run", str(ROOT), "-e", "compute_masks", "--env-manager", "local", *argv],
+        [sys.executable, "-m", "mlflow", "run", str(ROOT), "-e", entry_point, "--env-manager", "local", *argv],
         env=environment,
-        cwd=tmp_path,  # where mlflow puts the artifacts of an experiment without a place of its own
+        cwd=folder,  # where mlflow puts the artifacts of an experiment without a place of its own
         capture_output=True,
         text=True,
         check=False,
@@ -216,5 +219,44 @@ def test_mlflow_run_makes_one_run_and_keeps_what_was_typed(tmp_path):
     assert done.returncode == 0, done.stderr
     (run,) = Tracker(experiment="Default").search()
     assert run["status"] == "FINISHED"
+    return run
+
+
+def test_mlflow_run_makes_one_run_and_keeps_what_was_typed(tmp_path):
+    folder = str(tmp_path / "masks")
+    run = mlflow_run("compute_masks", tmp_path, model="tiny-llama", sparsities=".50", output_dir=folder, force="false")
     assert (run["params"]["sparsities"], run["params"]["cfg/sparsities"]) == (".50", ".50")
     assert torch.is_tensor(load_file(tmp_path / "masks" / "masks_sparsity50_unstructured.safetensors").popitem()[1])
+
+
+def test_mlflow_run_prunes_a_folder_of_shards_as_the_one_file(tmp_path, tiny_model):
+    model = load_model(tiny_model("tiny-mixtral"), "float32", "cpu")
+    model.save_pretrained(tmp_path / "model", max_shard_size="100KB")
+    assert len(list((tmp_path / "model").glob("*.safetensors"))) > 3
+    run = mlflow_run(
+        "compute_masks",
+        tmp_path,
+        model=str(tmp_path / "model"),
+        scope="global",
+        sparsities="0:0.9:0.1",
+        output_dir=str(tmp_path / "masks"),
+    )
+    model.save_pretrained(tmp_path / "whole")
+    settings = PruningSettings(scope="global", sparsities=tuple(level / 10 for level in range(10)))
+    whole = MaskGenerator(tmp_path / "whole", settings).generate(tmp_path / "expected", figures=False)
+    for file in whole:
+        assert run["tags"][f"mask_checksum_{level_label(file.sparsity)}"] == file.checksum
+        assert load_masks(tmp_path / "masks" / file.path.name).checksum == file.checksum
+    artifacts = Tracker().artifacts(run["run_id"])
+    assert "masks/coverage.json" in artifacts
+    assert "masks/heatmap_sparsity90_unstructured.png" in artifacts
+
+
+def test_what_pruning_had_to_say_is_on_the_run(command, tmp_path):
+    wanted = {"importance": "wanda", "scope": "row", "calibration_samples": 1, "calibration_seq_len": 2}
+    status, _, shown = command(
+        "compute_masks", model="tiny-mixtral", data_dir="made", output_dir=tmp_path / "masks", **wanted
+    )
+    assert (status, "no calibration token came here" in shown) == (0, True)
+    (run,) = Tracker().search()
+    assert "no calibration token came here" in run["tags"]["warning"]

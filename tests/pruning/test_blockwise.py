@@ -9,6 +9,7 @@ from sparse_ft.models.checkpoint import Checkpoint
 from sparse_ft.models.loading import apply_masks, load_model
 from sparse_ft.progress import Progress
 from sparse_ft.pruning import Calibration, MaskGenerator, PruningSettings
+from sparse_ft.pruning.blocks import InputWatch
 from sparse_ft.pruning.sparsegpt import inverse_factor, prune_columns
 
 
@@ -202,6 +203,20 @@ def test_an_expert_without_tokens_is_said(tiny_model, tmp_path):
         assert said == generator.notes
         assert any("no calibration token came here" in note for note in generator.notes)
         assert result.load().metadata["notes"] == generator.notes[:20]
+
+
+def test_more_damping_is_said(tiny_model, text, tmp_path, monkeypatch):
+    def hardly_positive(watch, name, expert=None):  # a Hessian as rounding leaves it, with negative eigenvalues
+        whole = hessian(watch, name, expert)
+        mean, eye = whole.diagonal().mean(), torch.eye(len(whole))
+        return whole - (torch.linalg.eigvalsh(whole).min() + 0.05 * mean) * eye
+
+    hessian = InputWatch.hessian
+    monkeypatch.setattr(InputWatch, "hessian", hardly_positive)
+    generator, (result,) = generate(tiny_model("tiny-llama"), text, tmp_path, importance="sparsegpt")
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert f"{name}: Cholesky failed with damping 0.01 and passed with 0.1" in generator.notes
+    assert result.load().metadata["notes"] == generator.notes[:20]
 
 
 def test_a_users_own_importance_sees_activations(tiny_model, text, tmp_path):
