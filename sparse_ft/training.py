@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 import warnings
@@ -145,12 +146,14 @@ def train(
         callbacks: of the Trainer, besides the ones that measure here. What they take counts as training time.
 
     Raises:
-        UserError: settings that cannot train, or no examples.
+        UserError: settings that cannot train, no examples, or a checkpoint trained under other masks.
         NonFiniteLossError: the loss became NaN or infinite.
     """
     settings.check()
     if not examples:
         raise UserError("There are no training examples; is the task's train split empty?")
+    if resume_from is not None:
+        _check_masks(model, Path(resume_from))
     rows = [{"input_ids": example.input_ids, "answer_start": example.answer_start} for example in examples]
     device = next(model.parameters()).device
     watch = _Watch(settings, progress)
@@ -216,6 +219,21 @@ def _arguments(settings: TrainingSettings, output_dir: str | Path, device: torch
         remove_unused_columns=False,
         label_names=["labels"],
     )
+
+
+def _check_masks(model: torch.nn.Module, checkpoint: Path) -> None:
+    """The Trainer reads an adapter's tensors without its configuration, where the masks' checksum is."""
+    file = checkpoint / "adapter_config.json"
+    if not file.is_file():
+        return
+    trained = json.loads(file.read_text(encoding="utf-8")).get("mask_checksum")
+    for config in getattr(model, "peft_config", {}).values():
+        here = getattr(config, "mask_checksum", None)
+        if here != trained:
+            raise UserError(
+                f"{checkpoint} was trained under the masks {str(trained)[:12]}, the model has {str(here)[:12]}:"
+                " resume with the mask file that it began with."
+            )
 
 
 class _Watch(TrainerCallback):

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -6,6 +7,9 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from sparse_ft.errors import UserError
+from sparse_ft.lora import LoraSettings, apply_sparse_lora
+from sparse_ft.masks.mask_set import MaskSet
+from sparse_ft.models.loading import prunable_shapes
 from sparse_ft.progress import Progress
 from sparse_ft.tasks.examples import Example
 from sparse_ft.training import AnswerCollator, NonFiniteLossError, TrainingSettings, train
@@ -164,3 +168,21 @@ def test_settings_that_cannot_train_are_refused(wrong):
 def test_no_examples_is_an_error(model, tmp_path):
     with pytest.raises(UserError, match="no training examples"):
         train(model, [], TrainingSettings(), tmp_path)
+
+
+def test_a_checkpoint_of_other_masks_is_not_taken_up(folder, examples, tmp_path):
+    shapes = prunable_shapes(AutoModelForCausalLM.from_pretrained(folder))
+
+    def sparse(seed):
+        generator = torch.Generator().manual_seed(seed)
+        masks = MaskSet.from_bool({n: torch.rand(shape, generator=generator) > 0.5 for n, shape in shapes.items()})
+        return apply_sparse_lora(AutoModelForCausalLM.from_pretrained(folder), LoraSettings(r=2), masks=masks)
+
+    settings = TrainingSettings(max_steps=2, batch_size=2, save_steps=1)
+    train(sparse(0), examples, settings, tmp_path)
+    checkpoint = tmp_path / "checkpoint-2"
+    further = replace(settings, max_steps=3)
+    assert train(sparse(0), examples, further, tmp_path / "on", resume_from=checkpoint).steps == 1
+    with pytest.raises(UserError, match="was trained under the masks"):
+        train(sparse(1), examples, further, tmp_path / "other", resume_from=checkpoint)
+    assert not (tmp_path / "other").exists()
