@@ -54,6 +54,7 @@ class MaskConfig:
         device: auto, cpu, cuda, cuda:1, ...
         dtype: of the model where one is built.
         force: allow combinations that are known to collapse (global wanda).
+        shrink: also write every level as a plain, smaller checkpoint (method structured, scope layer).
     """
 
     model: str = "smollm2-135m"
@@ -73,6 +74,7 @@ class MaskConfig:
     device: str = "auto"
     dtype: Dtype = "auto"
     force: bool = False
+    shrink: bool = False
 
     @property
     def levels(self) -> tuple[float, ...]:

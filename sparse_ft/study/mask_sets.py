@@ -15,12 +15,13 @@ from sparse_ft.models.loading import resolve_device
 from sparse_ft.pruning.generator import MaskGenerator
 from sparse_ft.pruning.output import MaskFile
 from sparse_ft.pruning.settings import Calibration
+from sparse_ft.pruning.shrink import shrink_checkpoint
 from sparse_ft.study.config import MaskConfig
 from sparse_ft.study.settings import pruning_settings
 from sparse_ft.study.workbench import Workbench
 from sparse_ft.tasks.examples import calibration_tokens
 
-__all__ = ["GivenMasks", "make_masks", "mask_file", "read_manifest", "write_manifest"]
+__all__ = ["GivenMasks", "check_shrink", "make_masks", "mask_file", "read_manifest", "shrink", "write_manifest"]
 
 _MANIFEST = "mask_set.json"
 
@@ -52,6 +53,28 @@ def make_masks(config: MaskConfig, bench: Workbench, output_dir: str | Path | No
         calibration = Calibration(tokens, about)
     generator = MaskGenerator(checkpoint.folder, settings, calibration, config.model, bench.progress)
     return generator.generate(output_dir or config.output_dir, config.format)
+
+
+def check_shrink(config: MaskConfig) -> None:
+    """Raises UserError (one line) where no plain checkpoint can be made of the masks that are asked for."""
+    if (config.method, config.scope) != ("structured", "layer"):
+        raise UserError(
+            f"shrink needs method structured and scope layer, not {config.method} and {config.scope}: a plain"
+            " checkpoint has whole channels and heads, the same number in every block."
+        )
+    if 1.0 in config.levels:
+        raise UserError("shrink: sparsities holds 1, which leaves no model. Leave that level out.")
+
+
+def shrink(config: MaskConfig, files: Sequence[MaskFile], bench: Workbench) -> list[Path]:
+    """Writes every level as a smaller checkpoint beside its masks; returns the folders."""
+    dense = bench.checkpoint(config.model).folder
+    return [
+        shrink_checkpoint(
+            dense, file.load(), file.path.with_name(file.path.stem.replace("masks", "smaller", 1)), bench.progress
+        )
+        for file in files
+    ]
 
 
 @dataclass(frozen=True)

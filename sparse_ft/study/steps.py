@@ -21,7 +21,7 @@ from sparse_ft.study.cell_settings import check_cell, count
 from sparse_ft.study.config import AnalyzeConfig, CellConfig, MaskConfig, RebuildConfig, ValidateConfig
 from sparse_ft.study.failures import classify
 from sparse_ft.study.keeping import rebuild as rebuild_checkpoint
-from sparse_ft.study.mask_sets import make_masks, mask_file
+from sparse_ft.study.mask_sets import check_shrink, make_masks, mask_file, shrink
 from sparse_ft.study.plan import mask_set_of
 from sparse_ft.study.recording import log_cell_inputs, log_cell_result, log_failure, log_mask_inputs, log_masks
 from sparse_ft.study.registering import register_cell
@@ -36,9 +36,15 @@ __all__ = ["analyze", "compute_masks", "rebuild", "train", "validate"]
 
 
 def compute_masks(config: MaskConfig) -> int:
-    """Makes masks and logs them as a run. Returns 0."""
+    """Makes masks and logs them as a run. Returns 0.
+
+    Raises:
+        UserError: wrong input; nothing was logged then, where it could be known beforehand.
+    """
     bench = Workbench(shown_progress())
     pruning_settings(config).check()
+    if config.shrink:
+        check_shrink(config)
     bench.checkpoint(config.model).prunable_shapes()  # an unknown model makes no run
     tracker = Tracker()
     run_id = tracker.start(f"masks {Path(config.model).name} {config.method}", {"kind": "masks"})
@@ -46,8 +52,11 @@ def compute_masks(config: MaskConfig) -> int:
         log_mask_inputs(tracker, run_id, config)
         files = make_masks(config, bench)
         log_masks(tracker, run_id, files)
+        smaller = shrink(config, files, bench) if config.shrink else []
     for file in files:
         print(f"{level_label(file.sparsity)} %: {file.pruned} of {file.weights} weights pruned, {file.path}")
+    for path in smaller:
+        print(f"smaller checkpoint: {path}")
     return 0
 
 

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from sparse_ft.levels import level_label
 from sparse_ft.masks.files import load_masks
-from sparse_ft.models.loading import load_model
+from sparse_ft.models.catalog import locate
+from sparse_ft.models.loading import apply_masks, load_model
 from sparse_ft.pruning import MaskGenerator, PruningSettings
 from sparse_ft.tracking.runs import Tracker
 
@@ -140,6 +142,18 @@ def test_sparsegpt_masks_bring_the_weights_they_belong_to(command, tmp_path):
     assert (status, "is gone" in complaint) == (2, True)
 
 
+def test_structured_masks_come_with_smaller_models(command, tmp_path):
+    wanted = {"method": "structured", "sparsities": "0,0.5", "shrink": "true", "output_dir": tmp_path / "masks"}
+    status, shown, _ = command("compute_masks", model="tiny-llama", **wanted)
+    assert (status, shown.count("smaller checkpoint: ")) == (0, 2)
+    ids = torch.arange(3, 20)[None]
+    masked = load_model(locate("tiny-llama"), "float32", "cpu")
+    apply_masks(masked, load_masks(tmp_path / "masks" / "masks_sparsity50_structured.safetensors"))
+    smaller = AutoModelForCausalLM.from_pretrained(tmp_path / "masks" / "smaller_sparsity50_structured")
+    assert smaller.num_parameters() < masked.num_parameters()
+    torch.testing.assert_close(smaller(ids).logits, masked(ids).logits, rtol=1e-4, atol=1e-5)
+
+
 def test_analyze_writes_its_own_run_and_curves_only_once(command, tmp_path, study_of_two):
     counts = []
     for _ in range(2):
@@ -171,6 +185,7 @@ def study_of_two(command, tmp_path):
         ("compute_masks", {"sparsities": "1.5"}, "between 0 and 1"),
         ("compute_masks", {"method": "thin"}, "method is 'thin'"),
         ("compute_masks", {"model": "tiny-llama", "importance": "wanda", "scope": "global"}, "force"),
+        ("compute_masks", {"model": "tiny-llama", "shrink": "true"}, "shrink needs method structured"),
         ("train", {"mode": "thin"}, "mode is 'thin'"),
         ("train", {"model": "./none", "data_dir": "made"}, "none"),
         ("train", {"model": "tiny-llama", "data_dir": "./none"}, "none"),
