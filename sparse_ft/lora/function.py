@@ -41,16 +41,22 @@ def prune_(tensor: Tensor, packed: Tensor) -> Tensor:
     if packed.shape != (*tensor.shape[:-1], (columns + 7) // 8) or tensor.dtype not in _INTEGERS:
         raise ValueError(f"bits {tuple(packed.shape)} do not fit {tensor.dtype} {tuple(tensor.shape)}")
     rows, packed = tensor.view(_INTEGERS[tensor.dtype]).view(-1, columns), packed.reshape(-1, packed.shape[-1])
-    on_cpu = tensor.device.type == "cpu"
     # A CPU would widen int8 to the tensor's integers in a pass of its own, and likes blocks that fit its cache;
     # a GPU widens within the kernel and likes few kernels.
-    table = _byte_table(rows.dtype if on_cpu else torch.int8, packed.device)
-    step = max(1, _BLOCK // max(1, columns)) if on_cpu else max(1, rows.shape[0])
+    if tensor.device.type == "cpu":
+        _clear(rows, packed, rows.dtype, max(1, _BLOCK // max(1, columns)))
+    else:
+        _clear(rows, packed, torch.int8, max(1, rows.shape[0]))
+    return tensor
+
+
+def _clear(rows: Tensor, packed: Tensor, dtype: torch.dtype, step: int) -> None:
+    """Clears the masked elements of integer ``rows [R, C]``, ``step`` rows at a time, with masks of ``dtype``."""
+    table = _byte_table(dtype, packed.device)
     for begin in range(0, rows.shape[0], step):
         block, bits = rows[begin : begin + step], packed[begin : begin + step]
         keep = table[1].index_select(0, bits.reshape(-1).int()).view(table[0])
-        block.bitwise_and_(keep.view(block.shape[0], -1)[:, :columns])
-    return tensor
+        block.bitwise_and_(keep.view(block.shape[0], -1)[:, : rows.shape[1]])
 
 
 _BLOCK = 1 << 21  # elements

@@ -6,8 +6,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from sparse_ft.lora.function import effective_weight, masked_linear, masked_weight, prune_, rank_one_factors
-from sparse_ft.masks.mask_set import pack_bits
+from sparse_ft.lora.function import (
+    _clear,
+    effective_weight,
+    masked_linear,
+    masked_weight,
+    prune_,
+    rank_one_factors,
+)
+from sparse_ft.masks.mask_set import pack_bits, unpack_bits
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -30,6 +37,17 @@ def test_prune_zeroes_exactly_the_masked(dtype, shape):
     assert prune_(tensor, pack_bits(mask)) is tensor
     assert torch.equal(tensor, torch.where(mask, values, torch.zeros((), dtype=dtype)))
     assert not torch.signbit(tensor[~mask]).any()  # +0.0, also where the weight was negative
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.int64])
+def test_the_way_of_a_gpu_is_the_way_of_a_cpu(dtype):
+    rows = torch.randint(-(1 << 14), 1 << 14, (9, 21)).to(dtype)
+    packed = pack_bits(torch.rand(9, 21) > 0.5)
+    expected = rows * unpack_bits(packed, 21)
+    for widened, step in ((dtype, 2), (torch.int8, 9)):
+        cleared = rows.clone()
+        _clear(cleared, packed, widened, step)
+        assert torch.equal(cleared, expected)
 
 
 def test_prune_cleans_nan_and_infinity_and_refuses_what_does_not_fit():
