@@ -14,7 +14,6 @@ from sparse_ft.models.cerebras_names import check_convertible, places
 from sparse_ft.models.checkpoint import Checkpoint, open_checkpoint
 from sparse_ft.models.mdl import write_mdl
 
-pytest.importorskip("h5py")
 CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "mixtral": MixtralConfig}
 SHAPE = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -1,13 +1,12 @@
 import json
 
+import h5py
 import numpy as np
 import pytest
 import torch
 
 from sparse_ft.errors import UserError
 from sparse_ft.models.mdl import MdlFile, write_mdl
-
-h5py = pytest.importorskip("h5py")
 
 
 def tensors():
