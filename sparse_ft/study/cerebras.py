@@ -55,13 +55,13 @@ class CerebrasSettings:
     cluster: Cluster = field(default_factory=Cluster)
 
 
-def load_settings(path: str | Path | None) -> CerebrasSettings:
-    """Settings from a YAML file with the fields of `CerebrasSettings`; None gives the defaults.
+def load_settings(path: str | Path = "none") -> CerebrasSettings:
+    """Settings from a YAML file with the fields of `CerebrasSettings`; ``none`` gives the defaults.
 
     Raises:
         UserError: no such file, or a field that does not exist.
     """
-    if path is None:
+    if str(path) == "none":
         return CerebrasSettings()
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
@@ -124,6 +124,7 @@ def run_cerebras_cell(
     folder.mkdir(parents=True, exist_ok=True)
     with clock("load"):
         check_cell(cell)
+        _require(preflight(settings.python, settings.device))  # before anything is converted
         checkpoint, tokenizer = bench.checkpoint(cell.model), bench.tokenizer(cell.model)
         plan = trainer_plan(cell, checkpoint.config, settings.device, settings.cluster)
         task = bench.task(cell.task, cell.data_dir, count(cell.num_fewshot))
@@ -142,9 +143,7 @@ def run_cerebras_cell(
                 _log_untuned(result, scores, model, masks)
 
     config = _prepare(cell, plan, start, masks, examples, tokenizer.pad_token_id, folder, settings, bench, clock)
-    problems = preflight(settings.python, settings.device, yaml.safe_load(config.read_text(encoding="utf-8")))
-    if problems:
-        raise UserError(" | ".join(problems))
+    _require(preflight(settings.python, settings.device, yaml.safe_load(config.read_text(encoding="utf-8"))))
     bench.progress.start("train", cell.max_steps, "steps")
     with clock("train"):
         trained = run_fit(
@@ -195,6 +194,11 @@ def run_cerebras_cell(
     shutil.rmtree(folder / "model_dir", ignore_errors=True)
     result.metrics.update(clock.metrics())
     return result
+
+
+def _require(problems: list[str]) -> None:
+    if problems:
+        raise UserError(" | ".join(problems))
 
 
 def _prepare(

@@ -41,7 +41,7 @@ class CerebrasConfigsConfig:
 
 def write_configs(config: CerebrasConfigsConfig) -> int:
     """Writes the configurations and says how many. Returns 0."""
-    settings = load_settings(None if config.settings == "none" else config.settings)
+    settings = load_settings(config.settings)
     files = write_study_configs(config.config, config.output_dir, settings)
     print(f"{len(files)} configurations in {config.output_dir}; index.json lists them with their masks and data.")
     return 0

@@ -272,7 +272,7 @@ class SweepConfig:
     Args:
         config: the study's YAML file (see configs/).
         executor: where cells run: one after another here (serial), in worker processes on this machine
-            (process), or on a Ray cluster (ray).
+            (process), on a Ray cluster (ray), or one after another, trained on a Cerebras cluster (cerebras).
         max_workers: number of workers, or none for as many as the executor finds sensible (one per GPU).
         resume: id of the parent run to go on with; none goes on with an unfinished study of the same
             configuration in the same experiment, where there is one; new starts afresh.
@@ -281,10 +281,11 @@ class SweepConfig:
         cell_seconds: longest time for a cell, or none for no limit.
         max_retries: how often a cell is tried again whose worker was lost or that took too long.
         ray_address: a running Ray cluster to join (auto finds one), or none for one on this machine.
+        cerebras: YAML file that says where Cerebras cells are trained (see docs/cerebras.md), or none.
     """
 
     config: str
-    executor: Literal["serial", "process", "ray"] = "serial"
+    executor: Literal["serial", "process", "ray", "cerebras"] = "serial"
     max_workers: Count = "none"
     resume: str = "none"
     dry_run: bool = False
@@ -292,3 +293,4 @@ class SweepConfig:
     cell_seconds: float | Literal["none"] = "none"
     max_retries: int = 1
     ray_address: str = "none"
+    cerebras: str = "none"

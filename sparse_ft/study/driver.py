@@ -16,7 +16,7 @@ from sparse_ft.levels import level_label
 from sparse_ft.progress import shown_progress
 from sparse_ft.study.config import SweepConfig
 from sparse_ft.study.display import duration, shown_display
-from sparse_ft.study.executors import make_executor, worker_count
+from sparse_ft.study.executors import executor_problems, make_executor, worker_count
 from sparse_ft.study.failures import RETRIED, classify
 from sparse_ft.study.keeping import keep_models
 from sparse_ft.study.life import close_open_runs, interruptible, resume_command, signs_of_life
@@ -51,7 +51,7 @@ def sweep(config: SweepConfig) -> int:
     plan, console = make_plan(study), study_console()
     workers = worker_count(config)
     bench = Workbench(shown_progress())
-    problems = check_plan(plan, bench)
+    problems = [*check_plan(plan, bench), *executor_problems(config)]
     if config.dry_run:
         console.print("\n".join(_described(plan, bench, workers, problems)), highlight=False, soft_wrap=True)
         return 1 if problems else 0

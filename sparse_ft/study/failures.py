@@ -51,7 +51,8 @@ class Failure:
 
 def classify(error: BaseException) -> Failure:
     """The failure class of an exception: out_of_memory, disk_full, non_finite_loss, data_missing,
-    model_unavailable, worker_lost, timeout, validation_failed, configuration or bug.
+    model_unavailable, worker_lost, timeout, validation_failed, configuration or bug; of a Cerebras training also
+    those of `sparse_ft.cerebras.logs.classify_log`.
     """
     text = "".join(traceback.format_exception(error))
     message = " ".join(f"{error}".split()) or type(error).__name__
@@ -72,6 +73,8 @@ def _kind(error: BaseException) -> str:
         MemoryError: "out_of_memory",
         torch.OutOfMemoryError: "out_of_memory",
     }
+    if (told := getattr(error, "failure_class", None)) is not None:  # a Cerebras trainer's, from its own log
+        return told
     for kind, name in classes.items():
         if isinstance(error, kind):
             return name

@@ -1,4 +1,4 @@
-"""Where jobs run: in the driver's process, in worker processes, or on a Ray cluster."""
+"""Where jobs run: in the driver's process, in worker processes, on a Ray cluster, or trained on a Cerebras."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sparse_ft.study.executors.serial import SerialExecutor
 from sparse_ft.study.jobs import Listener
 from sparse_ft.study.worker import WorkerSetup
 
-__all__ = ["make_executor", "worker_count"]
+__all__ = ["executor_problems", "make_executor", "worker_count"]
 
 
 def make_executor(
@@ -20,7 +20,8 @@ def make_executor(
     """The executor that a configuration asks for.
 
     Raises:
-        UserError: ray is asked for and not installed, or its cluster does not answer.
+        UserError: ray is asked for and not installed, or its cluster does not answer; Cerebras settings that cannot
+            be read.
     """
     limit = None if config.cell_seconds == "none" else float(config.cell_seconds)
     if config.executor == "process":
@@ -29,7 +30,28 @@ def make_executor(
         from sparse_ft.study.executors.ray import RayExecutor
 
         return RayExecutor(setup, listen, workers, limit, address=config.ray_address)
+    if config.executor == "cerebras":
+        from sparse_ft.study.cerebras import load_settings
+        from sparse_ft.study.executors.cerebras import CerebrasExecutor, CerebrasSetup
+
+        trained = CerebrasSetup(**vars(setup), cerebras=load_settings(config.cerebras))
+        return CerebrasExecutor(trained, listen, limit)
     return SerialExecutor(setup, listen, limit)
+
+
+def executor_problems(config: SweepConfig) -> list[str]:
+    """What an executor's surroundings lack, one line each; empty where it can start.
+
+    Raises:
+        UserError: Cerebras settings that cannot be read.
+    """
+    if config.executor != "cerebras":
+        return []
+    from sparse_ft.cerebras.preflight import preflight
+    from sparse_ft.study.cerebras import load_settings
+
+    settings = load_settings(config.cerebras)
+    return preflight(settings.python, settings.device)
 
 
 def worker_count(config: SweepConfig) -> int:
@@ -38,7 +60,7 @@ def worker_count(config: SweepConfig) -> int:
     Raises:
         UserError: fewer than one.
     """
-    if config.executor == "serial":
+    if config.executor in ("serial", "cerebras"):
         return 1
     if config.max_workers == "none":
         return default_workers()

@@ -1,0 +1,85 @@
+"""Cells trained by ModelZoo's trainer. The whole way needs an environment with ModelZoo, whose interpreter is named by
+SPARSE_FT_CEREBRAS_PYTHON (make test-modelzoo does so), and runs on the trainer's CPU device."""
+
+import os
+import stat
+import sys
+
+import pytest
+import yaml
+
+from sparse_ft.cerebras.logs import Failure
+from sparse_ft.cerebras.runner import TrainerError
+from sparse_ft.errors import UserError
+from sparse_ft.study.cerebras import CerebrasSettings, load_settings
+from sparse_ft.study.config import SweepConfig
+from sparse_ft.study.driver import sweep
+from sparse_ft.study.failures import classify
+from sparse_ft.tracking.runs import Tracker
+
+MODELZOO = os.environ.get("SPARSE_FT_CEREBRAS_PYTHON")
+
+
+@pytest.fixture
+def settings_file(tmp_path):
+    def write(**values):
+        path = tmp_path / "cerebras.yaml"
+        path.write_text(yaml.safe_dump(values))
+        return str(path)
+
+    return write
+
+
+def test_settings_come_from_a_file(settings_file):
+    path = settings_file(python="/x/python", device="CPU", cluster={"num_csx": 2, "mount_dirs": ["/data"]})
+    settings = load_settings(path)
+    assert (settings.python, settings.device, settings.retries) == ("/x/python", "CPU", 2)
+    assert (settings.cluster.num_csx, settings.cluster.mount_dirs) == (2, ("/data",))
+    assert load_settings() == CerebrasSettings()
+    for wrong in ({"pyton": "x"}, {"cluster": {"wafers": 1}}):
+        with pytest.raises(UserError, match="unknown field"):
+            load_settings(settings_file(**wrong))
+    with pytest.raises(UserError, match="cannot be read"):
+        load_settings("none.yaml")
+
+
+def test_what_is_missing_is_said_at_once_and_before_any_run(study_file, settings_file, tmp_path):
+    bare = tmp_path / "python"
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S -I "$@"\n')  # no site-packages
+    bare.chmod(bare.stat().st_mode | stat.S_IXUSR)
+    study = study_file({"model": ["tiny-llama"], "sparsity": [0.5]}, dense_baseline=False)
+    config = SweepConfig(config=str(study), executor="cerebras", cerebras=settings_file(python=str(bare)))
+    with pytest.raises(UserError) as stop:
+        sweep(config)
+    for missing in ("cerebras-pytorch 2.10", "ModelZoo 2.10", "torch-cirh-opt is not on PATH"):
+        assert missing in str(stop.value)
+    assert "\n" not in str(stop.value)
+    assert Tracker().search() == []
+
+
+@pytest.mark.parametrize("kind", ["lost_connection", "disk_quota", "job_time_limit", "configuration_refused"])
+def test_the_trainers_failures_keep_their_class(kind):
+    assert classify(TrainerError(Failure(kind, "what it said"))).kind == kind
+
+
+@pytest.mark.skipif(MODELZOO is None, reason="needs ModelZoo: make test-modelzoo MODELZOO=PATH")
+def test_a_study_is_trained_merged_proven_and_scored(study_file, settings_file, tmp_path):
+    grid = {"model": ["tiny-llama"], "sparsity": [0.6], "mode": ["sparse_to_dense", "sparse_to_sparse"]}
+    study = study_file(grid, dense_baseline=True)
+    settings = settings_file(python=MODELZOO, device="CPU")
+    options = {"executor": "cerebras", "cerebras": settings, "output_dir": str(tmp_path / "out")}
+    assert sweep(SweepConfig(config=str(study), **options)) == 0
+    tracker = Tracker()
+    cells = [run for run in tracker.search() if run["tags"].get("kind") == "cell"]
+    assert sorted(run["params"]["cfg/mode"] for run in cells) == ["dense", "sparse_to_dense", "sparse_to_sparse"]
+    for run in cells:
+        assert run["status"] == "FINISHED"
+        assert run["metrics"]["sparsity/violations"] == 0
+        assert 0 <= run["metrics"]["eval/accuracy"] <= 1
+        assert [step for step, _ in tracker.curve(run["run_id"], "cerebras/loss")] == [1, 2]  # as they came
+        assert run["metrics"]["train/samples_per_second"] > 0
+        assert {"cerebras/fit.yaml", "cerebras/fit.log"} <= set(tracker.artifacts(run["run_id"]))
+    (sparse,) = [run for run in cells if run["params"]["cfg/mode"] == "sparse_to_sparse"]
+    assert sparse["metrics"]["sparsity/after_merge"] == pytest.approx(0.6, abs=1e-3)
+    (dense,) = [run for run in cells if run["params"]["cfg/mode"] == "sparse_to_dense"]
+    assert "eval/accuracy_remasked" in dense["metrics"]
