@@ -20,7 +20,7 @@ BASELINE_COLUMNS = (
     "model", "task", "method", "importance", "sparsity", "mode",
     "accuracy", "perplexity", "throughput", "source", "protocol",
 )  # fmt: skip
-BUILT_IN = ("shears", "wanda")
+BUILT_IN = ("shears", "wanda", "owl")
 MODES = ("dense", "untuned", "sparse_to_dense", "sparse_to_sparse", "full")
 _OPTIONAL = ("importance", "perplexity", "accuracy", "throughput")
 _NUMBERS = ("sparsity", "accuracy", "perplexity", "throughput")
@@ -236,9 +236,9 @@ def _side_by_side(row: Mapping[str, Any], measure: str, column: str, point: Mapp
 
 
 def _conditions(cells: pd.DataFrame) -> dict[tuple[Any, ...], dict[str, set[str]]]:
-    """For every point the values its finished cells state for each protocol key (and its N:M pattern)."""
+    """For every point the values its finished cells state for each protocol key (and its pattern and allocation)."""
     columns = {str(c): str(c).removeprefix("protocol_") for c in cells.columns if str(c).startswith("protocol_")}
-    columns |= {"cfg_pattern": "pattern"} if "cfg_pattern" in cells else {}
+    columns |= {f"cfg_{key}": key for key in ("pattern", "allocation") if f"cfg_{key}" in cells}
     found: dict[tuple[Any, ...], dict[str, set[str]]] = {}
     for cell in cells[cells["status"] == "FINISHED"].to_dict("records"):
         stated = found.setdefault(tuple(cell[name] for name in GROUP), {})

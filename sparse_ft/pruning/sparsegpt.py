@@ -61,7 +61,8 @@ def prune_columns(
 
     Args:
         weight: float32 ``[R, C]``. Not modified.
-        factor, dead: from `inverse_factor`.
+        factor: from `inverse_factor`.
+        dead: from `inverse_factor`.
         k: weights to prune, without ``pattern``.
         pattern: (N, M): keep N of every M columns; M must divide C.
         pruned: bool ``[R, C]``, weights that go in any case (nested levels); at most ``k``.

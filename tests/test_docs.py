@@ -1,0 +1,269 @@
+"""The documentation holds: its links lead somewhere, its commands exist and run, its messages are the program's."""
+
+import ast
+import importlib
+import json
+import re
+import runpy
+import subprocess
+import sys
+import tomllib
+from dataclasses import fields
+from functools import cache
+from itertools import pairwise
+
+import pytest
+import yaml
+from documents import PAGES, ROOT, SHELL_WORDS, Command, anchors, blocks, commands, headings, links
+
+from sparse_ft.study import config as parameters
+from sparse_ft.study.cerebras_configs import CerebrasConfigsConfig
+from sparse_ft.study.parsing import Parser
+from sparse_ft.study.plan import load_study
+
+MLPROJECT = yaml.safe_load((ROOT / "MLproject").read_text())["entry_points"]
+STEPS = {
+    "compute_masks": parameters.MaskConfig,
+    "train": parameters.CellConfig,
+    "validate": parameters.ValidateConfig,
+    "analyze": parameters.AnalyzeConfig,
+    "sweep": parameters.SweepConfig,
+    "rebuild": parameters.RebuildConfig,
+    "cerebras_configs": CerebrasConfigsConfig,
+}
+COMMANDS = [command for page in PAGES for command in commands(page)]
+NOT_OURS = {  # headings of the troubleshooting page that pip, the shell or a reader says
+    "No matching distribution found for torch",
+    "pyenv: python: command not found",
+    "Accuracy does not move with sparsity",
+    "The compare page draws points, not curves",
+}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    for target in links(page):
+        path, _, anchor = target.partition("#")
+        file = (ROOT / page).parent / path if path else ROOT / page
+        assert file.exists(), f"{page}: {target}"
+        if anchor and file.suffix == ".md":
+            assert anchor in anchors(file.resolve().relative_to(ROOT).as_posix()), f"{page}: {target}"
+
+
+def test_a_broken_link_would_be_seen(tmp_path, monkeypatch):
+    monkeypatch.setattr("documents.ROOT", tmp_path)
+    (tmp_path / "a.md").write_text("# One two: three\n[x](b.md#c) ![y](z.png) [w](https://w.org)\n```\n[no](n)\n```\n")
+    assert links("a.md") == ["b.md#c", "z.png"] and anchors("a.md") == {"one-two-three"}
+
+
+def test_every_page_is_in_the_site_and_every_part_of_the_issue_in_its_menu():
+    pages = re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert sorted(f"docs/{page}" for page in pages) == [page for page in PAGES if page != "README.md"]
+    topics = ("getting_started", "design", "pruning", "sparse_lora", "study", "results", "cerebras", "benchmarks",
+              "troubleshooting", "api/masks")  # fmt: skip
+    assert {f"{topic}.md" for topic in topics} <= set(pages)
+
+
+def test_the_site_has_its_own_pinned_environment():
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["docs"]
+    lines = [line for line in (ROOT / "requirements/docs.txt").read_text().splitlines() if not line.startswith("#")]
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines)
+    pinned = {line.split("==")[0].lower() for line in lines}
+    assert {re.match(r"[\w-]+", name)[0] for name in wanted} <= pinned
+    assert "make docs" in (ROOT / ".ci/run").read_text()
+
+
+def test_commands_are_found():
+    """So that a change of the pages' form does not empty the tests below."""
+    assert len(COMMANDS) > 40
+    assert {command.page for command in COMMANDS} >= {"README.md", "docs/getting_started.md", "docs/study.md"}
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: f"{command.page}: {command.text[:60]}")
+def test_a_command_exists_with_all_its_options(command):
+    check(command)
+
+
+@pytest.mark.parametrize("wrong", [
+    "mlflow run . -e nothing", "mlflow run . -e train -P no_such_field=1", "mlflow run . -e train -P max_steps=many",
+    "python -m entrypoints.train --no_such_field 1", "python -m entrypoints.validate --checkpoint X",
+    "python -m benchmarks.masks --no-such-option", "make nothing", "mlflow ui --no-such-option 1", "rm -rf /",
+    "pip install 'sparse_ft[nothing]'", "python -m entrypoints.sweep --config configs/none.yaml",
+])  # fmt: skip
+def test_a_wrong_command_would_be_seen(wrong):
+    with pytest.raises((AssertionError, SystemExit, Exception)):
+        check(Command("README.md", wrong, True))
+
+
+def check(command: Command) -> None:
+    """Fails unless the command exists with every option it is given, by the program's own parser."""
+    words = command.words
+    if not words or (command.block and words[0] in SHELL_WORDS):
+        return
+    for word in words:
+        match = re.search(r"(configs/[\w.]+\.yaml|requirements/\S+|conda\S*\.yaml)", word)
+        assert match is None or (ROOT / match[1]).is_file(), f"{match and match[1]} is not there"
+    match words:
+        case ["make", *targets]:
+            made = [target for target in targets if "=" not in target]
+            subprocess.run(["make", "--dry-run", "--always-make", *made, "MODELZOO=X"], cwd=ROOT, check=True,
+                           capture_output=True)  # fmt: skip
+        case ["mlflow", "run", ".", *options]:
+            parsed(options)
+        case ["mlflow", name, *options]:
+            known_by_mlflow(name, options)
+        case ["python", "-m", module, *options] if module.startswith("entrypoints."):
+            step = module.removeprefix("entrypoints.")
+            if options and options != ["--help"] and step in STEPS:
+                Parser(STEPS[step]).arguments(options)
+            assert step in STEPS or step == "NAME"
+        case ["python", "-m", "lm_eval" as program, *options] | ["python", "-m" | "-u", program, *options]:
+            assert_flags(program, options)
+        case ["python", file, *options] if file.endswith(".py"):
+            assert (ROOT / file).is_file()
+            assert_flags(file.removesuffix(".py").replace("/", "."), options)
+        case ["lm_eval", *options]:
+            assert_flags("lm_eval", options)
+        case ["pip", "install", *names]:
+            extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+            for extra in re.findall(r"\[(\w+)\]", " ".join(names)):
+                assert extra in extras
+        case ["conda", "env", "create", "--file", _]:
+            pass  # that the file is there was seen above
+        case _:
+            raise AssertionError(f"{command.page}: no rule for {command.text!r}")
+
+
+def parsed(options: list[str]) -> list[str]:
+    """The command line of an entry point that ``mlflow run . OPTIONS`` starts; every parameter by its parser."""
+    step = options[options.index("-e") + 1] if "-e" in options else "main"
+    given = dict(option.split("=", 1) for flag, option in pairwise(options) if flag == "-P")
+    known = {"-e", "-P", "--env-manager"}
+    assert {option for option in options if option.startswith("-")} <= known
+    entry = MLPROJECT[step]
+    values = {name: about.get("default") for name, about in entry.get("parameters", {}).items()} | given
+    argv = [part for name, value in values.items() if value is not None for part in (f"--{name}", value)]
+    name = re.match(r"python -m entrypoints\.(\w+)", entry["command"])[1]
+    Parser(STEPS[name]).arguments(argv)
+    return [name, *argv]
+
+
+def known_by_mlflow(name: str, options: list[str]) -> None:
+    from mlflow.cli import cli
+
+    group = cli.commands[name]
+    if hasattr(group, "commands") and options:
+        group, options = group.commands[options[0]], options[1:]
+    flags = {flag for parameter in group.params for flag in parameter.opts}
+    assert {option.split("=")[0] for option in options if option.startswith("-")} <= flags
+
+
+@cache
+def usage(module: str) -> str:
+    more = ["run"] if module == "lm_eval" else []
+    return subprocess.run([sys.executable, "-m", module, *more, "--help"], cwd=ROOT, check=True, capture_output=True,
+                          text=True).stdout  # fmt: skip
+
+
+def assert_flags(module: str, options: list[str]) -> None:
+    if module == "sparse_ft.cerebras.cszoo":  # ModelZoo's own parser, in an environment of its own
+        assert (ROOT / "sparse_ft/cerebras/cszoo.py").is_file()
+        return
+    known = usage(module)
+    for option in options:
+        if re.match(r"--\w", option):
+            assert re.search(rf"{re.escape(option.split('=')[0])}\b", known), f"{module} has no {option}"
+
+
+RUN_HERE = [
+    command
+    for command in COMMANDS
+    if command.page == "docs/getting_started.md" and command.block and command.words[0] in ("mlflow", "python")
+]
+
+
+def test_the_first_steps_run_as_they_are_written(monkeypatch, tmp_path, capsys):
+    """Every entry point that `getting_started.md` starts, in its order, in this process and a folder of its own."""
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "sparse_ft")
+    started = []
+    for command in RUN_HERE:
+        words = command.words
+        name, *argv = parsed(words[3:]) if words[0] == "mlflow" else [words[2].split(".")[1], *words[3:]]
+        monkeypatch.setattr(sys, "argv", [name, *argv])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_module(f"entrypoints.{name}", run_name="__main__")
+        assert stop.value.code == 0, (command.text, capsys.readouterr())
+        started.append(name)
+    assert started == ["compute_masks", "train", "train", "validate", "sweep", "sweep", "analyze"]
+    assert "0 violations" in capsys.readouterr().out
+    report = (tmp_path / "outputs/analysis/report.html").read_text(encoding="utf-8")
+    assert "Published numbers" in report and "BoolQ on tiny-llama" in report
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_python_and_yaml_blocks_are_of_this_project(page, tmp_path):
+    for body in blocks(page, "python"):
+        for node in ast.walk(ast.parse(body)):
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("sparse_ft"):
+                for alias in node.names:
+                    assert hasattr(importlib.import_module(node.module), alias.name)
+    for body in blocks(page, "yaml"):
+        (tmp_path / "study.yaml").write_text(body, encoding="utf-8")
+        load_study(tmp_path / "study.yaml")
+
+
+def test_messages_of_the_troubleshooting_page_are_the_programs():
+    said = "\n".join(messages())
+    missing = []
+    for heading in set(headings("docs/troubleshooting.md", 3)) - NOT_OURS:
+        parts = [re.escape(part) for part in heading.split("…")]
+        if not re.search("[^\n]*?".join(parts), said):
+            missing.append(heading)
+    assert not missing
+    assert set(headings("docs/troubleshooting.md", 3)) > NOT_OURS
+
+
+@cache
+def messages() -> list[str]:
+    """Every string of the program, with … where it puts a value in."""
+    found = []
+    for file in sorted((ROOT / "sparse_ft").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = [part.value if isinstance(part, ast.Constant) else "…" for part in node.values]
+                found.append("".join(str(part) for part in parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return [text.replace("\n", " ") for text in found]
+
+
+def test_metrics_that_the_design_names_are_logged(monkeypatch, tmp_path):
+    """By a real cell: the table of docs/design.md against its run."""
+    from sparse_ft.tracking.runs import Tracker
+
+    argv = ["--model", "tiny-llama", "--data_dir", "made", "--max_steps", "4", "--batch_size", "2", "--eval_limit", "4",
+            "--perplexity_tokens", "64", "--perplexity_seq_len", "16", "--mode", "sparse_to_dense",
+            "--output_dir", str(tmp_path / "cell")]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["train", *argv])
+    with pytest.raises(SystemExit):
+        runpy.run_module("entrypoints.train", run_name="__main__")
+    (run,) = [run for run in Tracker().search() if run["tags"].get("kind") == "cell"]
+    table = (ROOT / "docs/design.md").read_text().split("| metric of a run")[1].split("\n\n")[0]
+    named = re.findall(r"`([\w/.]+)`", table)
+    assert len(named) > 15
+    logged = "\n".join(run["metrics"])
+    elsewhere = {"eval/acc_norm", "eval/exact_match_strict_match"}  # of the other tasks
+    patterns = {name: re.escape(name).replace(r"\.\.\.", r"\w+") for name in set(named) - elsewhere if "/" in name}
+    absent = [name for name, pattern in patterns.items() if not re.search(pattern, logged)]
+    assert absent == ["protocol/perplexity_..."]
+    assert json.loads(json.dumps(run["params"]))["protocol/perplexity_seq_len"] == "16"
+
+
+def test_fields_that_pages_name_exist():
+    """``name=value`` in the text of a page: a field of a step, or of the evaluation."""
+    known = {entry.name for kind in STEPS.values() for entry in fields(kind)}
+    for page in ("docs/troubleshooting.md", "docs/design.md", "docs/getting_started.md"):
+        for name in re.findall(r"`(\w+)=[^`]*`", (ROOT / page).read_text()):
+            assert name in known, f"{page}: {name}"
