@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from sparse_ft.analysis.style import COLOURS
 from sparse_ft.analysis.table import EVALUATION_PROTOCOL, GROUP, grouped_table
 
 __all__ = ["CHANCE", "chance_level", "curves", "dense_baseline", "majority_level", "pareto_front", "performance_table"]
@@ -29,8 +30,8 @@ POINT_MEASURES = (
     "perplexity_untuned", "accuracy_remasked", "accuracy_error_remasked", "loss_remasked", "perplexity_remasked",
     "accuracy_gained", "accuracy_gained_error", "perplexity_ratio_gained",
     "accuracy_remask_gap", "accuracy_remask_gap_error", "perplexity_ratio_remask",
-    "sparsity_achieved", "sparsity_after_merge", "train_tokens_per_second", "train_samples_per_second",
-    "eval_samples_per_second", "peak_bytes",
+    "sparsity_achieved", "sparsity_after_merge", "train_tokens_per_second", "train_tokens_per_second_std",
+    "train_samples_per_second", "eval_samples_per_second", "eval_samples_per_second_std", "peak_bytes",
 )  # fmt: skip
 
 CURVE_METRICS = {
@@ -120,13 +121,15 @@ def performance_table(cells: pd.DataFrame, grouped: pd.DataFrame) -> pd.DataFram
 def curves(cells: pd.DataFrame, table: pd.DataFrame | None = None) -> list[dict[str, Any]]:
     """Curves for MLflow, one a (model, task, method, mode): mean over seeds against sparsity in percent.
 
-    Each has ``key`` (stable across calls), ``name``, the identity fields, and ``points``: metric name ->
+    Each has ``key`` (stable across calls), ``name``, the identity fields, ``colour`` (of the line: MLflow knows
+    no dashes, so every method and mode has its own), and ``points``: metric name ->
     sorted ``(percent, value)`` with percent a whole number (MLflow's step); values that are not finite or
     were not measured are left out, and so are lines of a single point. ``table``: the performance table,
     where it is at hand.
     """
     table = performance_table(cells, grouped_table(cells)) if table is None else table
     fields = [name for name in GROUP if name != "sparsity"]
+    lines = table[["series", "variant", "mode"]].drop_duplicates().apply(tuple, axis=1).tolist() if len(table) else []
     result = []
     for key, group in table.groupby(fields, sort=False, dropna=False):
         curve: dict[str, Any] = dict(zip(fields, key, strict=True))
@@ -143,8 +146,9 @@ def curves(cells: pd.DataFrame, table: pd.DataFrame | None = None) -> list[dict[
                 points[metric] = measured
         parts = [curve[name] for name in ("model", "task", "series", "mode", "variant") if curve[name]]
         if points:
+            place = lines.index((curve["series"], curve["variant"], curve["mode"]))
             result.append(curve | {"key": "|".join(str(curve[f]) for f in fields), "name": " · ".join(parts),
-                                   "points": points})  # fmt: skip
+                                   "colour": COLOURS[place % len(COLOURS)], "points": points})  # fmt: skip
     return result
 
 

@@ -15,11 +15,22 @@ from matplotlib.lines import Line2D
 
 from sparse_ft.files import atomic_path
 
-__all__ = ["DENSE", "LEVEL_COLOURS", "MODE_LABELS", "RULE", "Look", "drawing", "line_handle", "looks", "save_figure"]
+__all__ = [
+    "COLOURS",
+    "DENSE",
+    "LEVEL_COLOURS",
+    "MODE_LABELS",
+    "RULE",
+    "Look",
+    "drawing",
+    "line_handle",
+    "looks",
+    "save_figure",
+]
 
 # After Okabe and Ito's palette, reordered and darkened so that neighbours differ in lightness too
 # (L* 33, 53, 69, 61, 46, 75, 25): printed in grey they stay apart, and the markers tell the rest.
-_COLOURS = ("#0b4f8a", "#d55e00", "#4fb3a0", "#cc79a7", "#7a5c00", "#8ec3ee", "#5b2a6e")
+COLOURS = ("#0b4f8a", "#d55e00", "#4fb3a0", "#cc79a7", "#7a5c00", "#8ec3ee", "#5b2a6e")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 # Solid and filled where the merged model is sparse, dashed and hollow where it is not.
 _DASHES = {"sparse_to_sparse": "-", "sparse_to_dense": (0, (4, 1.8)), "full": (0, (1, 1.4)), "dense": "-"}
@@ -89,7 +100,7 @@ def looks(table: pd.DataFrame) -> Mapping[tuple[str, str, str], Look]:
     result = {}
     for series, variant, mode in pruned[["series", "variant", "mode"]].drop_duplicates().itertuples(index=False):
         place = order.index(series if many else (series, variant))
-        colour, marker = _COLOURS[place % len(_COLOURS)], _MARKERS[(place + place // len(_COLOURS)) % len(_MARKERS)]
+        colour, marker = COLOURS[place % len(COLOURS)], _MARKERS[(place + place // len(COLOURS)) % len(_MARKERS)]
         dashes = _DASHES.get(mode, (0, (3, 1, 1, 1)))
         result[series, variant, mode] = Look(colour, marker, dashes, mode != "sparse_to_dense", not many)
     return result

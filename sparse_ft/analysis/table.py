@@ -49,6 +49,7 @@ _INCIDENTAL = {
     "output_dir", "data_dir", "device", "executor", "max_workers", "resume", "register_as", "masks",
     "batch_size", "eval_batch_size", "gradient_accumulation", "gradient_checkpointing", "format", "keep",
     "name", "experiment", "parent_run_id", "run_id", "config", "timeout", "max_retries", "cell_key",
+    "keep_samples",
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Collection, Iterator
@@ -14,7 +15,7 @@ import torch
 from transformers import PreTrainedModel, TrainerCallback
 
 from sparse_ft.evaluation import Evaluation, evaluate
-from sparse_ft.files import write_json
+from sparse_ft.files import write_json, write_text
 from sparse_ft.lora.model import apply_sparse_lora, merge_all_lora_weights, remask, validate_sparsity_preserved
 from sparse_ft.masks.checks import check_masks
 from sparse_ft.masks.mask_set import MaskSet
@@ -83,7 +84,7 @@ def run_cell(
         start = checkpoint if mask_file is None or mask_file.checkpoint is None else Checkpoint(mask_file.checkpoint)
         masks = _masks(mask_file, start, result)
         examples = training_examples(task, tokenizer, cell.max_seq_len, settings.examples_needed, cell.seed)
-    scores = _Scores(cell, bench, tokenizer, task)
+    scores = _Scores(cell, bench, tokenizer, task, folder)
 
     with clock("load"), bench.borrow(cell) as model:
         if start is not checkpoint:
@@ -143,6 +144,8 @@ def run_cell(
     else:
         shutil.rmtree(target)
     shutil.rmtree(folder / "trainer", ignore_errors=True)
+    if cell.keep_samples:
+        result.artifacts.append((folder / "samples", "samples"))
     result.metrics.update(clock.metrics())
     return result
 
@@ -167,8 +170,9 @@ class StoppedEarly(Exception):
 class _Scores:
     """Scores a model as the cell asks."""
 
-    def __init__(self, cell: CellConfig, bench: Workbench, tokenizer, task):
+    def __init__(self, cell: CellConfig, bench: Workbench, tokenizer, task, folder: Path):
         self._cell, self._bench, self._tokenizer, self._task = cell, bench, tokenizer, task
+        self._samples = folder / "samples"
         self._settings = evaluation_settings(cell)
         self.protocol: dict[str, Any] = {}
 
@@ -176,6 +180,9 @@ class _Scores:
         progress = _Staged(self._bench.progress, stage)
         evaluation = evaluate(model, self._tokenizer, self._task, replace(self._settings, **changes), progress)
         self.protocol = evaluation.protocol
+        if evaluation.samples:
+            lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in evaluation.samples)
+            write_text(self._samples / f"{stage.replace(' ', '_')}.jsonl", "".join(lines))
         return evaluation
 
     def untuned(self, model: PreTrainedModel, checksum: str) -> tuple[str, Evaluation]:

@@ -68,6 +68,9 @@ def evaluation_settings(cell: CellConfig) -> EvaluationSettings:
         batch_size=cell.eval_batch_size,
         perplexity_seq_len=cell.perplexity_seq_len,
         perplexity_tokens=count(cell.perplexity_tokens),
+        perplexity_corpus=cell.perplexity_corpus,
+        share_contexts=cell.share_contexts,
+        keep_samples=cell.keep_samples,
     )
 
 

@@ -29,7 +29,7 @@ Importance = Literal["magnitude", "gradient", "taylor", "wanda", "sparsegpt"]
 Scope = Literal["global", "layer", "row"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
-_NO_PART_OF_THE_RESULT = ("output_dir", "register_as", "keep")
+_NO_PART_OF_THE_RESULT = ("output_dir", "register_as", "keep", "keep_samples")
 
 
 @dataclass(frozen=True)
@@ -121,8 +121,12 @@ class CellConfig:
         num_fewshot: examples in the prompt, or none for the task's own number.
         perplexity_seq_len: tokens of each window of held-out text.
         perplexity_tokens: tokens of held-out text to measure perplexity on; 0 leaves it out, none takes all.
+        perplexity_corpus: task (the task's held-out texts), wikitext2 (from the hub), or a text file.
+        share_contexts: read the answers to one question after one context; faster, but the last digits of
+            log-likelihoods then differ from lm-eval's.
         score_untuned: score the pruned model before fine-tuning too.
         keep: what stays on disk: nothing, the adapter, or the merged checkpoint as well.
+        keep_samples: keep what the model answered to every question, as an artifact.
         force: allow pruning that is known to collapse (global wanda).
         output_dir: folder for masks, adapter and merged checkpoint.
         register_as: name in the model registry for the merged model, or none.
@@ -161,8 +165,11 @@ class CellConfig:
     num_fewshot: Count = "none"
     perplexity_seq_len: int = 256
     perplexity_tokens: Count = 16384
+    perplexity_corpus: str = "task"
+    share_contexts: bool = False
     score_untuned: bool = True
     keep: Literal["none", "adapter", "all"] = "adapter"
+    keep_samples: bool = False
     force: bool = False
     output_dir: str = "outputs/train"
     register_as: str = "none"

@@ -70,8 +70,9 @@ def write_curve_runs(tracker: Tracker, parent_run_id: str | None, curves: list[d
             if written == curve["points"]:
                 continue
             tracker.delete(run_id)
-        identity = {k: v for k, v in curve.items() if k not in ("key", "name", "points")}
-        run_id = tracker.start_child(parent_run_id, curve["name"], {"kind": "curve", "curve_key": curve["key"]})
+        identity = {k: v for k, v in curve.items() if k not in ("key", "name", "points", "colour")}
+        tags = {"kind": "curve", "curve_key": curve["key"], "mlflow.runColor": curve["colour"]}
+        run_id = tracker.start_child(parent_run_id, curve["name"], tags)
         tracker.log(run_id, params={f"cfg/{name}": value for name, value in identity.items()}, curves=curve["points"])
         tracker.finish(run_id)
 

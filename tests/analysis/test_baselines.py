@@ -150,3 +150,17 @@ def test_names_of_one_model_agree():
     names = ("meta-llama/Llama-2-7b-hf", "llama-2-7b", "/models/Llama2_7B/")
     assert len({model_key(name) for name in names}) == 1
     assert model_key("yahma/llama-7b-hf") != model_key("llama-2-7b")
+
+
+def test_a_uniform_allocation_is_not_held_against_owl(tmp_path):
+    ours = cell(params={"cfg/allocation": "owl"}, metrics={"eval/perplexity_untuned": 7.0})
+    protocol = {"perplexity": "8", "accuracy": "", "mode": "untuned"}
+    stated = (
+        ";".join(f"{key}={ours['params'][f'protocol/{key}']}" for key in ("perplexity_corpus", "perplexity_seq_len"))
+        + ";perplexity_windows=1"
+    )
+    ours["params"]["protocol/perplexity_windows"] = "1"
+    same = compared(tmp_path, protocol | {"protocol": stated + ";allocation=owl"}, cells=[ours])
+    other = compared(tmp_path, protocol | {"protocol": stated + ";allocation=uniform"}, cells=[ours])
+    assert len(same["joined"]) == 1
+    assert "allocation is uniform, here owl" in other["not_comparable"]["reason"].item()

@@ -207,3 +207,8 @@ def test_settings_of_others_are_left_alone():
     with drawing():
         drawn("loss", "demo")
     assert dict(matplotlib.rcParams) == before
+
+
+def test_speeds_begin_at_zero_so_that_noise_does_not_look_like_a_result():
+    for name in ("training_throughput", "evaluation_throughput"):
+        assert {axes.get_ylim()[0] for axes in drawn(name, "full").axes} == {0.0}

@@ -123,3 +123,8 @@ def test_the_commonest_answer_is_known_from_the_runs_or_the_whole_published_spli
     assert majority_level(cell_table([cell(params=whole | {"protocol/majority": "0.7"})]), "boolq") == 0.7
     assert majority_level(cell_table([cell(params={"protocol/split_rows": "40"})]), "boolq") is None
     assert majority_level(cell_table([cell()]), "boolq") is None
+
+
+def test_curves_of_one_panel_have_colours_of_their_own():
+    found = [c for c in curves(cell_table(study())) if (c["model"], c["task"]) == ("synthetic-a", "boolq")]
+    assert len({curve["colour"] for curve in found if curve["mode"] != "dense"}) == 6  # 3 methods x 2 modes

@@ -2,6 +2,7 @@
 
 import math
 
+import datasets
 import pytest
 import torch
 
@@ -72,3 +73,25 @@ def test_corpora(tmp_path):
     assert name == "boolq/validation" and next(iter(texts)) == task.eval_docs[0]["passage"]
     (tmp_path / "book.txt").write_text("ein Fluß", encoding="utf-8")
     assert corpus_texts(str(tmp_path / "book.txt"), task) == ("book.txt", ["ein Fluß"])
+
+
+def test_wikitext_from_a_folder_of_the_hubs_layout(tmp_path, monkeypatch, model, tokenizer):
+    """The hub's own layout (a card that names the configuration's files, parquet), read by the real loader."""
+    folder = tmp_path / "Salesforce" / "wikitext"
+    (folder / "wikitext-2-raw-v1").mkdir(parents=True)
+    lines = ["", " = River = \n", "", *(f" {text} \n" for text in TEXTS), ""]
+    datasets.Dataset.from_dict({"text": lines}).to_parquet(folder / "wikitext-2-raw-v1" / "test-00000-of-00001.parquet")
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: wikitext-2-raw-v1\n  data_files:\n"
+        "  - split: test\n    path: wikitext-2-raw-v1/test-*\n---\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    name, texts = corpus_texts("wikitext2", load_task("boolq", made_data_dir()))
+    assert name == "wikitext-2-raw/test" and list(texts) == lines
+    ids = torch.tensor(tokenizer("\n\n".join(lines))["input_ids"])  # GPTQ's way: every line, blank ones too
+    found = perplexity(model, tokenizer, texts, 64)
+    assert found.windows == len(ids) // 64
+    with torch.no_grad():
+        losses = [model(row[None], labels=row[None]).loss.item() for row in ids[: found.windows * 64].view(-1, 64)]
+    assert found.loss == pytest.approx(sum(losses) / len(losses), rel=1e-5)
