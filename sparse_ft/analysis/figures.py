@@ -187,5 +187,7 @@ def _finish(axes: Axes, chart: Chart) -> None:
         axes.yaxis.set_minor_formatter(NullFormatter())
     if chart.from_zero:
         axes.set_ylim(bottom=0)
+    if chart.chance:  # an accuracy: there is nothing below 0, also where all of them are 0
+        axes.set_ylim(bottom=max(axes.get_ylim()[0], -0.02))
     left, right = axes.get_xlim()
     axes.set_xlim(min(left, -2), max(right, 2))

@@ -71,8 +71,8 @@ def heatmap_figure(table: pd.DataFrame, title: str = "") -> Figure | None:
         x = left + len(modes) * map_width + (len(modes) - 1) * gap_x + 0.15
         bar_axes = figure.add_axes((x / width, y / height, 0.12 / width, map_height / height))
         colours = figure.colorbar(ScalarMappable(scale, LEVEL_COLOURS), cax=bar_axes)
-        colours.set_ticks(np.linspace(scale.vmin, scale.vmax, 3), labels=[
-            f"{v:.2f}" for v in np.linspace(scale.vmin, scale.vmax, 3)])  # fmt: skip
+        ticks = np.linspace(scale.vmin, scale.vmax, 3 if scale.vmax - scale.vmin > 0.02 else 1)
+        colours.set_ticks(ticks, labels=[f"{value:.2f}" for value in ticks])
         colours.ax.tick_params(labelsize=7.5)
         colours.outline.set_linewidth(0.5)
     return figure

@@ -51,6 +51,7 @@ def pareto_figure(table: pd.DataFrame, title: str = "", column: str = "eval_samp
         axes.step(x[front], y[front], where="pre", **style, zorder=2)
         extra["Pareto front, with sparsity in %"] = line_handle("Pareto front, with sparsity in %", **style)
         axes.margins(0.08, 0.12)
+        axes.set_ylim(bottom=max(axes.get_ylim()[0], -0.02))
         _label(axes, x[front], y[front], here["sparsity_percent"].to_numpy(float)[front])
         return True
 

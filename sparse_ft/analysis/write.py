@@ -51,7 +51,9 @@ class AnalysisResult:
         figures: the PNGs among them, by name.
         skipped: figures that were not drawn, and why.
         sentences: the answers, one a model and task.
-        cells, points, holes: the tables behind ``summary.csv``, ``sparsity_vs_performance.csv``, ``holes.csv``.
+        cells: the table behind ``summary.csv``.
+        points: the table behind ``sparsity_vs_performance.csv``.
+        holes: the table behind ``holes.csv``.
         curves: for the curve runs; see `sparse_ft.analysis.performance.curves`.
         baseline: ``joined`` and ``not_comparable``, where a baseline was asked for.
         report: the page.

@@ -212,3 +212,14 @@ def test_settings_of_others_are_left_alone():
 def test_speeds_begin_at_zero_so_that_noise_does_not_look_like_a_result():
     for name in ("training_throughput", "evaluation_throughput"):
         assert {axes.get_ylim()[0] for axes in drawn(name, "full").axes} == {0.0}
+
+
+def test_no_accuracy_below_zero_is_drawn_where_all_of_them_are_zero():
+    nothing = {"eval/accuracy": 0.0, "eval/accuracy_stderr": 0.0}
+    cells = cell_table([cell(task="gsm8k", sparsity=level, metrics=nothing) for level in (0.3, 0.6)])
+    table = performance_table(cells, grouped_table(cells))
+    with drawing():
+        figure, heat = curve_figure(NAMES["accuracy"], cells, table), heatmap_figure(table)
+        pareto = pareto_figure(table)
+    assert min(axes.get_ylim()[0] for axes in (*figure.axes, *pareto.axes)) >= -0.02
+    assert [label.get_text() for label in heat.axes[-1].get_yticklabels()] == ["0.00"]
