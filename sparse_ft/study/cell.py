@@ -133,9 +133,14 @@ def run_cell(
             )
             _log_validation(result, cell, validation, base_violations, folder)
         with clock("eval"):
-            _log_scores(result, scores(merged, "score"), "")
+            scored = scores(merged, "score")
+            _log_scores(result, scored, "")
             result.protocol.update(scores.protocol)
-        if cell.mode == "sparse_to_dense":
+        if masks is not None and masks.n_pruned == 0 and cell.mode != "full":
+            # Nothing is masked, so the re-masked model is the merged one, bit for bit. In both modes, for at 0 %
+            # one of them runs for both.
+            _log_scores(result, scored, "_remasked")
+        elif cell.mode == "sparse_to_dense":
             with clock("eval_remasked"):
                 remask(merged, masks)
                 _log_scores(result, scores(merged, "score re-masked"), "_remasked")

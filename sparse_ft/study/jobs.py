@@ -26,6 +26,7 @@ class Job:
         key: identity of the planned cell with its masks and the version of this program.
         attempt: 1 for the first.
         tags: more tags for the run.
+        allowed: attempts that it may come to; None leaves that to the `Queue`.
     """
 
     cell: CellConfig
@@ -34,6 +35,7 @@ class Job:
     key: str = ""
     attempt: int = 1
     tags: Mapping[str, str] = field(default_factory=dict)
+    allowed: int | None = None
 
     def __post_init__(self) -> None:
         if not self.key:
@@ -182,7 +184,8 @@ class Queue:
             return None
         if failure.kind == "out_of_memory":
             return halved(job) if isinstance(job, Job) else None
-        if job.attempt > self._max_retries:
+        allowed = job.allowed if isinstance(job, Job) else None
+        if job.attempt >= (1 + self._max_retries if allowed is None else allowed):
             return None
         return replace(job, attempt=job.attempt + 1)
 

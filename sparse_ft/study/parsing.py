@@ -27,6 +27,7 @@ class Parser(Generic[T]):
     def __init__(self, kind: type[T], program: str = ""):
         self._kind = kind
         self._names = [entry.name for entry in fields(kind)]
+        self._switches = {entry.name for entry in fields(kind) if entry.type in (bool, "bool")}
         summary = (kind.__doc__ or "").split("Args:")[0].strip()
         self._parser = ArgumentParser(prog=program or None, description=summary, exit_on_error=False)
         if "config" not in self._names:  # the sweep's own parameter has that name
@@ -40,10 +41,25 @@ class Parser(Generic[T]):
             UserError: an unknown flag or a value of the wrong type.
         """
         try:
-            values = vars(self._parser.parse_args(list(argv)))
+            values = vars(self._parser.parse_args(self._plain(argv)))
         except ArgumentError as error:
             raise UserError(_explain(error, argv)) from None
         return self._kind(**{name: values[name] for name in self._names})
+
+    def _plain(self, argv: Sequence[str]) -> list[str]:
+        """Flags as people type them: ``--dry-run`` is ``--dry_run true``."""
+        result: list[str] = []
+        for number, word in enumerate(argv):
+            name, equals, value = word.partition("=")
+            plain = name.removeprefix("--").replace("-", "_")
+            if not name.startswith("--") or plain not in self._names:
+                result.append(word)
+                continue
+            result.append(f"--{plain}{equals}{value}")
+            follows = argv[number + 1] if number + 1 < len(argv) else "--"
+            if plain in self._switches and not equals and follows.startswith("--"):
+                result.append("true")
+        return result
 
     def values(self, values: Mapping[str, Any], where: str) -> T:
         """The instance with the given fields, the rest at their defaults.

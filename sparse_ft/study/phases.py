@@ -97,15 +97,11 @@ class Phases:
         for job in first:
             if job.key in self.ledger.finished:
                 continue
-            hopeless = self.ledger.hopeless(job.key)
-            if hopeless is None and self.ledger.ran_out_of_memory(job.key):
-                smaller = halved(job)
-                hopeless = self.ledger.failed[job.key][-1] if smaller is None else None
-                job = smaller or job
-            if hopeless is None:
-                waiting.append(job)
+            again = self._again(job)
+            if again is not None:
+                waiting.append(again)
             else:
-                self.holes.append(_hole_of(hopeless))
+                self.holes.append(_hole_of(self.ledger.failed[job.key][-1]))
                 display.recorded(failed=True)
         queue = Queue(waiting, self.max_retries)
         try:
@@ -114,6 +110,21 @@ class Phases:
             self.outcomes += queue.outcomes
         self.holes += [_hole(outcome) for outcome in queue.outcomes if outcome.failure is not None]
         self._record_same(jobs, display)
+
+    def _again(self, job: Job) -> Job | None:
+        """The job as it is to be run after what earlier starts say of it; None: it is not tried again.
+
+        Each start tries a failed cell again up to ``max_retries`` times: whoever resumes has put something right.
+        """
+        failed = self.ledger.failed.get(job.key)
+        if not failed:
+            return job
+        if self.ledger.hopeless(job.key) is not None or self.max_retries < 1:
+            return None
+        job = replace(job, attempt=len(failed), allowed=len(failed) + self.max_retries)
+        if self.ledger.ran_out_of_memory(job.key):
+            return halved(job)
+        return replace(job, attempt=job.attempt + 1)
 
     def mask_statistics(self) -> list[dict[str, Any]]:
         """Of all mask sets, for the report."""

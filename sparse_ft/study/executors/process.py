@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -20,7 +20,7 @@ from sparse_ft.study.jobs import Job, Listener, Queue, Work
 from sparse_ft.study.worker import WorkerSetup, close_lost
 from sparse_ft.tracking.runs import Tracker
 
-__all__ = ["ProcessExecutor", "Reporter", "default_workers"]
+__all__ = ["ProcessExecutor", "Reporter", "default_workers", "visible_gpus"]
 
 _EVERY = 0.2  # seconds between two reports of one worker's progress
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS", "RAYON_NUM_THREADS")
@@ -28,9 +28,16 @@ _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA
 
 def default_workers() -> int:
     """As many as there are GPUs; without one, a worker for every four cores, at least one."""
+    return len(visible_gpus()) or max(1, cores() // 4)
+
+
+def visible_gpus() -> list[str]:
+    """This process's GPUs, as ``CUDA_VISIBLE_DEVICES`` names them: numbers, or UUIDs where it was given those."""
     import torch
 
-    return torch.cuda.device_count() or max(1, cores() // 4)
+    count = torch.cuda.device_count()
+    given = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return (given or [str(index) for index in range(count)])[:count]
 
 
 def cores() -> int:
@@ -50,12 +57,21 @@ class ProcessExecutor:
         workers: how many.
         cell_seconds: longest time for a cell; None for no limit.
         logs: folder for what the workers print.
+        gpus: to be given out in turn, one to a worker; by default `visible_gpus`.
     """
 
     def __init__(
-        self, setup: WorkerSetup, listen: Listener, workers: int, cell_seconds: float | None = None, *, logs: Path
+        self,
+        setup: WorkerSetup,
+        listen: Listener,
+        workers: int,
+        cell_seconds: float | None = None,
+        *,
+        logs: Path,
+        gpus: Sequence[str] | None = None,
     ):
         self._setup, self._listen, self._limit, self._logs = setup, listen, cell_seconds, logs
+        self._gpus = visible_gpus() if gpus is None else list(gpus)
         self.workers = workers
         self._hands: list[_Hand | None] = [None] * workers
         self._tracker = Tracker(setup.tracking_uri)
@@ -133,7 +149,7 @@ class ProcessExecutor:
         process = spawn.Process(
             target=_serve, args=(there, self._setup, threads, self._log(number)), name=f"worker-{number}", daemon=True
         )
-        with _environment(_surroundings(number, threads)):  # torch reads these when it is imported
+        with _environment(_surroundings(number, threads, self._gpus)):  # torch reads these when it is imported
             process.start()
         there.close()
         return _Hand(process, here)
@@ -229,16 +245,12 @@ def _end_with_driver() -> None:
     os._exit(1)
 
 
-def _surroundings(number: int, threads: int) -> dict[str, str]:
+def _surroundings(number: int, threads: int, gpus: Sequence[str]) -> dict[str, str]:
     """A worker's own environment: its threads, and its GPU where there are any."""
-    import torch
-
     values = dict.fromkeys(_THREADS, str(threads))
     values["TOKENIZERS_PARALLELISM"] = "false"
-    if count := torch.cuda.device_count():
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        names = visible.split(",") if visible else [str(index) for index in range(count)]
-        values["CUDA_VISIBLE_DEVICES"] = names[number % count]
+    if gpus:
+        values["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
     return values
 
 

@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from sparse_ft.study.config import CellConfig
-from sparse_ft.study.executors.process import ProcessExecutor
+from sparse_ft.study.executors.process import ProcessExecutor, _surroundings, default_workers, visible_gpus
 from sparse_ft.study.jobs import Job, Listener, Queue
 from sparse_ft.study.worker import WorkerSetup
 from sparse_ft.tracking.runs import Tracker
@@ -110,3 +110,35 @@ def test_progress_comes_from_the_workers_and_base_models_stay(study, tmp_path):
     assert len(list((tmp_path / "untuned").glob("*.json"))) == 1
     assert all(run["metrics"]["time/overhead_seconds"] > 0 for run in runs)
     assert not (tmp_path / "cells").exists() or not any((tmp_path / "cells").iterdir())
+
+
+def test_every_worker_sees_one_gpu_and_its_share_of_the_threads(study, tmp_path):
+    tracker, _, setup, jobs = study
+    listen = Watching()
+    executor = ProcessExecutor(setup, listen, 2, logs=tmp_path / "logs", gpus=["3", "GPU-7a"])
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    try:
+        executor.run(Queue(jobs(2, model="tiny-llama", device="cpu", max_steps=1)))
+        hands = [executor._hands[number].process.pid for number in range(2)]
+        seen = [psutil.Process(pid).environ() for pid in hands]
+    finally:
+        executor.close()
+    assert [surroundings["CUDA_VISIBLE_DEVICES"] for surroundings in seen] == ["3", "GPU-7a"]
+    share = str(max(1, len(os.sched_getaffinity(0)) // 2))
+    assert {surroundings["OMP_NUM_THREADS"] for surroundings in seen} == {share}
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == before  # the driver's own is as it was
+    assert [outcome.status for outcome, _ in listen.outcomes] == ["FINISHED"] * 2
+
+
+def test_more_workers_than_gpus_share_them_and_without_any_none_is_named():
+    names = [_surroundings(number, 1, ["0", "1"])["CUDA_VISIBLE_DEVICES"] for number in range(4)]
+    assert names == ["0", "1", "0", "1"]
+    assert "CUDA_VISIBLE_DEVICES" not in _surroundings(0, 1, [])
+
+
+def test_the_gpus_given_out_are_those_that_torch_counts(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert visible_gpus() == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5, GPU-9")
+    assert (visible_gpus(), default_workers()) == (["5", "GPU-9"], 2)
