@@ -1,6 +1,14 @@
 """What every test starts from: one thread, no hub, and no tracking store but its own."""
 
 import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
 
 # Before torch is imported: tests are many small runs, in which threads only get in each other's way.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -29,3 +37,47 @@ def tiny_model():
     from sparse_ft.models.catalog import locate
 
     return locate
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a server with a store of its own, which hands out and takes artifacts itself."""
+    folder = tmp_path_factory.mktemp("server")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--workers",
+        "1",
+    ]
+    command += [
+        "--backend-store-uri",
+        f"sqlite:///{folder}/mlflow.db",
+        "--artifacts-destination",
+        f"{folder}/artifacts",
+    ]
+    with open(folder / "log.txt", "w") as log:
+        process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, start_new_session=True)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(240):
+            try:
+                urllib.request.urlopen(f"{address}/health", timeout=2).close()
+                break
+            except OSError:
+                assert process.poll() is None, (folder / "log.txt").read_text()
+                time.sleep(0.5)
+        else:
+            raise AssertionError((folder / "log.txt").read_text())
+        yield address
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)  # a group of its own: the server and its workers
+        process.wait()

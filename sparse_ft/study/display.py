@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TextIO
 
@@ -54,6 +54,7 @@ class Display(Listener):
         self._seconds: dict[tuple[str, str], list[float]] = defaultdict(list)
         self._best: dict[tuple[str, str], dict[float, float]] = defaultdict(dict)
         self._rate: float | None = None
+        self._awaited: Counter[tuple[str, str]] | None = None
 
     def __enter__(self) -> Display:
         return self
@@ -65,9 +66,9 @@ class Display(Listener):
         """A line of its own."""
         print(text, file=self._stream, flush=True)
 
-    def expect(self, workers: int, finished: int) -> None:
-        """What is known only once the study begins: how many work, how many cells were done before."""
-        self.workers, self.finished = workers, finished
+    def awaits(self, cells: Iterable[CellConfig]) -> None:
+        """The cells that will be run, for the time left: not those that were done before or are only recorded."""
+        self._awaited = Counter((cell.model, cell.task) for cell in cells)
 
     # -- what the workers report
 
@@ -105,10 +106,17 @@ class Display(Listener):
 
     @property
     def seconds_left(self) -> float | None:
-        """From the cells measured so far: those of a model and task take alike. None before the first."""
+        """From the cells measured so far: those of a model and task take alike, and one of which nothing is known
+        yet is taken for the mean. None before the first."""
         every = [value for values in self._seconds.values() for value in values]
-        left = self.total - self.finished - self.failed
-        return sum(every) / len(every) * max(0, left) / self.workers if every else None
+        if not every:
+            return None
+        if self._awaited is None:
+            left = max(0, self.total - self.finished - self.failed)
+            return sum(every) / len(every) * left / self.workers
+        means = {kind: sum(values) / len(values) for kind, values in self._seconds.items() if values}
+        mean = sum(every) / len(every)
+        return sum(count * means.get(kind, mean) for kind, count in self._awaited.items()) / self.workers
 
     @property
     def best(self) -> Mapping[tuple[str, str], Mapping[float, float]]:
@@ -116,6 +124,8 @@ class Display(Listener):
         return self._best
 
     def _count(self, cell: CellConfig, outcome: Outcome) -> None:
+        if self._awaited is not None:
+            self._awaited[cell.model, cell.task] -= 1
         if outcome.failure is not None:
             self.failed += 1
             return

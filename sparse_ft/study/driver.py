@@ -16,6 +16,7 @@ from sparse_ft.levels import level_label
 from sparse_ft.progress import shown_progress
 from sparse_ft.study.config import SweepConfig
 from sparse_ft.study.display import duration, shown_display
+from sparse_ft.study.estimate import estimate_time
 from sparse_ft.study.executors import executor_problems, make_executor, worker_count
 from sparse_ft.study.failures import RETRIED, classify
 from sparse_ft.study.keeping import keep_models
@@ -168,4 +169,6 @@ def _described(plan: Plan, bench: Workbench, workers: int, problems: list[str]) 
         yield f"  {number:4d}  {cell.title}" + ("" if twin is None else f"  (same as {twin + 1})")
     if not problems:
         yield from estimate_disk(plan, bench, workers).lines()
+        tracker = Tracker.of_existing()
+        yield from estimate_time(plan, tracker.search() if tracker else (), workers).lines()
     yield from (f"problem: {problem}" for problem in problems)

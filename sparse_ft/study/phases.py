@@ -104,6 +104,7 @@ class Phases:
                 self.holes.append(_hole_of(self.ledger.failed[job.key][-1]))
                 display.recorded(failed=True)
         queue = Queue(waiting, self.max_retries)
+        display.awaits(job.cell for job in waiting)
         try:
             executor.run(queue)
         finally:

@@ -21,7 +21,7 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from sqlalchemy.exc import SQLAlchemyError
 
 from sparse_ft.errors import UserError
-from sparse_ft.tracking.stores import artifact_location, quiet_mlflow, reachable, store_lock, tracking_uri
+from sparse_ft.tracking.stores import artifact_location, exists, quiet_mlflow, reachable, store_lock, tracking_uri
 
 __all__ = ["PARENT", "Tracker", "flatten_config"]
 
@@ -85,6 +85,20 @@ class Tracker:
             raise UserError(
                 f"cannot open the tracking store {self.uri}: {reason}; set MLFLOW_TRACKING_URI to another"
             ) from error
+
+    @classmethod
+    def of_existing(cls) -> Tracker | None:
+        """The tracker of this process's store and experiment; None where they are not there yet. Creates nothing."""
+        uri = tracking_uri()
+        if not exists(uri):
+            return None
+        if not os.environ.get("MLFLOW_RUN_ID"):
+            reachable(uri)
+            with quiet_mlflow(), store_lock(uri):
+                name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or "sparse_ft"
+                if MlflowClient(uri).get_experiment_by_name(name) is None:
+                    return None
+        return cls(uri)
 
     # -- runs
 

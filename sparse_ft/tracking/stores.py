@@ -17,6 +17,7 @@ from sparse_ft.errors import UserError
 
 __all__ = [
     "artifact_location",
+    "exists",
     "is_server",
     "project_root",
     "quiet_mlflow",
@@ -51,6 +52,11 @@ def tracking_uri(uri: str | None = None) -> str:
             "sqlite:///path/mlflow.db or to a server"
         )
     return uri
+
+
+def exists(uri: str) -> bool:
+    """False for a sqlite file that nobody has made yet; of other stores only opening them tells."""
+    return not uri.startswith(_SQLITE) or Path(uri.removeprefix(_SQLITE)).is_file()
 
 
 def is_server(uri: str) -> bool:

@@ -3,7 +3,9 @@ from pathlib import Path
 import pytest
 
 from sparse_ft.errors import UserError
+from sparse_ft.models.checkpoint import Checkpoint, copy_checkpoint
 from sparse_ft.study.config import SweepConfig
+from sparse_ft.study.display import duration
 from sparse_ft.study.driver import sweep
 from sparse_ft.tracking.runs import Tracker
 
@@ -73,30 +75,55 @@ def test_a_failed_cell_says_why_and_costs_only_itself(run_study, capsys):
     assert "1 of 2 cells failed" in capsys.readouterr().out
 
 
-def test_masks_that_cannot_be_made_fail_their_cells_with_the_reason(run_study):
-    grid = {"model": ["tiny-llama"], "method": ["semi_structured"], "sparsity": [0.5], "mode": ["sparse_to_sparse"]}
-    status, _, _, children = run_study(grid, cell={"pattern": "7:14", "scope": "layer"})
-    (masks,) = _of(children, "masks")
-    dense, sparse = _of(children, "cell")
-    assert (status, masks["status"], dense["status"], sparse["status"]) == (1, "FAILED", "FINISHED", "FAILED")
-    assert sparse["tags"]["failure_message"] == masks["tags"]["failure_message"]
+def test_masks_that_cannot_be_made_fail_their_cells_with_the_reason(run_study, tiny_model, tmp_path):
+    base, broken = Checkpoint(tiny_model("tiny-llama")), tmp_path / "broken"
+    base_name = base.prunable[0]
+    copy_checkpoint(base, broken, lambda name, tensor: tensor * float("nan") if name == base_name else tensor)
+    grid = {"model": [str(broken), "tiny-llama"], "sparsity": [0.5], "mode": ["sparse_to_sparse"]}
+    status, _, _, children = run_study(grid, dense_baseline=False)
+    of_broken, of_whole = _of(children, "masks")
+    bad, good = _of(children, "cell")
+    assert status == 1
+    assert (of_broken["status"], of_whole["status"], bad["status"], good["status"]) == (
+        "FAILED", "FINISHED", "FAILED", "FINISHED",
+    )  # fmt: skip
+    assert base_name in bad["tags"]["failure_message"]
+    assert bad["tags"]["failure_message"] == of_broken["tags"]["failure_message"]
 
 
 def test_all_that_stops_a_study_is_said_at_once_and_nothing_is_logged(study_file, tmp_path):
-    grid = {"model": ["./no-model", "tiny-llama"], "task": ["boolq"], "importance": ["wanda"], "scope": ["global"]}
-    path = study_file(grid, cell={"data_dir": "./no-data"})
+    grid = {"model": ["./no-model", "tiny-llama"], "task": ["boolq"], "importance": ["wanda", "magnitude"]}
+    grid |= {"scope": ["global", "layer"], "method": ["unstructured", "semi_structured"]}
+    path = study_file(grid, cell={"data_dir": "./no-data", "pattern": "7:14"})
     with pytest.raises(UserError) as raised:
         sweep(SweepConfig(config=str(path), output_dir=str(tmp_path / "out")))
-    for problem in ("no-model", "no-data", "Wanda"):
+    for problem in ("no-model", "no-data", "Wanda", "groups of 14"):
         assert problem in str(raised.value)
     assert Tracker().search() == []
     assert not (tmp_path / "out").exists()
 
 
-def test_a_dry_run_prints_the_plan_and_runs_nothing(study_file, capsys):
+def test_a_dry_run_prints_the_plan_and_runs_nothing(study_file, capsys, tmp_path):
     path = study_file({"model": ["tiny-llama"], "sparsity": [0.5, 0.125]})
     assert sweep(SweepConfig(config=str(path), dry_run=True)) == 0
     shown = capsys.readouterr().out
     assert "3 cells, 1 mask sets" in shown
     assert "12.5 %" in shown
-    assert Tracker().search() == []
+    assert "no cell like these was measured yet" in shown
+    assert not (tmp_path / "mlflow.db").exists()  # nor makes a store
+
+
+def test_a_dry_run_tells_the_time_from_the_cells_measured(run_study, study_file, capsys):
+    _, _, _, children = run_study({"model": ["tiny-llama"], "sparsity": [0.5], "mode": ["sparse_to_sparse"]})
+    sparse, dense = (
+        [run["end_time"] - run["start_time"] for run in _of(children, "cell") if run["params"]["cfg/mode"] == mode]
+        for mode in ("sparse_to_sparse", "dense")
+    )
+    capsys.readouterr()
+    grid = {"model": ["tiny-llama", "tiny-mistral"], "sparsity": [0.3, 0.6], "mode": ["sparse_to_sparse"]}
+    path = study_file(grid, name="larger")
+    assert sweep(SweepConfig(config=str(path), dry_run=True)) == 0
+    shown = capsys.readouterr().out
+    told = duration(dense[0] + 2 * sparse[0])
+    assert f"time: about {told} for 3 cells with 1 worker(s), from 2 measured in this experiment" in shown
+    assert "and 3 cells more, of which none alike" in shown  # those of tiny-mistral

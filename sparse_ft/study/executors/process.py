@@ -16,7 +16,7 @@ from pathlib import Path
 
 from sparse_ft.progress import Progress
 from sparse_ft.study.failures import CellTimeoutError, WorkerLostError, classify
-from sparse_ft.study.jobs import Job, Listener, Queue, Work
+from sparse_ft.study.jobs import Listener, MaskJob, Queue, Work
 from sparse_ft.study.worker import WorkerSetup, close_lost
 from sparse_ft.tracking.runs import Tracker
 
@@ -124,7 +124,7 @@ class ProcessExecutor:
             kind, *values = hand.pipe.recv()
             if kind == "opened":
                 hand.run_id = values[0]
-                if self._limit is not None and isinstance(hand.job, Job):
+                if self._limit is not None and not isinstance(hand.job, MaskJob):
                     hand.deadline = time.monotonic() + self._limit  # its start-up is not the cell's fault
             elif kind == "stage":
                 self._listen.stage(number, *values)

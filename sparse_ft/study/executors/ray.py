@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sparse_ft.errors import UserError
-from sparse_ft.study.executors.process import Reporter, cores
+from sparse_ft.study.executors.process import Reporter
 from sparse_ft.study.failures import CellTimeoutError, WorkerLostError, classify
-from sparse_ft.study.jobs import Job, Listener, Queue, Work
+from sparse_ft.study.jobs import Job, Listener, MaskJob, Queue, Work
 from sparse_ft.study.worker import WorkerSetup, close_lost
 from sparse_ft.tracking.runs import Tracker
 
-__all__ = ["RayExecutor"]
+__all__ = ["RayExecutor", "cores_each"]
 
 _EVERY = 0.5  # seconds between two looks at what the workers say
 
@@ -71,6 +72,7 @@ class RayExecutor:
             busy = {number: hand for number, hand in enumerate(self._hands) if hand is not None and hand.job}
             if not busy:
                 return
+            self._make_room(busy)
             self._ray.wait([hand.result for hand in busy.values()], timeout=_EVERY)
             for number, hand in busy.items():
                 self._look(queue, number, hand)
@@ -84,6 +86,16 @@ class RayExecutor:
         if self._ours:
             self._ray.shutdown()
 
+    def _make_room(self, busy: Mapping[int, _Hand]) -> None:
+        """Ends the workers that have nothing to do where others wait for a place: after a node was lost there may
+        be fewer places than workers, and an idle one would keep its own until the study ends."""
+        if all(hand.placed for hand in busy.values()):
+            return
+        for number, hand in enumerate(self._hands):
+            if hand is not None and number not in busy:
+                self._ray.kill(hand.actor)
+                self._hands[number] = None
+
     def _look(self, queue: Queue, number: int, hand: _Hand) -> None:
         errors = self._ray.exceptions
         try:
@@ -93,9 +105,10 @@ class RayExecutor:
                 self._listen.ended(number, outcome, queue.settle(number, outcome))
                 return
             self._hear(number, hand)
-        except (errors.RayActorError, errors.RayTaskError, errors.NodeDiedError) as error:
+        except errors.RayError as error:
             # The job's own errors are outcomes: what is raised here is the worker's end.
-            self._lose(queue, number, hand, WorkerLostError(f"worker {number} is gone: {str(error).splitlines()[0]}"))
+            lost = MemoryError if isinstance(error, errors.OutOfMemoryError) else WorkerLostError
+            self._lose(queue, number, hand, lost(f"worker {number} is gone: {str(error).splitlines()[0]}"))
             return
         over = hand.deadline is not None and time.monotonic() >= hand.deadline
         if over:
@@ -108,10 +121,11 @@ class RayExecutor:
         if not self._ray.wait([hand.news], timeout=0)[0]:
             return
         messages, hand.news = self._ray.get(hand.news), None
+        hand.placed = True
         for kind, *values in messages:
             if kind == "opened":
                 hand.run_id = values[0]
-                if self._limit is not None and isinstance(hand.job, Job):
+                if self._limit is not None and not isinstance(hand.job, MaskJob):
                     hand.deadline = time.monotonic() + self._limit
             elif kind == "stage":
                 self._listen.stage(number, *values)
@@ -123,9 +137,8 @@ class RayExecutor:
         self._hands[number] = None
         run_id = hand.run_id or self._open_run(hand.job)
         seconds = time.monotonic() - hand.began
-        outcome = close_lost(
-            self._tracker, self._setup.parent_run_id, hand.job, run_id, classify(error), seconds
-        )  # fmt: skip
+        failure = classify(error)
+        outcome = close_lost(self._tracker, self._setup.parent_run_id, hand.job, run_id, failure, seconds)
         self._listen.ended(number, outcome, queue.settle(number, outcome))
 
     def _open_run(self, job: Work) -> str:
@@ -151,11 +164,11 @@ class RayExecutor:
 
     def _remote(self) -> Any:
         """The actor's class with what it asks of a node: a GPU where the cluster has any, else cores."""
-        resources = self._ray.cluster_resources()
-        if resources.get("GPU", 0) > 0:
+        if self._ray.cluster_resources().get("GPU", 0) > 0:
             asked = {"num_gpus": 1, "num_cpus": 1}
         else:
-            asked = {"num_cpus": max(1, int(resources.get("CPU", cores()) // self.workers))}
+            nodes = [node["Resources"].get("CPU", 0) for node in self._ray.nodes() if node["Alive"]]
+            asked = {"num_cpus": cores_each(nodes, self.workers)}
         threads = {"OMP_NUM_THREADS": str(asked["num_cpus"])} if "num_gpus" not in asked else {}
         surroundings = {"env_vars": {"TOKENIZERS_PARALLELISM": "false", **threads}}
         # Two threads: one works, one answers what has happened so far.
@@ -174,6 +187,7 @@ class _Hand:
     deadline: float | None = None
     result: Any = None
     news: Any = None
+    placed: bool = False  # whether it has answered yet: Ray may still be looking for a place
 
     def give(self, job: Work) -> None:
         self.job, self.run_id, self.began, self.deadline = job, "", time.monotonic(), None
@@ -199,6 +213,18 @@ class _Actor:
     def news(self) -> list[tuple]:
         """What has happened since the last call."""
         return [self._messages.popleft() for _ in range(len(self._messages))]
+
+
+def cores_each(nodes: Sequence[float], workers: int) -> int:
+    """The most cores that each of so many workers can have; none is spread over two nodes. At least 1.
+
+    Args:
+        nodes: cores of each node.
+    """
+    for share in range(int(max(nodes, default=1)), 1, -1):
+        if sum(cores // share for cores in nodes) >= workers:
+            return share
+    return 1
 
 
 def _ray() -> Any:

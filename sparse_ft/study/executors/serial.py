@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from sparse_ft.progress import Progress
-from sparse_ft.study.failures import CellTimeoutError
-from sparse_ft.study.jobs import Job, Listener, Queue
-from sparse_ft.study.worker import WorkerSetup
+from sparse_ft.study.failures import CellTimeoutError, classify
+from sparse_ft.study.jobs import Listener, MaskJob, Outcome, Queue, Work
+from sparse_ft.study.worker import WorkerSetup, close_lost
+from sparse_ft.tracking.runs import Tracker
 
 __all__ = ["Reporting", "SerialExecutor"]
 
@@ -26,15 +28,29 @@ class SerialExecutor:
 
     def __init__(self, setup: WorkerSetup, listen: Listener, cell_seconds: float | None = None):
         self._worker, self._listen, self._limit = setup.build(), listen, cell_seconds
+        self._setup, self._tracker = setup, Tracker(setup.tracking_uri)
         self.workers = 1
 
     def run(self, queue: Queue) -> None:
         """Runs the queue empty."""
         while (job := queue.take(0)) is not None:
             self._listen.started(0, job)
-            with _limited(self._limit if isinstance(job, Job) else None):
-                outcome = self._worker.run(job, Reporting(self._listen))
+            outcome = self._run(job)
             self._listen.ended(0, outcome, queue.settle(0, outcome))
+
+    def _run(self, job: Work) -> Outcome:
+        began, run_ids = time.monotonic(), [""]
+        try:
+            with _limited(None if isinstance(job, MaskJob) else self._limit) as start:
+
+                def opened(run_id: str) -> None:  # what comes before is not the cell's fault
+                    run_ids.append(run_id)
+                    start()
+
+                return self._worker.run(job, Reporting(self._listen), opened)
+        except CellTimeoutError as error:  # in the very moment in which the worker had done with the cell
+            seconds, parent = time.monotonic() - began, self._setup.parent_run_id
+            return close_lost(self._tracker, parent, job, run_ids[-1], classify(error), seconds)
 
     def close(self) -> None:
         """Nothing is left running."""
@@ -57,21 +73,25 @@ class Reporting(Progress):
 
 
 @contextmanager
-def _limited(seconds: float | None) -> Iterator[None]:
+def _limited(seconds: float | None) -> Iterator[Callable[[], None]]:
     """Raises CellTimeoutError inside the block when its time is up: as soon as the interpreter has its turn, for
-    one call into torch is not broken off. Only in the main thread, which alone receives signals.
+    one call into torch is not broken off. Only in the main thread, which alone receives signals. The time begins
+    when what is yielded is called.
     """
     if seconds is None or threading.current_thread() is not threading.main_thread():
-        yield
+        yield lambda: None
         return
 
     def stop(signum: int, frame: object) -> None:
         raise CellTimeoutError(f"the cell took longer than {seconds:g} s")
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
-        yield
+        yield lambda: _ring_after(seconds)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+def _ring_after(seconds: float) -> None:
+    signal.setitimer(signal.ITIMER_REAL, seconds)

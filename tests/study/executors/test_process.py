@@ -113,7 +113,7 @@ def test_progress_comes_from_the_workers_and_base_models_stay(study, tmp_path):
 
 
 def test_every_worker_sees_one_gpu_and_its_share_of_the_threads(study, tmp_path):
-    tracker, _, setup, jobs = study
+    _, _, setup, jobs = study
     listen = Watching()
     executor = ProcessExecutor(setup, listen, 2, logs=tmp_path / "logs", gpus=["3", "GPU-7a"])
     before = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -1,57 +1,90 @@
-"""A Ray cluster of two nodes on this machine, one of which is killed in the middle."""
+"""A Ray cluster of two nodes on this machine, one of which is killed in the middle of a study."""
+
+import threading
+from collections import Counter
 
 import pytest
 
-from sparse_ft.study.config import CellConfig
-from sparse_ft.study.jobs import Job, Listener, Queue
-from sparse_ft.study.worker import WorkerSetup
+from sparse_ft.errors import UserError
+from sparse_ft.study.config import SweepConfig
+from sparse_ft.study.driver import sweep
 from sparse_ft.tracking.runs import Tracker
 
 ray = pytest.importorskip("ray", reason="ray is an optional extra: pip install 'sparse_ft[ray]'")
 
+from sparse_ft.study.executors.ray import cores_each  # noqa: E402
+from sparse_ft.study.worker import WorkerSetup  # noqa: E402
+
+SMOKE = {"model": ["tiny-llama"], "sparsity": [0.5, 0.7], "mode": ["sparse_to_dense", "sparse_to_sparse"]}
+CELLS = 5  # the smoke study's: a dense one, and 2 x 2
+
 
 @pytest.fixture
 def cluster():
+    """Two nodes of one core each; the second one can be removed."""
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     second = cluster.add_node(num_cpus=1)
-    ray.init(address=cluster.address, log_to_driver=False, logging_level="warning")
     yield cluster, second
     ray.shutdown()
     cluster.shutdown()
 
 
-@pytest.mark.slow
-def test_a_node_killed_in_the_middle_costs_no_cell(cluster, tmp_path, small):
-    from sparse_ft.study.executors.ray import RayExecutor
-
+def test_a_node_killed_in_the_middle_of_the_smoke_study_costs_no_cell(cluster, study_file, tmp_path):
     cluster, second = cluster
-    tracker = Tracker()
-    parent = tracker.start("study", {"kind": "study"})
-    cells = [
-        CellConfig(**{"model": "tiny-llama", "mode": "dense", **small, "seed": n, "max_steps": 8}) for n in range(6)
-    ]
-    jobs = [Job(cell, None, tmp_path / "cells" / str(cell.seed)) for cell in cells]
-    killed = []
+    path = study_file(SMOKE, name="smoke", cell={"max_steps": 40})
+    config = SweepConfig(
+        config=str(path), output_dir=str(tmp_path / "out"), executor="ray", max_workers=2, ray_address=cluster.address
+    )
+    killed, over = [], threading.Event()
 
-    class Killing(Listener):
-        def ended(self, worker, outcome, over=True):
-            runs = tracker.children(parent, "RUNNING")
-            if outcome.status == "FINISHED" and runs and not killed:
-                cluster.remove_node(second)  # kills all its processes, the actor's among them
-                killed.append([run["tags"]["cell_key"] for run in runs])
+    def kill_the_second_node():
+        """As soon as both nodes are at a cell."""
+        while not over.wait(0.1):
+            if not (tmp_path / "mlflow.db").is_file():
+                continue
+            running = [run for run in Tracker().search() if run["status"] == "RUNNING" and run["tags"].get("cell_key")]
+            if len(running) == 2:
+                killed.extend(run["run_id"] for run in running)
+                cluster.remove_node(second, allow_graceful=False)
+                return
 
-    executor = RayExecutor(WorkerSetup(tracker.uri, parent, tmp_path / "untuned"), Killing(), 2)
+    thread = threading.Thread(target=kill_the_second_node)
+    thread.start()
     try:
-        queue = Queue(jobs, max_retries=2)
-        executor.run(queue)
+        assert sweep(config) == 0
     finally:
-        executor.close()
-    assert killed
-    assert [outcome.failure for outcome in queue.outcomes] == [None] * 6
-    runs = tracker.children(parent)
-    assert {run["status"] for run in runs} <= {"FINISHED", "FAILED"}
-    finished = [run["tags"]["cell_key"] for run in runs if run["status"] == "FINISHED"]
-    assert sorted(finished) == sorted(job.key for job in jobs)
-    assert {run["tags"]["failure_class"] for run in runs if run["status"] == "FAILED"} <= {"worker_lost"}
+        over.set()
+        thread.join()
+    tracker = Tracker()
+    (parent,) = [run for run in tracker.search() if run["tags"].get("kind") == "study"]
+    runs = [run for run in tracker.children(parent["run_id"]) if run["tags"]["kind"] == "cell"]
+    finished = Counter(run["tags"]["cell_key"] for run in runs if run["status"] == "FINISHED")
+    assert (len(finished), set(finished.values())) == (CELLS, {1})
+    (lost,) = [run for run in runs if run["status"] != "FINISHED"]
+    assert lost["run_id"] in killed
+    assert (lost["status"], lost["tags"]["failure_class"]) == ("FAILED", "worker_lost")
+    (again,) = [run for run in runs if run["tags"]["attempt"] == "2"]
+    assert again["tags"]["cell_key"] == lost["tags"]["cell_key"]
+    assert again["metrics"]["sparsity/violations"] == 0
+    assert parent["metrics"]["study/holes"] == 0
+
+
+def test_an_address_where_no_cluster_answers_is_one_line(tmp_path):
+    from sparse_ft.study.executors.ray import RayExecutor
+    from sparse_ft.study.jobs import Listener
+
+    setup = WorkerSetup(Tracker().uri, "parent", tmp_path)
+    with pytest.raises(UserError, match=r"ray_address: no Ray cluster answers at '127\.0\.0\.1:1'") as raised:
+        RayExecutor(setup, Listener(), 1, address="127.0.0.1:1")
+    assert "\n" not in str(raised.value)
+    assert not ray.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("nodes", "workers", "each"),
+    [([1, 1], 2, 1), ([4, 4], 1, 4), ([4, 4], 2, 4), ([4, 4], 3, 2), ([3, 3], 3, 1), ([2], 8, 1), ([16, 2], 4, 4)],
+)
+def test_cores_are_shared_out_within_the_nodes(nodes, workers, each):
+    assert cores_each(nodes, workers) == each

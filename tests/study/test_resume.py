@@ -1,0 +1,106 @@
+"""Going on with a study: what is skipped, what is tried again and how often, and what a changed file says."""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+
+from sparse_ft.errors import UserError
+from sparse_ft.study.config import SweepConfig
+from sparse_ft.study.driver import sweep
+from sparse_ft.tracking.runs import Tracker
+
+
+@pytest.fixture
+def config(study_file, tmp_path):
+    """The configuration of a study; called again it writes the file anew."""
+
+    def write(grid, **rest):
+        path = study_file(grid, dense_baseline=False, **rest)
+        return SweepConfig(config=str(path), output_dir=str(tmp_path / "out"))
+
+    return write
+
+
+def _study():
+    tracker = Tracker()
+    (parent,) = [run for run in tracker.search() if run["tags"].get("kind") == "study"]
+    return parent, [run for run in tracker.children(parent["run_id"]) if run["tags"]["kind"] == "cell"]
+
+
+def test_a_changed_configuration_says_what_changed_and_keeps_what_is_the_same(config, capsys):
+    grid = {"model": ["tiny-llama"], "sparsity": [0.3, 0.5], "mode": ["sparse_to_sparse"]}
+    assert sweep(config(grid)) == 0
+    parent, before = _study()
+    capsys.readouterr()
+    changed = config(grid | {"sparsity": [0.5, 0.7], "seed": [0]}, cell={"max_steps": 2}, keep="adapter")
+    assert sweep(replace(changed, resume=parent["run_id"])) == 0
+    shown = capsys.readouterr().out
+    assert "1 of 2 cells are done" in shown
+    lines = [line.strip() for line in shown.splitlines() if "the configuration has changed" in line]
+    assert [line.removeprefix("the configuration has changed: ") for line in lines] == [
+        "grid.seed is new: [0]",
+        "grid.sparsity: [0.3, 0.5] -> [0.5, 0.7]",
+        "keep: pareto -> adapter",
+    ]
+    again, cells = _study()
+    assert again["run_id"] == parent["run_id"]
+    new = [run for run in cells if run["run_id"] not in {old["run_id"] for old in before}]
+    assert [run["params"]["cfg/sparsity"] for run in new] == ["0.7"]
+    assert Counter(run["status"] for run in cells) == {"FINISHED": 3}
+    capsys.readouterr()
+    assert sweep(replace(changed, resume=parent["run_id"])) == 0  # the file has not changed since
+    assert "the configuration has changed" not in capsys.readouterr().out
+    assert len(_study()[1]) == 3
+
+
+def test_failed_cells_are_tried_again_up_to_max_retries_in_every_start(config, capsys):
+    study = config({"model": ["tiny-llama"], "mode": ["dense"]}, cell={"max_steps": 100_000})
+
+    def start(**values):
+        status = sweep(replace(study, cell_seconds=0.5, resume=resume, **values))
+        _, cells = _study()
+        return status, [(run["status"], run["tags"].get("failure_class"), run["tags"]["attempt"]) for run in cells]
+
+    def failed(count):
+        return [("FAILED", "timeout", str(number)) for number in range(1, count + 1)]
+
+    resume = "none"
+    assert start(max_retries=1) == (1, failed(2))
+    resume = _study()[0]["run_id"]
+    assert start(max_retries=0) == (1, failed(2))  # nothing that failed is tried again
+    assert "1 of 1 cells failed" in capsys.readouterr().out
+    assert start(max_retries=1) == (1, failed(3))
+    assert start(max_retries=2) == (1, failed(5))
+
+
+def test_what_cannot_end_differently_is_not_tried_again(config, capsys):
+    grid = {"model": ["tiny-llama"], "mode": ["dense"], "learning_rate": [9.0]}
+    study = config(grid, cell={"max_steps": 60, "max_seq_len": 64})
+    for _ in range(2):
+        assert sweep(study) == 1
+        parent, cells = _study()
+        assert [run["tags"]["failure_class"] for run in cells] == ["non_finite_loss"]
+        assert "non_finite_loss" in capsys.readouterr().out  # the hole is named every time
+        study = replace(study, resume=parent["run_id"], max_retries=5)
+    Tracker().delete(cells[0]["run_id"])  # whoever deletes the failed run has it run again
+    assert sweep(study) == 1
+    (again,) = _study()[1]
+    assert again["run_id"] != cells[0]["run_id"]
+
+
+def test_only_a_study_that_nobody_drives_is_gone_on_with(config):
+    study = config({"model": ["tiny-llama"], "mode": ["dense"]})
+    assert sweep(study) == 0
+    parent, (cell,) = _study()
+    with pytest.raises(UserError, match="is no study"):
+        sweep(replace(study, resume=cell["run_id"]))
+    with pytest.raises(UserError, match="there is no run"):
+        sweep(replace(study, resume="0" * 32))
+    tracker = Tracker()
+    tracker.reopen(parent["run_id"])  # the driver it names, this process, lives
+    with pytest.raises(UserError, match="still running"):
+        sweep(replace(study, resume=parent["run_id"]))
+    tracker.log(parent["run_id"], tags={"driver": "elsewhere 1 0", "heartbeat": 0})
+    assert sweep(replace(study, resume=parent["run_id"])) == 0
+    assert len(_study()[1]) == 1
