@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,7 +21,7 @@ from sparse_ft.progress import SILENT, Progress
 
 __all__ = ["LayerCheck", "Validation", "validate_checkpoint"]
 
-_BLOCK = 1 << 24  # weights looked at in one go
+_BLOCK = 1 << 18  # weights looked at in one go: what is made of them stays in the processor's cache
 _EXAMPLES = 3  # violating weights that a layer's entry shows
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -135,8 +136,9 @@ def validate_checkpoint(
                 if layers[-1].nonfinite:
                     problems.append(f"{name} has {layers[-1].nonfinite} weights that are not finite.")
             else:
-                tensor = checkpoint.tensor(name)
-                if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                if checkpoint.dtype(name).is_floating_point and any(
+                    _nonfinite(weights) for _, weights in _blocks(checkpoint, name)
+                ):
                     problems.append(f"{name} has weights that are not finite.")
             if origin is not None and name in origin.names:
                 problems += _change_problems(checkpoint, origin, name, whole, target_modules)
@@ -196,7 +198,7 @@ def _renamed(checkpoint: Checkpoint, masks: MaskSet, shapes: dict[str, tuple[int
 
 def _blocks(checkpoint: Checkpoint, name: str) -> Iterator[tuple[int, Tensor]]:
     """``(first row, weights [rows, C])`` of a tensor, a bounded number of weights at a time."""
-    columns, dtype, raw = checkpoint.shape(name)[-1], checkpoint.dtype(name), checkpoint.raw(name)
+    columns, dtype, raw = (checkpoint.shape(name) or (1,))[-1], checkpoint.dtype(name), checkpoint.raw(name)
     width = columns * dtype.itemsize
     step = max(1, _BLOCK // columns)
     for row in range(0, raw.size // width, step):
@@ -211,11 +213,11 @@ def _check_layer(checkpoint: Checkpoint, name: str, bits: _Bits, tolerance: floa
     for row, weights in _blocks(checkpoint, name):
         masked = ~bits.rows(row, row + weights.shape[0])
         nonzero = weights != 0  # true of NaN
-        check.masked += int(masked.sum())
-        check.zeros += weights.numel() - int(nonzero.sum())
-        check.nonfinite += weights.numel() - int(torch.isfinite(weights).sum())
+        check.masked += _count(masked)
+        check.zeros += weights.numel() - _count(nonzero)
+        check.nonfinite += _nonfinite(weights)
         wrong = masked & (nonzero if tolerance == 0 else ~(weights.abs().float() <= tolerance))
-        count = int(wrong.sum())
+        count = _count(wrong)
         if not count:
             continue
         check.violations += count
@@ -227,6 +229,17 @@ def _check_layer(checkpoint: Checkpoint, name: str, bits: _Bits, tolerance: floa
     if check.violations and math.isfinite(largest):
         check.max_violation = largest
     return check
+
+
+def _count(found: Tensor) -> int:
+    return int(np.count_nonzero(found.numpy()))  # several times faster than a sum over booleans
+
+
+def _nonfinite(weights: Tensor) -> int:
+    """Number of NaN and infinite weights. The extremes tell where there are none: NaN is among them if anywhere."""
+    if weights.numel() == 0 or all(math.isfinite(extreme) for extreme in torch.aminmax(weights)):
+        return 0
+    return weights.numel() - _count(torch.isfinite(weights))
 
 
 def _unravel(row: int, shape: tuple[int, ...]) -> list[int]:
@@ -291,13 +304,11 @@ def _change_problems(
     if checkpoint.shape(name) != base.shape(name):
         return [f"{name} has shape {checkpoint.shape(name)}, in the base {base.shape(name)}."]
     changed = 0
-    original = base.tensor(name).to(checkpoint.dtype(name))
-    original = original.reshape(-1, original.shape[-1])
-    for row, weights in _blocks(checkpoint, name):
-        different = weights != original[row : row + weights.shape[0]]
+    for (row, weights), (_, original) in zip(_blocks(checkpoint, name), _blocks(base, name), strict=True):
+        different = weights != original.to(weights.dtype)
         if name in whole:
             different &= whole[name].rows(row, row + weights.shape[0])
-        changed += int(different.sum())
+        changed += _count(different)
     return [f"{name} differs from the base in {changed} weights; it was not to be trained."] if changed else []
 
 

@@ -8,7 +8,6 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from pathlib import Path
 
 # Before torch is imported: tests are many small runs, in which threads only get in each other's way.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
