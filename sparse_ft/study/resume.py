@@ -22,7 +22,7 @@ from sparse_ft.study.config import SweepConfig
 from sparse_ft.study.failures import RETRIED
 from sparse_ft.study.plan import Plan, Study
 from sparse_ft.study.worker import process_name
-from sparse_ft.tracking.runs import Tracker
+from sparse_ft.tracking.runs import Tracker, flatten_config
 
 __all__ = [
     "HEARTBEAT_SECONDS",
@@ -98,7 +98,7 @@ def start_study(tracker: Tracker, plan: Plan, config: SweepConfig, console: Cons
         ledger = take_over(tracker, parent)
         run = tracker.run(parent)
         folder = Path(run["tags"].get("folder") or Path(config.output_dir) / f"{name}-{parent[:8]}")
-        said = f"going on with the study {name} ({parent}): {len(ledger.finished)} of {len(plan.cells)} cells are done"
+        said = f"going on with the study {name} ({parent}): {_done(plan, ledger)} of {len(plan.cells)} cells are done"
         console.print(said, soft_wrap=True)
         if ledger.closed:
             console.print(f"  {len(ledger.closed)} runs were open that nobody worked at; they are now KILLED")
@@ -111,6 +111,17 @@ def start_study(tracker: Tracker, plan: Plan, config: SweepConfig, console: Cons
     tags = {"plan_key": plan_key(plan), "driver": process_name(), "heartbeat": time.time(), "complete": False}
     tracker.log(parent, tags={**tags, "folder": str(folder.absolute())})
     return Start(parent, folder, ledger)
+
+
+def _done(plan: Plan, ledger: Ledger) -> int:
+    """How many cells of the plan have a FINISHED run. Their keys are not known before the masks are: told apart by
+    their parameters."""
+
+    def parameters(values: Mapping[str, str]) -> frozenset:
+        return frozenset(pair for pair in values.items() if pair[0].startswith("cfg/"))
+
+    finished = {parameters(run["params"]) for run in ledger.finished.values()}
+    return sum(parameters(flatten_config(cell.canonical())) in finished for cell in plan.cells)
 
 
 def plan_key(plan: Plan) -> str:

@@ -6,6 +6,7 @@ folder and the tracking store must be reachable from every node: a shared file s
 
 from __future__ import annotations
 
+import socket
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -155,8 +156,9 @@ class RayExecutor:
             if address == "none":
                 self._ray.init(**options)
             else:
+                _knock(address)
                 self._ray.init(address=address, log_to_driver=False, logging_level="warning")
-        except ConnectionError as error:
+        except OSError as error:  # ConnectionError is one
             raise UserError(
                 f"ray_address: no Ray cluster answers at '{address}' ({str(error).splitlines()[0]}); start one with "
                 "ray start --head, or leave ray_address out."
@@ -174,6 +176,13 @@ class RayExecutor:
         # Two threads: one works, one answers what has happened so far.
         remote = self._ray.remote(max_concurrency=2, max_restarts=0, runtime_env=surroundings, **asked)
         return remote(_Actor)
+
+
+def _knock(address: str) -> None:
+    """Raises OSError where nothing listens at ``host:port``: Ray itself would ask again for many minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 @dataclass

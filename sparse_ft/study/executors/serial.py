@@ -16,6 +16,8 @@ from sparse_ft.tracking.runs import Tracker
 
 __all__ = ["Reporting", "SerialExecutor"]
 
+_AGAIN_SECONDS = 5.0  # long enough to log a failure in between
+
 
 class SerialExecutor:
     """Runs everything here: nothing to start, one model in memory, Ctrl-C goes straight to the cell.
@@ -94,4 +96,5 @@ def _limited(seconds: float | None) -> Iterator[Callable[[], None]]:
 
 
 def _ring_after(seconds: float) -> None:
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    """Rings once more every few seconds: what is raised within a destructor or a library's callback gets lost."""
+    signal.setitimer(signal.ITIMER_REAL, seconds, _AGAIN_SECONDS)
