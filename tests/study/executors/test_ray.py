@@ -33,7 +33,7 @@ def cluster():
 
 def test_a_node_killed_in_the_middle_of_the_smoke_study_costs_no_cell(cluster, study_file, tmp_path):
     cluster, second = cluster
-    path = study_file(SMOKE, name="smoke", cell={"max_steps": 40})
+    path = study_file(SMOKE, name="smoke", cell={"max_steps": 300})
     config = SweepConfig(
         config=str(path), output_dir=str(tmp_path / "out"), executor="ray", max_workers=2, ray_address=cluster.address
     )
