@@ -132,7 +132,7 @@ def run_cerebras_cell(
         masks = _masks(mask_file, start, result)
         needed = training_settings(cell).examples_needed
         examples = training_examples(task, tokenizer, cell.max_seq_len, needed, cell.seed)
-    scores = _Scores(cell, bench, tokenizer, task)
+    scores = _Scores(cell, bench, tokenizer, task, folder)
     if cell.score_untuned:
         with clock("load"), bench.borrow(cell) as model:
             if start is not checkpoint:
@@ -192,6 +192,8 @@ def run_cerebras_cell(
     for rest in ("model.mdl", "start.mdl", "merged.mdl"):
         (folder / rest).unlink(missing_ok=True)
     shutil.rmtree(folder / "model_dir", ignore_errors=True)
+    if cell.keep_samples:
+        result.artifacts.append((folder / "samples", "samples"))
     result.metrics.update(clock.metrics())
     return result
 

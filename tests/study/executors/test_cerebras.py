@@ -2,9 +2,13 @@
 SPARSE_FT_CEREBRAS_PYTHON (make test-modelzoo does so), and runs on the trainer's CPU device."""
 
 import os
+import signal
 import stat
+import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 import yaml
 
@@ -83,3 +87,42 @@ def test_a_study_is_trained_merged_proven_and_scored(study_file, settings_file, 
     assert sparse["metrics"]["sparsity/after_merge"] == pytest.approx(0.6, abs=1e-3)
     (dense,) = [run for run in cells if run["params"]["cfg/mode"] == "sparse_to_dense"]
     assert "eval/accuracy_remasked" in dense["metrics"]
+
+
+@pytest.mark.skipif(MODELZOO is None, reason="needs ModelZoo: make test-modelzoo MODELZOO=PATH")
+def test_losses_come_while_it_trains_and_ctrl_c_leaves_no_trainer_behind(study_file, settings_file, tmp_path):
+    study = study_file({"model": ["tiny-llama"], "sparsity": [0.6]}, cell={"max_steps": 100_000}, dense_baseline=False)
+    settings, out = settings_file(python=MODELZOO, device="CPU"), tmp_path / "out"
+    options = ["--executor", "cerebras", "--cerebras", settings, "--output_dir", str(out)]
+    with open(tmp_path / "sweep.log", "w") as log:
+        command = [sys.executable, "-m", "entrypoints.sweep", "--config", str(study), *options]
+        study_process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        tracker, deadline = Tracker(), time.monotonic() + 240
+        losses = []
+        while not losses:
+            assert study_process.poll() is None and time.monotonic() < deadline, (tmp_path / "sweep.log").read_text()
+            time.sleep(0.5)
+            cells = [run for run in tracker.search() if run["tags"].get("kind") == "cell"]
+            losses = tracker.curve(cells[0]["run_id"], "cerebras/loss") if cells else []
+        assert cells[0]["status"] == "RUNNING"
+        trainers = [p for p in psutil.Process(study_process.pid).children(recursive=True) if _trains(p)]
+        assert trainers
+        study_process.send_signal(signal.SIGINT)
+        assert study_process.wait(120) != 0
+    finally:
+        study_process.kill()
+    assert not [process for process in trainers if process.is_running()]
+    assert not [process for process in psutil.process_iter() if _trains(process) and str(out) in _line(process)]
+    assert tracker.run(cells[0]["run_id"])["status"] == "KILLED"
+
+
+def _trains(process):
+    return "sparse_ft.cerebras.cszoo" in _line(process)
+
+
+def _line(process):
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
