@@ -22,7 +22,12 @@ __all__ = [
 ]
 
 # Classes for which another try can end differently: when a study is resumed,
-RETRIED = frozenset({"out_of_memory", "disk_full", "worker_lost", "timeout", "model_unavailable", "data_missing"})
+RETRIED = frozenset(
+    {
+        *("out_of_memory", "disk_full", "worker_lost", "timeout", "model_unavailable", "data_missing"),
+        *("cluster_unreachable", "lost_connection", "disk_quota", "job_time_limit", "cancelled"),  # of a Cerebras
+    }
+)
 # and at once, without anybody having put something right.
 RETRIED_AT_ONCE = frozenset({"out_of_memory", "worker_lost", "timeout"})
 _FULL = (errno.ENOSPC, errno.EDQUOT)

@@ -62,5 +62,7 @@ def resume_command(config: SweepConfig, parent: str) -> str:
     """The command that goes on with a study."""
     values = {"config": config.config, "executor": config.executor, "max_workers": config.max_workers}
     values |= {"resume": parent, "output_dir": config.output_dir}
+    elsewhere = {"ray_address": config.ray_address, "cerebras": config.cerebras}
+    values |= {name: value for name, value in elsewhere.items() if value != "none"}
     flags = " ".join(f"-P {name}={shlex.quote(str(value))}" for name, value in values.items())
     return f"mlflow run . -e sweep --env-manager local {flags}"

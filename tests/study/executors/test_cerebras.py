@@ -19,6 +19,7 @@ from sparse_ft.study.cerebras import CerebrasSettings, load_settings
 from sparse_ft.study.config import SweepConfig
 from sparse_ft.study.driver import sweep
 from sparse_ft.study.failures import classify
+from sparse_ft.study.life import resume_command
 from sparse_ft.tracking.runs import Tracker
 
 MODELZOO = os.environ.get("SPARSE_FT_CEREBRAS_PYTHON")
@@ -126,3 +127,10 @@ def _line(process):
         return " ".join(process.cmdline())
     except psutil.Error:
         return ""
+
+
+def test_the_command_that_goes_on_with_a_study_names_where_it_trains():
+    config = SweepConfig(config="c.yaml", executor="cerebras", cerebras="my settings.yaml")
+    command = resume_command(config, "abc")
+    assert "-P executor=cerebras" in command and "-P cerebras='my settings.yaml'" in command
+    assert "ray_address" not in command
