@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))  # documents.py, which takes the documentation apart (no test packages)
+sys.path.insert(0, str(Path(__file__).parent / "support"))  # documents.py, which takes the documentation apart
 
 
 @pytest.fixture(autouse=True)

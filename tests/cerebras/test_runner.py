@@ -77,8 +77,13 @@ def test_ctrl_c_leaves_neither_process_nor_job_behind(tmp_path, monkeypatch):
         PROGRESS.format(n=1, loss=1.0),
         "time.sleep(300)",
     )
-    with pytest.raises(KeyboardInterrupt):
-        run_fit(code, tmp_path / "fit.log", tmp_path, lambda step: os.kill(os.getpid(), signal.SIGINT))
+    # Whoever runs the tests in the background ignores Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_fit(code, tmp_path / "fit.log", tmp_path, lambda step: os.kill(os.getpid(), signal.SIGINT))
+    finally:
+        signal.signal(signal.SIGINT, before)
     pid = int((tmp_path / "fit.log").read_text().split()[1])
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)

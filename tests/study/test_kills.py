@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -164,12 +165,12 @@ def test_a_full_disk_leaves_named_holes_that_a_resumed_study_fills(small_disk, s
 
     def fill():
         _wait_for(lambda: any(run["status"] == "FINISHED" for run in _study(tmp_path / "mlflow.db")[1]))
-        try:
-            with open(filler, "wb", buffering=0) as stream:
-                while True:
-                    stream.write(b"x" * 4096)
-        except OSError:
-            pass  # full
+        # In large pieces first: the cells that are to meet a full disk take a second or two each.
+        with open(filler, "wb", buffering=0) as stream:
+            for size in (1 << 20, 4096):
+                with suppress(OSError):  # full
+                    while True:
+                        stream.write(b"x" * size)
 
     thread = threading.Thread(target=fill)
     thread.start()
