@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 
+from sparse_ft.memory import release_memory
 from sparse_ft.progress import SILENT, Progress
 from sparse_ft.study.cell import Judge, StoppedEarly, run_cell
 from sparse_ft.study.failures import Failure, classify
@@ -80,6 +81,8 @@ class Worker:
     ) -> Outcome:
         self._bench.progress = progress
         began = time.monotonic()
+        if job.attempt > 1:
+            release_memory()  # what failed before may hold its tensors still, in the frames of its traceback
         try:
             run_id = self._tracker.start_child(self._parent, job.title, self._tags(job))
         except Exception as error:  # the store is full or gone
