@@ -217,7 +217,7 @@ def _same_method(row: Mapping[str, Any], point: Mapping[str, Any]) -> bool:
 
 
 def _side_by_side(row: Mapping[str, Any], measure: str, column: str, point: Mapping[str, Any]) -> dict[str, Any]:
-    error = point.get(f"accuracy_error{'_untuned' if row['mode'] == 'untuned' else ''}", math.nan)
+    error = point.get(f"{measure}_error{'_untuned' if row['mode'] == 'untuned' else ''}", math.nan)
     return {
         "model": point["model"],
         "task": point["task"],
@@ -227,7 +227,7 @@ def _side_by_side(row: Mapping[str, Any], measure: str, column: str, point: Mapp
         "measure": column,
         "published": row[measure],
         "ours": point[column],
-        "ours_error": error if measure == "accuracy" else math.nan,
+        "ours_error": error,
         "difference": point[column] - row[measure],
         "n": point["n"],
         "source": row["source"],

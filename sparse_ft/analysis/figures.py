@@ -45,15 +45,15 @@ class Chart:
     from_zero: bool = False
 
 
-_ERRORS = "Bands: ± 1 standard error (questions scored; seeds where there are several)."
+_ERRORS = "Bands: ± 1 standard error (questions scored or windows read; seeds where there are several)."
 _SEEDS = "Bands: ± 1 standard deviation over seeds, where there are several."
 CHARTS: tuple[Chart, ...] = (
     Chart("accuracy", "Accuracy after fine-tuning", "accuracy", "accuracy", "accuracy_error", "accuracy_untuned",
           dense=True, chance=True, note=_ERRORS),
-    Chart("loss", "Loss on the answers after fine-tuning", "loss (nats per token)", "loss", "loss_std",
-          "loss_untuned", dense=True, note=_SEEDS),
+    Chart("loss", "Loss on the answers after fine-tuning", "loss (nats per token)", "loss", "loss_error",
+          "loss_untuned", dense=True, note=_ERRORS),
     Chart("perplexity", "Perplexity of held-out text after fine-tuning", "perplexity (log scale)", "perplexity",
-          "perplexity_std", "perplexity_untuned", log=True, dense=True, note=_SEEDS),
+          "perplexity_error", "perplexity_untuned", log=True, dense=True, note=_ERRORS),
     Chart("recovery", "Recovery: share of the dense fine-tuned accuracy", "recovery (%)", "recovery",
           "recovery_error", factor=100, rules=((100, "dense, fine-tuned"), (95, "95 %")), note=_ERRORS),
     Chart("training_throughput", "Training throughput", "tokens per second", "train_tokens_per_second",
@@ -63,11 +63,12 @@ CHARTS: tuple[Chart, ...] = (
     Chart("accuracy_gained", "Accuracy that fine-tuning gained over the pruned model", "gain (points)",
           "accuracy_gained", "accuracy_gained_error", factor=100, rules=((0, "no gain"),), note=_ERRORS),
     Chart("perplexity_gained", "Perplexity before fine-tuning over after", "ratio (log scale)",
-          "perplexity_ratio_gained", log=True, rules=((1, "no gain"),)),
+          "perplexity_ratio_gained", "perplexity_ratio_gained_error", log=True, rules=((1, "no gain"),), note=_ERRORS),
     Chart("remasking_gap_accuracy", "Accuracy lost by masking the merged model again", "loss (points)",
           "accuracy_remask_gap", "accuracy_remask_gap_error", factor=100, rules=((0, "no loss"),), note=_ERRORS),
     Chart("remasking_gap_perplexity", "Perplexity of the merged model after masking it again, over before",
-          "ratio (log scale)", "perplexity_ratio_remask", log=True, rules=((1, "no loss"),)),
+          "ratio (log scale)", "perplexity_ratio_remask", "perplexity_ratio_remask_error", log=True,
+          rules=((1, "no loss"),), note=_ERRORS),
 )  # fmt: skip
 
 
@@ -126,6 +127,9 @@ def _draw_line(axes: Axes, chart: Chart, line: pd.DataFrame, look: Look, few: bo
         if known.any():
             style = {"color": look.colour, "linestyle": (0, (1, 1.6)), "marker": "x", "linewidth": 1.1}
             axes.plot(x[known], before[known], **style, zorder=2)
+            if (error := f"{chart.error}_untuned") in line:
+                bars = {"fmt": "none", "ecolor": look.colour, "elinewidth": 0.8, "alpha": 0.45, "zorder": 1}
+                axes.errorbar(x[known], before[known], line[error].to_numpy(float)[known] * chart.factor, **bars)
             rules["before"] = line_handle("before fine-tuning", **(style | {"color": RULE}))
     return True
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import pandas as pd
 
+from sparse_ft.analysis.numbers import shown, shown_with_error
+
 __all__ = ["Column", "embedded", "figure", "number", "percent", "plus_minus", "table", "text"]
 
 Show = Callable[[dict[str, Any]], str]
@@ -56,18 +58,8 @@ def text(name: str) -> Show:
 
 
 def number(name: str, form: str = ",.4g", factor: float = 1.0) -> Show:
-    """Shows a number, grouped by thousands and never in powers of ten; a dash for what was not measured."""
-
-    def show(row: dict[str, Any]) -> str:
-        value = row.get(name)
-        if _missing(value):
-            return "–"
-        if math.isinf(value):
-            return "∞"
-        value *= factor
-        return f"{value:,.0f}" if abs(value) >= 1e4 else format(value, form)
-
-    return show
+    """Shows a number as `sparse_ft.analysis.numbers.shown` does."""
+    return lambda row: shown(_times(row.get(name), factor), form)
 
 
 def percent(name: str) -> Show:
@@ -82,14 +74,7 @@ def percent(name: str) -> Show:
 
 def plus_minus(name: str, error: str, form: str = ".3f", factor: float = 1.0) -> Show:
     """Shows a number with its standard error, where that is known."""
-
-    def show(row: dict[str, Any]) -> str:
-        if _missing(row.get(name)):
-            return "–"
-        shown = format(row[name] * factor, form)
-        return shown if _missing(row.get(error)) else f"{shown} ± {format(row[error] * factor, form)}"
-
-    return show
+    return lambda row: shown_with_error(_times(row.get(name), factor), _times(row.get(error), factor), form)
 
 
 def figure(path: Path, title: str, caption: str) -> str:
@@ -115,6 +100,10 @@ def _cell(row: dict[str, Any], column: Column) -> str:
         key = "" if _missing(value) else repr(float(value)).replace("inf", "1e999")
         return f'<td class=number data-value="{key}">{shown}</td>'
     return f"<td class=wide>{shown}</td>" if column.wide else f"<td>{shown}</td>"
+
+
+def _times(value: Any, factor: float) -> Any:
+    return None if _missing(value) else value * factor
 
 
 def _missing(value: Any) -> bool:

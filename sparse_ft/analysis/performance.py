@@ -25,11 +25,14 @@ CHANCE: Mapping[str, float] = {
 MAJORITY: Mapping[tuple[str, str], float] = {("boolq", "3270"): 2033 / 3270}
 
 POINT_MEASURES = (
-    "accuracy", "accuracy_std", "accuracy_error", "recovery", "recovery_error", "acc_norm", "loss", "loss_std",
-    "perplexity", "perplexity_std", "accuracy_untuned", "accuracy_error_untuned", "loss_untuned",
-    "perplexity_untuned", "accuracy_remasked", "accuracy_error_remasked", "loss_remasked", "perplexity_remasked",
-    "accuracy_gained", "accuracy_gained_error", "perplexity_ratio_gained",
-    "accuracy_remask_gap", "accuracy_remask_gap_error", "perplexity_ratio_remask",
+    "accuracy", "accuracy_std", "accuracy_error", "recovery", "recovery_error", "acc_norm",
+    "loss", "loss_std", "loss_error", "perplexity", "perplexity_std", "perplexity_error",
+    "accuracy_untuned", "accuracy_error_untuned", "loss_untuned", "loss_error_untuned",
+    "perplexity_untuned", "perplexity_error_untuned",
+    "accuracy_remasked", "accuracy_error_remasked", "loss_remasked", "loss_error_remasked",
+    "perplexity_remasked", "perplexity_error_remasked",
+    "accuracy_gained", "accuracy_gained_error", "perplexity_ratio_gained", "perplexity_ratio_gained_error",
+    "accuracy_remask_gap", "accuracy_remask_gap_error", "perplexity_ratio_remask", "perplexity_ratio_remask_error",
     "sparsity_achieved", "sparsity_after_merge", "train_tokens_per_second", "train_tokens_per_second_std",
     "train_samples_per_second", "eval_samples_per_second", "eval_samples_per_second_std", "peak_bytes",
 )  # fmt: skip
@@ -111,9 +114,11 @@ def performance_table(cells: pd.DataFrame, grouped: pd.DataFrame) -> pd.DataFram
     table["accuracy_gained"] = table["accuracy"] - table["accuracy_untuned"]
     table["accuracy_gained_error"] = np.hypot(table["accuracy_error"], table["accuracy_error_untuned"])
     table["perplexity_ratio_gained"] = table["perplexity_untuned"] / table["perplexity"]
+    table["perplexity_ratio_gained_error"] = table["perplexity_ratio_gained"] * _relative(table, "_untuned")
     table["accuracy_remask_gap"] = table["accuracy"] - table["accuracy_remasked"]
     table["accuracy_remask_gap_error"] = np.hypot(table["accuracy_error"], table["accuracy_error_remasked"])
     table["perplexity_ratio_remask"] = table["perplexity_remasked"] / table["perplexity"]
+    table["perplexity_ratio_remask_error"] = table["perplexity_ratio_remask"] * _relative(table, "_remasked")
     table["sparsity_percent"] = (table["sparsity"] * 100).round(6)
     return table[[*GROUP, "sparsity_percent", "n", "seeds", *POINT_MEASURES]]
 
@@ -171,6 +176,12 @@ def _protocols(cells: pd.DataFrame) -> dict[tuple[Any, ...], set[tuple[str, ...]
     for cell in cells[cells["status"] == "FINISHED"].to_dict("records"):
         found.setdefault(_point(cell), set()).add(tuple(str(cell[name]) for name in columns))
     return found
+
+
+def _relative(table: pd.DataFrame, suffix: str) -> pd.Series:
+    """Relative standard error of the ratio of two perplexities."""
+    parts = [table[f"perplexity_error{end}"] / table[f"perplexity{end}"] for end in ("", suffix)]
+    return np.hypot(*parts)
 
 
 def _point(row: Mapping[str, Any] | pd.Series) -> tuple[Any, ...]:

@@ -28,15 +28,21 @@ IDENTITY = ("model", "task", "method", "importance", "scope", "sparsity", "mode"
 GROUP = ("model", "task", "method", "importance", "scope", "series", "variant", "mode", "sparsity")
 RESULTS = (
     "sparsity_target", "sparsity_achieved", "sparsity_after_merge", "sparsity_violations",
-    "accuracy", "accuracy_stderr", "acc_norm", "loss", "perplexity",
-    "accuracy_untuned", "accuracy_stderr_untuned", "loss_untuned", "perplexity_untuned",
-    "accuracy_remasked", "accuracy_stderr_remasked", "loss_remasked", "perplexity_remasked",
+    "accuracy", "accuracy_stderr", "acc_norm", "loss", "loss_stderr", "perplexity", "perplexity_stderr",
+    "accuracy_untuned", "accuracy_stderr_untuned", "loss_untuned", "loss_stderr_untuned",
+    "perplexity_untuned", "perplexity_stderr_untuned",
+    "accuracy_remasked", "accuracy_stderr_remasked", "loss_remasked", "loss_stderr_remasked",
+    "perplexity_remasked", "perplexity_stderr_remasked",
     "train_loss", "train_tokens_per_second", "train_samples_per_second", "eval_samples_per_second",
     "peak_bytes", "minutes",
 )  # fmt: skip
 TAGS = ("failure_class", "failure_message", "same_as", "mask_checksum", "cell_key")
 # Averaged over seeds by grouped_table.
 MEASURES = tuple(name for name in RESULTS if "stderr" not in name)
+# Scores that come with a standard error, each as it was measured: of the tuned model, before tuning, re-masked.
+ERRORS = tuple(
+    (name, suffix) for name in ("accuracy", "loss", "perplexity") for suffix in ("", "_untuned", "_remasked")
+)
 # Two scores are the same measurement only if all of these agree.
 EVALUATION_PROTOCOL = (
     "task_version", "num_fewshot", "limit", "split", "split_rows", "samples", "n_scored", "accuracy_metric",
@@ -81,9 +87,10 @@ def cell_table(rows: Iterable[Row]) -> pd.DataFrame:
 def grouped_table(cells: pd.DataFrame) -> pd.DataFrame:
     """One row a point of a curve: mean and standard deviation over the finished cells that differ in seed only.
 
-    ``n`` counts the cells; ``X_std`` is the sample deviation (NaN for one cell). ``accuracy_error`` is one
-    standard error: of the questions scored, and where there are several seeds also of the mean over them
-    (the seeds share the questions, so the first part does not shrink with their number).
+    ``n`` counts the cells; ``X_std`` is the sample deviation (NaN for one cell). ``X_error`` of accuracy, loss
+    and perplexity is one standard error: of the questions scored or windows read, and where there are several
+    seeds also of the mean over them (the seeds share the questions, so the first part does not shrink with
+    their number).
     """
     done = cells[cells["status"] == "FINISHED"]
     names = [name for name in MEASURES if name in cells and done[name].notna().any()]
@@ -98,10 +105,10 @@ def grouped_table(cells: pd.DataFrame) -> pd.DataFrame:
             values = group[name].dropna()
             record[name] = values.mean() if len(values) else math.nan
             record[f"{name}_std"] = values.std(ddof=1) if len(values) > 1 else math.nan
-        for suffix in ("", "_untuned", "_remasked"):
-            record[f"accuracy_error{suffix}"] = _accuracy_error(group, suffix)
+        for name, suffix in ERRORS:
+            record[f"{name}_error{suffix}"] = _error(group, name, suffix)
         records.append(record)
-    columns += [f"accuracy_error{suffix}" for suffix in ("", "_untuned", "_remasked")]
+    columns += [f"{name}_error{suffix}" for name, suffix in ERRORS]
     return _sorted(pd.DataFrame(records, columns=columns))
 
 
@@ -252,9 +259,9 @@ def _variants(table: pd.DataFrame) -> pd.Series:
     return pd.Series(texts, index=table.index, dtype=object)
 
 
-def _accuracy_error(group: pd.DataFrame, suffix: str) -> float:
-    scores = group[f"accuracy{suffix}"].dropna()
-    errors = group[f"accuracy_stderr{suffix}"].dropna()
+def _error(group: pd.DataFrame, name: str, suffix: str) -> float:
+    scores = group[f"{name}{suffix}"].dropna()
+    errors = group[f"{name}_stderr{suffix}"].dropna()
     sampled = float(np.sqrt((errors**2).mean())) if len(errors) else math.nan
     spread = float(scores.std(ddof=1) / math.sqrt(len(scores))) if len(scores) > 1 else math.nan
     parts = [part for part in (sampled, spread) if not math.isnan(part)]

@@ -10,11 +10,12 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from sparse_ft.analysis.numbers import shown, shown_with_error
 from sparse_ft.analysis.table import Row, cell_table
 
 __all__ = ["MODE_NAMES", "TERMINAL_WIDTH", "terminal_table"]
 
-TERMINAL_WIDTH = 112  # columns that the table needs; give a narrower Console (a pipe has 80) at least this
+TERMINAL_WIDTH = 132  # columns that the table needs; give a narrower Console (a pipe has 80) at least this
 
 MODE_NAMES = {"sparse_to_dense": "sparse to dense", "sparse_to_sparse": "sparse to sparse"}
 
@@ -22,8 +23,8 @@ MODE_NAMES = {"sparse_to_dense": "sparse to dense", "sparse_to_sparse": "sparse 
 def terminal_table(rows: Iterable[Row]) -> Table:
     """One row a cell, two lines each: what was asked and what came out, before and after tuning; failures say why.
 
-    Model and task stand in the title where the study has one of each. ``±`` is the standard error of
-    the accuracy; a dash is what was not measured.
+    Model and task stand in the title where the study has one of each. ``±`` is one standard error; a dash is
+    what was not measured.
     """
     cells = cell_table(rows)
     models, tasks = cells["model"].dropna().unique(), cells["task"].dropna().unique()
@@ -50,11 +51,14 @@ def terminal_table(rows: Iterable[Row]) -> Table:
             _percent(cell["sparsity_after_merge"]),
             _violations(cell),
             _stacked("untuned", "tuned"),
-            _stacked(*(_accuracy(cell[f"accuracy{s}"], cell[f"accuracy_stderr{s}"]) for s in ("_untuned", ""))),
-            _stacked(*(_figure(cell[f"loss{s}"], ".3f") for s in ("_untuned", ""))),
-            _stacked(*(_figure(cell[f"perplexity{s}"], ",.4g") for s in ("_untuned", ""))),
-            _figure(cell["train_tokens_per_second"], ",.0f"),
-            _figure(cell["minutes"], ".1f"),
+            *(
+                _stacked(
+                    *(shown_with_error(cell[f"{name}{s}"], cell[f"{name}_stderr{s}"], form) for s in ("_untuned", ""))
+                )
+                for name, form in (("accuracy", ".3f"), ("loss", ".3f"), ("perplexity", ",.4g"))
+            ),
+            shown(cell["train_tokens_per_second"], ",.0f"),
+            shown(cell["minutes"], ".1f"),
         ]
         table.add_row(*values)
     return table
@@ -77,14 +81,6 @@ def _stacked(before: str, after: str) -> Text:
     return Text.assemble((before, "dim"), "\n", after, justify="right")
 
 
-def _figure(value: Any, form: str) -> str:
-    if value is None or math.isnan(value):
-        return "–"
-    if math.isinf(value):
-        return "inf"
-    return f"{value:,.0f}" if form == ",.4g" and value >= 1e4 else format(value, form)
-
-
 def _percent(value: float) -> str:
     """Enough digits to tell an exact sparsity from one that a merge has diluted."""
     if value is None or math.isnan(value):
@@ -93,11 +89,7 @@ def _percent(value: float) -> str:
     return text
 
 
-def _accuracy(value: float, error: float) -> str:
-    return _figure(value, ".3f") + (f" ± {error:.3f}" if not math.isnan(error) and not math.isnan(value) else "")
-
-
 def _violations(cell: dict[str, Any]) -> Text:
     # Weights that break the promise of the cell's mode: any is an alarm.
     count = cell["sparsity_violations"]
-    return Text(_figure(count, ",.0f"), style="bold red" if count > 0 else "")
+    return Text(shown(count, ",.0f"), style="bold red" if count > 0 else "")

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from sparse_ft.errors import UserError
 from sparse_ft.evaluation.batches import rows_that_fit
+from sparse_ft.evaluation.standard_errors import ratio_standard_error
 from sparse_ft.progress import SILENT, Progress
 from sparse_ft.tasks.definitions import eval_split, quiet
 from sparse_ft.tasks.examples import held_out_texts, token_stream
@@ -33,6 +34,12 @@ class Perplexity:
     seq_len: int  # tokens of a window; the first of each is context only
     windows: int
     tokens: int  # predicted tokens: windows * (seq_len - 1)
+    loss_stderr: float  # of the mean over windows; NaN for one window
+
+    @property
+    def stderr(self) -> float:
+        """Standard error of ``value``: the loss's, times the slope of exp."""
+        return self.value * self.loss_stderr
 
 
 def corpus_texts(corpus: str, task: Task) -> tuple[str, Iterable[str]]:
@@ -100,19 +107,21 @@ def perplexity(
     windows = _windows(tokens if wanted is None else tokens[:wanted], seq_len)
     device = next(model.parameters()).device
     rows = batch_size or rows_that_fit(model, windows.shape[1])
-    total = 0.0
+    losses: list[float] = []  # nats of a window
     progress.start("perplexity", len(windows), "windows")
     for batch in windows.split(rows):
         batch = batch.to(device)
         logits = model(input_ids=batch, use_cache=False).logits
         for row, targets in zip(logits[:, :-1], batch[:, 1:], strict=True):  # float32 copies of one row only
-            total += functional.cross_entropy(row.float(), targets, reduction="none").double().sum().item()
+            losses.append(functional.cross_entropy(row.float(), targets, reduction="none").double().sum().item())
         progress.advance(len(batch))
     progress.stop()
-    count = windows.shape[0] * (windows.shape[1] - 1)
-    loss = total / count
+    scored = windows.shape[1] - 1
+    count = windows.shape[0] * scored
+    loss = sum(losses) / count
     value = math.exp(loss) if loss < 700 else math.inf
-    return Perplexity(value, loss, windows.shape[1], windows.shape[0], count)
+    error = ratio_standard_error(losses, [scored] * len(losses))
+    return Perplexity(value, loss, windows.shape[1], windows.shape[0], count, error)
 
 
 def _windows(tokens: Sequence[int], seq_len: int) -> torch.Tensor:

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from sparse_ft.errors import UserError
 from sparse_ft.evaluation.perplexity import corpus_texts, perplexity
 from sparse_ft.evaluation.scorer import Scorer
+from sparse_ft.evaluation.standard_errors import ratio_standard_error
 from sparse_ft.models.loading import quiet_transformers
 from sparse_ft.progress import SILENT, Progress
 from sparse_ft.tasks.definitions import quiet, set_fewshot, task_protocol
@@ -78,8 +79,9 @@ class Evaluation:
         metrics: ``accuracy`` and ``accuracy_stderr`` (the headline metric, named in the protocol), every
             metric of lm-eval under its own name with ``_stderr`` (``acc``, ``acc_norm``,
             ``exact_match_strict_match``, ``exact_match_flexible_extract``), ``loss`` (nats per token of the
-            right answers), ``perplexity`` and ``perplexity_loss``, ``samples_per_second``. What could not be
-            measured (a standard error of one sample, say) is not there.
+            right answers) with ``loss_stderr`` (over questions), ``perplexity`` and ``perplexity_loss`` with
+            theirs (over windows), ``samples_per_second``. What could not be measured (a standard error of one
+            sample, say) is not there.
         protocol: what the numbers depend on, JSON-able.
         samples: lm-eval's record of every question, JSON-able; empty unless asked for.
     """
@@ -130,9 +132,10 @@ def evaluate(
         samples = [sample for sample in every if sample["filter"] == every[0]["filter"]]
         metrics = _metrics(results["results"][name])
         metrics["samples_per_second"] = len(samples) / scorer.seconds
-        loss, tokens = _answer_loss(scorer, task, samples)
-        if loss is not None:
-            metrics["loss"] = loss
+        losses, tokens = _answer_losses(scorer, task, samples)
+        if losses:
+            metrics["loss"] = math.fsum(losses) / sum(tokens)
+            metrics["loss_stderr"] = ratio_standard_error(losses, tokens)
         headline = next((key for key in _HEADLINES if key in metrics), None)
         if headline is not None:
             metrics["accuracy"] = metrics[headline]
@@ -145,7 +148,7 @@ def evaluate(
             "accuracy_metric": headline,
             "chance": _chance(task, samples),
             "majority": _majority(task, samples),
-            "loss_tokens": tokens,
+            "loss_tokens": sum(tokens),
             "batch_size": scorer.batch_sizes_used[-1] if scorer.batch_sizes_used else scorer.batch_size,
             "shared_contexts": scorer.shares_contexts,
             "max_length": scorer.max_length,
@@ -159,9 +162,11 @@ def evaluate(
             found = perplexity(
                 model, tokenizer, texts, settings.perplexity_seq_len, settings.perplexity_tokens, rows, progress
             )
-            metrics.update(perplexity=found.value, perplexity_loss=found.loss)
+            metrics.update(perplexity=found.value, perplexity_stderr=found.stderr)
+            metrics.update(perplexity_loss=found.loss, perplexity_loss_stderr=found.loss_stderr)
             protocol.update(perplexity_corpus=corpus, perplexity_seq_len=found.seq_len)
             protocol.update(perplexity_windows=found.windows, perplexity_tokens=found.tokens)
+    metrics = {name: value for name, value in metrics.items() if not math.isnan(value) or "stderr" not in name}
     return Evaluation(metrics, protocol, every if settings.keep_samples else [])
 
 
@@ -180,10 +185,10 @@ def _metrics(results: dict[str, Any]) -> dict[str, float]:
     return metrics
 
 
-def _answer_loss(scorer: Scorer, task: Task, samples: list[dict[str, Any]]) -> tuple[float | None, int]:
-    """Mean negative log-likelihood (nats) of the tokens of the right answers, and how many there are."""
+def _answer_losses(scorer: Scorer, task: Task, samples: list[dict[str, Any]]) -> tuple[list[float], list[int]]:
+    """Negative log-likelihood (nats) of every right answer, and its tokens."""
     if task.OUTPUT_TYPE == "loglikelihood_rolling":
-        return None, 0
+        return [], []
     pairs, likelihoods = [], []
     for sample in samples:
         if task.OUTPUT_TYPE == "generate_until":
@@ -196,8 +201,8 @@ def _answer_loss(scorer: Scorer, task: Task, samples: list[dict[str, Any]]) -> t
         requests = [Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(pairs)]
         scorer.stage = f"answer loss {task.config.task}"
         likelihoods = [likelihood for likelihood, _ in scorer.loglikelihood(requests)]
-    tokens = sum(len(scorer.tok_continuation(context, answer)) for context, answer in pairs)
-    return -math.fsum(likelihoods) / tokens, tokens
+    tokens = [len(scorer.tok_continuation(context, answer)) for context, answer in pairs]
+    return [-likelihood for likelihood in likelihoods], tokens
 
 
 def _chance(task: Task, samples: list[dict[str, Any]]) -> float | None:

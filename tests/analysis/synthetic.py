@@ -115,10 +115,13 @@ def _scores(task: str, method: str, sparsity: float, mode: str, rng: np.random.G
         "eval/accuracy": accuracy,
         "eval/accuracy_stderr": math.sqrt(max(accuracy * (1 - accuracy), 1e-4) / 500),
         "eval/loss": 0.5 + 2 * (1 - kept),
+        "eval/loss_stderr": 0.03,
         "eval/perplexity": perplexity,
+        "eval/perplexity_stderr": 0.05 * perplexity,
         "eval/accuracy_untuned": untuned,
         "eval/accuracy_stderr_untuned": math.sqrt(max(untuned * (1 - untuned), 1e-4) / 500),
         "eval/perplexity_untuned": 11 * math.exp(8 * (1 - kept_untuned)),
+        "eval/perplexity_stderr_untuned": math.exp(8 * (1 - kept_untuned)),
         "eval/samples_per_second": 40 + 30 * level + rng.normal(0, 1),
         "train/loss": 0.4 + (1 - kept),
         "train/tokens_per_second": 900 - 200 * (mode == "sparse_to_sparse") + rng.normal(0, 10),
@@ -129,6 +132,7 @@ def _scores(task: str, method: str, sparsity: float, mode: str, rng: np.random.G
         metrics["eval/accuracy_remasked"] = floor + (accuracy - floor) * (1 - 0.5 * level)
         metrics["eval/accuracy_stderr_remasked"] = metrics["eval/accuracy_stderr"]
         metrics["eval/perplexity_remasked"] = perplexity * (1 + level)
+        metrics["eval/perplexity_stderr_remasked"] = 0.05 * perplexity * (1 + level)
     if task == "hellaswag":
         metrics["eval/acc_norm"] = accuracy + 0.03
     return metrics

@@ -56,10 +56,15 @@ def test_another_protocol_is_no_baseline():
 def test_gains_and_remasking_gaps():
     row = cell(mode="sparse_to_dense", metrics={
         "eval/accuracy": 0.7, "eval/accuracy_untuned": 0.5, "eval/accuracy_remasked": 0.6,
-        "eval/perplexity": 20.0, "eval/perplexity_untuned": 400.0, "eval/perplexity_remasked": 30.0})  # fmt: skip
+        "eval/perplexity": 20.0, "eval/perplexity_untuned": 400.0, "eval/perplexity_remasked": 30.0,
+        "eval/perplexity_stderr": 1.0, "eval/perplexity_stderr_untuned": 40.0, "eval/perplexity_stderr_remasked": 3.0,
+    })  # fmt: skip
     point = points([row]).iloc[0]
     assert point["accuracy_gained"] == pytest.approx(0.2) and point["accuracy_remask_gap"] == pytest.approx(0.1)
     assert point["perplexity_ratio_gained"] == 20 and point["perplexity_ratio_remask"] == 1.5
+    # Error propagation of a quotient, by hand.
+    assert point["perplexity_ratio_gained_error"] == pytest.approx(20 * math.hypot(1 / 20, 40 / 400))
+    assert point["perplexity_ratio_remask_error"] == pytest.approx(1.5 * math.hypot(1 / 20, 3 / 30))
     sparse = points([cell()]).iloc[0]
     assert math.isnan(sparse["accuracy_remask_gap"])  # nothing was re-masked
 

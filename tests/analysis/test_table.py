@@ -89,12 +89,17 @@ def test_scope_and_importance_name_the_line_where_they_tell_apart():
 
 def test_mean_deviation_and_error_over_seeds():
     scores = [0.5, 0.6, 0.7]
-    rows = [cell(seed=i, metrics={"eval/accuracy": s, "eval/accuracy_stderr": 0.02}) for i, s in enumerate(scores)]
+    metrics = ("accuracy", "loss", "perplexity")
+    rows = [
+        cell(seed=seed, metrics={f"eval/{m}{e}": v for m in metrics for e, v in (("", score), ("_stderr", 0.02))})
+        for seed, score in enumerate(scores)
+    ]
     point = grouped_table(cell_table(rows)).iloc[0]
     assert point["n"] == point["seeds"] == 3
     assert point["accuracy"] == pytest.approx(0.6)
     assert point["accuracy_std"] == pytest.approx(0.1)
-    assert point["accuracy_error"] == pytest.approx(math.hypot(0.02, 0.1 / math.sqrt(3)))
+    for metric in metrics:
+        assert point[f"{metric}_error"] == pytest.approx(math.hypot(0.02, 0.1 / math.sqrt(3)))
 
 
 def test_one_seed_has_the_error_of_its_questions_and_no_deviation():

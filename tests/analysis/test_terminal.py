@@ -22,9 +22,11 @@ def test_the_demo_fits_and_is_not_cut():
 
 def test_before_and_after_tuning():
     row = cell(metrics={"eval/accuracy": 0.625, "eval/accuracy_stderr": 0.014, "eval/perplexity_untuned": 440.25,
-                        "eval/perplexity": 31.5, "eval/accuracy_untuned": 0.381})  # fmt: skip
+                        "eval/perplexity_stderr_untuned": 1234.5, "eval/perplexity": 31.5,
+                        "eval/perplexity_stderr": 2.34, "eval/accuracy_untuned": 0.381,
+                        "eval/loss": 0.98, "eval/loss_stderr": 0.0412})  # fmt: skip
     text = printed([row])
-    for part in ("0.625 ± 0.014", "0.381", "440.2", "31.5"):
+    for part in ("0.625 ± 0.014", "0.381", "440.2 ± 1,234", "31.5 ± 2.3", "0.980 ± 0.041"):
         assert part in text
 
 

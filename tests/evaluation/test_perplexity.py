@@ -1,6 +1,7 @@
 """Perplexity against transformers' own loss, window by window."""
 
 import math
+import statistics
 
 import datasets
 import pytest
@@ -31,15 +32,18 @@ def test_is_gptqs_protocol(batch_size, model, tokenizer):
     seq_len = 96
     ids = tokenizer("\n\n".join(TEXTS), return_tensors="pt")["input_ids"]
     windows = ids.shape[1] // seq_len
-    total = 0.0
+    losses = []
     with torch.no_grad():
         for window in range(windows):
             part = ids[:, window * seq_len : (window + 1) * seq_len]
-            total += model(part, labels=part).loss.double().item() * seq_len
+            losses.append(model(part, labels=part).loss.double().item())
+    total = sum(losses) * seq_len
     found = perplexity(model, tokenizer, TEXTS, seq_len, batch_size=batch_size)
     assert windows > 5 and (found.windows, found.seq_len, found.tokens) == (windows, seq_len, windows * (seq_len - 1))
     assert found.value == pytest.approx(math.exp(total / (windows * seq_len)), rel=1e-5)
     assert found.loss == pytest.approx(math.log(found.value))
+    assert found.loss_stderr == pytest.approx(statistics.stdev(losses) / math.sqrt(windows), rel=1e-4)
+    assert found.stderr == found.value * found.loss_stderr
 
 
 def test_max_tokens_is_rounded_up_to_windows(model, tokenizer):
@@ -55,6 +59,7 @@ def test_a_short_text_is_one_window(model, tokenizer):
     ids = tokenizer(TEXTS[0])["input_ids"]
     found = perplexity(model, tokenizer, TEXTS[:1], 512)
     assert (found.seq_len, found.windows, found.tokens) == (len(ids), 1, len(ids) - 1)
+    assert math.isnan(found.loss_stderr)
     with pytest.raises(UserError, match="2 or more"):
         perplexity(model, tokenizer, [], 512)
     with pytest.raises(UserError, match="it must be 2 or more"):

@@ -16,6 +16,7 @@ from lm_eval.tasks import TaskManager
 
 from sparse_ft.errors import UserError
 from sparse_ft.evaluation import EvaluationSettings, evaluate
+from sparse_ft.evaluation.standard_errors import ratio_standard_error
 from sparse_ft.models.loading import load_model, load_tokenizer
 from sparse_ft.progress import Progress
 from sparse_ft.tasks.definitions import load_task, quiet, write_lm_eval_task
@@ -128,9 +129,11 @@ def test_loss_is_the_mean_over_answer_tokens(name, model, tokenizer, tasks):
         with torch.no_grad():
             logits = model(whole[None]).logits[0, :-1].double()
         losses.append(torch.nn.functional.cross_entropy(logits, whole[1:], reduction="none")[len(context) - 1 :])
-    losses = torch.cat(losses)
-    assert result.metrics["loss"] == pytest.approx(losses.mean().item(), rel=1e-5)
-    assert result.protocol["loss_tokens"] == len(losses)
+    every = torch.cat(losses)
+    assert result.metrics["loss"] == pytest.approx(every.mean().item(), rel=1e-5)
+    assert result.protocol["loss_tokens"] == len(every)
+    error = ratio_standard_error([loss.sum().item() for loss in losses], [len(loss) for loss in losses])
+    assert result.metrics["loss_stderr"] == pytest.approx(error, rel=1e-3)
 
 
 @pytest.mark.parametrize("name", TASKS)
