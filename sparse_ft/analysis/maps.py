@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-import re
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 import matplotlib
 import numpy as np
@@ -17,10 +16,11 @@ from matplotlib.figure import Figure
 
 from sparse_ft.analysis.panels import Sheet, short_names
 from sparse_ft.analysis.style import LEVEL_COLOURS, MODE_LABELS, line_handle
-from sparse_ft.analysis.table import series_label
+from sparse_ft.analysis.table import NO_METHOD, Row, series_label
 
 __all__ = ["heatmap_figure", "layer_figure"]
 
+_BLOCKS = "block_sparsity_"  # followed by the level in percent
 _CELL_WIDTH, _CELL_HEIGHT = 0.52, 0.32  # inches
 
 
@@ -78,21 +78,22 @@ def heatmap_figure(table: pd.DataFrame, title: str = "") -> Figure | None:
     return figure
 
 
-def layer_figure(mask_statistics: Iterable[Mapping[str, Any]], title: str = "") -> Figure | None:
-    """Sparsity of every block, a line a level, one panel a model and method; None without statistics.
+def layer_figure(rows: Iterable[Row], title: str = "") -> Figure | None:
+    """Sparsity of every block, a line a level, one panel a model and method; None where no run says it.
 
-    ``mask_statistics``: what `sparse_ft.masks.statistics.mask_statistics` returns, one a mask set; model,
-    method and importance come from its metadata.
+    ``rows``: run records; those of masks say it in their tags ``block_sparsity_LEVEL`` (a JSON list, block by block).
     """
     records = []
-    for statistics in mask_statistics:
-        metadata = statistics.get("metadata") or {}
-        method, importance = metadata.get("method") or "unknown", metadata.get("importance")
-        label = " ".join(part for part in (series_label(method, importance), metadata.get("scope")) if part)
-        asked = statistics["sparsity"]["asked"]
-        level = statistics["sparsity"]["achieved"] if asked is None else asked
-        records.append({"model": str(metadata.get("model") or "model"), "task": label, "level": float(level),
-                        "blocks": _by_block(statistics)})  # fmt: skip
+    for row in rows:
+        params = row.get("params") or {}
+        model = str(params.get("cfg/model") or "model")
+        about = [params.get(f"cfg/{name}") for name in ("method", "importance", "scope")]
+        label = series_label(about[0] or "unknown", about[1])
+        label = " ".join(part for part in (label, about[2]) if part and part != NO_METHOD)
+        for key, value in (row.get("tags") or {}).items():
+            if key.startswith(_BLOCKS):
+                level = float(key.removeprefix(_BLOCKS)) / 100
+                records.append({"model": model, "task": label, "level": level, "blocks": json.loads(value)})
     if not records:
         return None
     frame = pd.DataFrame(records).sort_values(["model", "task", "level"], kind="stable").drop_duplicates(
@@ -104,9 +105,9 @@ def layer_figure(mask_statistics: Iterable[Mapping[str, Any]], title: str = "") 
     def draw(axes: Axes, model: str, method: str) -> bool:
         here = frame[(frame["model"] == model) & (frame["task"] == method)]
         for entry in here.to_dict("records"):
-            values = [100 * value for value in entry["blocks"].values()]
+            values = [100 * value for value in entry["blocks"]]
             marker = "o" if len(values) <= 40 else None
-            axes.plot(list(entry["blocks"]), values, color=shades[entry["level"]], marker=marker, markersize=3)
+            axes.plot(range(len(values)), values, color=shades[entry["level"]], marker=marker, markersize=3)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylim(-3, 103)
         return len(here) > 0
@@ -138,15 +139,3 @@ def _paint(axes: Axes, values: np.ndarray, scale: Normalize) -> None:
         red, green, blue, _ = colours(scale(value))
         dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
         axes.text(c, r, f"{value:.2f}", ha="center", va="center", fontsize=7.5, color="white" if dark else "black")
-
-
-def _by_block(statistics: Mapping[str, Any]) -> dict[int, float]:
-    """Sparsity of every block, each weight counting once. The first number in a name is its block."""
-    weights: dict[int, int] = {}
-    pruned: dict[int, int] = {}
-    for name, entry in statistics["tensors"].items():
-        number = re.search(r"\.(\d+)\.", name)
-        block = int(number.group(1)) if number else 0
-        weights[block] = weights.get(block, 0) + entry["weights"]
-        pruned[block] = pruned.get(block, 0) + entry["pruned"]
-    return {block: pruned[block] / max(weights[block], 1) for block in sorted(weights)}

@@ -77,7 +77,6 @@ def write_analysis(
     baseline: str | Path | None = None,
     title: str = "",
     expected: Iterable[Mapping[str, Any]] | None = None,
-    mask_statistics: Sequence[Mapping[str, Any]] = (),
     progress: Progress = SILENT,
 ) -> AnalysisResult:
     """Writes all tables, figures and the page of a study into ``output_dir``.
@@ -88,14 +87,12 @@ def write_analysis(
         baseline: a CSV of published numbers, ``"builtin"`` for those of the package, or None.
         title: the study's name, over the page.
         expected: the plan's cells, for what was never started; see `sparse_ft.analysis.holes.holes`.
-        mask_statistics: of the study's mask sets (`sparse_ft.masks.statistics.mask_statistics`), for the
-            sparsity of layers.
         progress: told the files written.
 
     Raises:
         UserError: the baseline cannot be read; before anything is written.
     """
-    folder = Path(output_dir)
+    rows, folder = list(rows), Path(output_dir)
     published = None if baseline is None else load_baseline(baseline)
     cells = cell_table(rows)
     grouped = grouped_table(cells)
@@ -108,7 +105,7 @@ def write_analysis(
         result.baseline = compare_baseline(published, cells, grouped)
         tables |= {"baseline_joined": result.baseline["joined"]}
         tables |= {"baseline_not_comparable": result.baseline["not_comparable"]}
-    drawn = _drawings(cells, points, mask_statistics)
+    drawn = _drawings(rows, cells, points)
     progress.start("analysis", len(tables) + len(drawn) + 2, "files")
     for name, frame in tables.items():
         result.files.append(write_text(folder / f"{name}.csv", frame.to_csv(index=False)))
@@ -133,7 +130,7 @@ def write_analysis(
 
 
 def _drawings(
-    cells: pd.DataFrame, points: pd.DataFrame, mask_statistics: Sequence[Mapping[str, Any]]
+    rows: Sequence[Row], cells: pd.DataFrame, points: pd.DataFrame
 ) -> dict[str, tuple[str, Callable[[], Figure | None]]]:
     """Every figure: its file's name, its heading on the page, and how it is drawn."""
     drawn: dict[str, tuple[str, Callable[[], Figure | None]]] = {
@@ -141,7 +138,7 @@ def _drawings(
     }
     drawn["pareto"] = ("Accuracy against throughput", lambda: pareto_figure(points))
     drawn["heatmaps"] = ("Accuracy by method and sparsity", lambda: heatmap_figure(points))
-    drawn["layer_sparsity"] = ("Sparsity of the blocks", lambda: layer_figure(mask_statistics))
+    drawn["layer_sparsity"] = ("Sparsity of the blocks", lambda: layer_figure(rows))
     return drawn
 
 

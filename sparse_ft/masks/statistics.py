@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from sparse_ft.masks.mask_set import MaskSet
 
-__all__ = ["mask_statistics", "statistics_of_counts"]
+__all__ = ["block_sparsities", "mask_statistics", "statistics_of_counts"]
 
 
 def mask_statistics(masks: MaskSet) -> dict[str, Any]:
@@ -59,3 +60,15 @@ def statistics_of_counts(
         "checksum": checksum,
         "metadata": dict(metadata),
     }
+
+
+def block_sparsities(statistics: Mapping[str, Any]) -> list[float]:
+    """Sparsity of every block, in order, each weight counting once. The first number in a name is its block."""
+    weights: dict[int, int] = {}
+    pruned: dict[int, int] = {}
+    for name, entry in statistics["tensors"].items():
+        number = re.search(r"\.(\d+)\.", name)
+        block = int(number.group(1)) if number else 0
+        weights[block] = weights.get(block, 0) + entry["weights"]
+        pruned[block] = pruned.get(block, 0) + entry["pruned"]
+    return [pruned[block] / max(weights[block], 1) for block in sorted(weights)]

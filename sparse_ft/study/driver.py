@@ -120,10 +120,7 @@ def _finish(tracker: Tracker, start: Start, phases: Phases, bench: Workbench, co
                 lambda text: console.print(text, style="red", soft_wrap=True),
             )  # fmt: skip
         expected = [cell.canonical() for cell in phases.plan.cells]
-        statistics = phases.mask_statistics()
-        report = report_study(
-            tracker, start.parent, start.folder / "report", study.name, progress, expected, statistics
-        )
+        report = report_study(tracker, start.parent, start.folder / "report", study.name, progress, expected)
         _print_report(tracker, start, phases, report, console)
     except Exception as error:
         failure = classify(error)

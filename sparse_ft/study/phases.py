@@ -127,11 +127,6 @@ class Phases:
             return halved(job)
         return replace(job, attempt=job.attempt + 1)
 
-    def mask_statistics(self) -> list[dict[str, Any]]:
-        """Of all mask sets, for the report."""
-        files = [file for made in self.masks if isinstance(made, dict) for file in made.values()]
-        return [json.loads(file.statistics.read_text(encoding="utf-8")) for file in files if file.statistics.is_file()]
-
     def _found(self, job: MaskJob) -> Masks | None:
         """The mask set of an earlier start: in the study's folder, else among the artifacts of its run."""
         run = self.ledger.masks.get(job.key)

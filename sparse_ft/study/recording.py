@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
 from sparse_ft.levels import level_label
+from sparse_ft.masks.statistics import block_sparsities
 from sparse_ft.pruning.output import MaskFile
 from sparse_ft.study.cell import CellResult
 from sparse_ft.study.config import CellConfig, MaskConfig
 from sparse_ft.study.failures import Failure
 from sparse_ft.tracking.runs import Tracker, flatten_config
 
-__all__ = ["log_cell_inputs", "log_cell_result", "log_failure", "log_mask_inputs", "log_masks"]
+__all__ = ["log_cell_inputs", "log_cell_result", "log_failure", "log_mask_inputs", "log_masks", "mask_tags"]
 
 _TAG_ROOM = 1000  # characters; all remarks are in the mask files' metadata
 
@@ -54,20 +56,31 @@ def log_mask_inputs(tracker: Tracker, run_id: str, config: MaskConfig) -> None:
 
 
 def log_masks(tracker: Tracker, run_id: str, files: Sequence[MaskFile]) -> None:
-    """Masks, statistics and pictures as artifacts; sparsity as metrics, with step = sparsity in percent.
-
-    What the pruning had to say (more damping in a Cholesky factorisation, experts without text) is the tag ``warning``.
-    """
+    """Masks, statistics and pictures as artifacts; sparsity as metrics, with step = sparsity in percent."""
     curves = {
         "sparsity/target": [(round(100 * file.sparsity), file.sparsity) for file in files],
         "sparsity/achieved": [(round(100 * file.sparsity), file.achieved) for file in files],
     }
-    tags = {f"mask_checksum_{level_label(file.sparsity)}": file.checksum for file in files}
-    remarks = files[0].metadata.get("notes", [])
-    if remarks:
-        tags["warning"] = "; ".join(remarks)[:_TAG_ROOM]
-    tracker.log(run_id, curves=curves, tags=tags)
+    tracker.log(run_id, curves=curves, tags=mask_tags(files))
     folder = files[0].path.parent
     for path in sorted(folder.iterdir()):
         if path.is_file() and not path.name.startswith("."):
             tracker.log_file(run_id, path, "masks")
+
+
+def mask_tags(files: Sequence[MaskFile]) -> dict[str, str]:
+    """What a run says of its masks, level by level, so that nobody needs to read the files for it.
+
+    ``mask_checksum_70`` and ``block_sparsity_70`` (a JSON list, block by block). What the pruning had to say (more
+    damping in a Cholesky factorisation, experts without text) is the tag ``warning``.
+    """
+    tags = {}
+    for file in files:
+        label = level_label(file.sparsity)
+        tags[f"mask_checksum_{label}"] = file.checksum
+        blocks = block_sparsities(json.loads(file.statistics.read_text(encoding="utf-8")))
+        tags[f"block_sparsity_{label}"] = json.dumps([round(block, 5) for block in blocks])
+    remarks = files[0].metadata.get("notes", [])
+    if remarks:
+        tags["warning"] = "; ".join(remarks)[:_TAG_ROOM]
+    return tags

@@ -37,16 +37,13 @@ def report_study(
     title: str = "",
     progress: Progress = SILENT,
     expected: Sequence[Mapping[str, Any]] | None = None,
-    mask_statistics: Sequence[Mapping[str, Any]] = (),
 ) -> AnalysisResult:
     """Writes tables and figures of a study into ``folder``, logs them to its run, and writes the curve runs.
 
-    ``expected`` are the plan's cells, so that those never run are named; ``mask_statistics`` those of its masks.
+    ``expected`` are the plan's cells, so that those never run are named.
     """
     rows = in_milliseconds(tracker.children(parent_run_id))
-    result = write_analysis(
-        rows, folder, title=title, progress=progress, expected=expected, mask_statistics=mask_statistics
-    )
+    result = write_analysis(rows, folder, title=title, progress=progress, expected=expected)
     tracker.log_folder(parent_run_id, folder, "report")
     write_curve_runs(tracker, parent_run_id, result.curves)
     return result

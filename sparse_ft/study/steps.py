@@ -23,7 +23,14 @@ from sparse_ft.study.failures import classify
 from sparse_ft.study.keeping import rebuild as rebuild_checkpoint
 from sparse_ft.study.mask_sets import check_shrink, make_masks, mask_file, shrink
 from sparse_ft.study.plan import mask_set_of
-from sparse_ft.study.recording import log_cell_inputs, log_cell_result, log_failure, log_mask_inputs, log_masks
+from sparse_ft.study.recording import (
+    log_cell_inputs,
+    log_cell_result,
+    log_failure,
+    log_mask_inputs,
+    log_masks,
+    mask_tags,
+)
 from sparse_ft.study.registering import register_cell
 from sparse_ft.study.reporting import in_milliseconds, study_console, ui_command, write_curve_runs
 from sparse_ft.study.settings import pruning_settings
@@ -85,6 +92,7 @@ def train(config: CellConfig) -> int:
         if kind is not None:
             (masks,) = make_masks(replace(kind, sparsities=f"{config.sparsity:g}"), bench, folder / "masks")
             tracker.log_folder(run_id, folder / "masks", "masks")
+            tracker.log(run_id, tags=mask_tags([masks]))
         checksum = masks.checksum if masks else ""
         tracker.log(run_id, tags={"cell_key": config.key(checksum, sparse_ft.__version__)})
         result = run_cell(config, masks, bench, folder)

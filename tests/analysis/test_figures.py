@@ -1,6 +1,7 @@
 """The figures say what they should, at the full grid and at the demo's size, and nothing overlaps."""
 
 import functools
+import json
 
 import matplotlib
 import numpy as np
@@ -31,17 +32,14 @@ def tables(kind):
     return cells, performance_table(cells, grouped_table(cells))
 
 
-def block_statistics(model="org/a", method="unstructured", level=0.5, blocks=4):
-    tensors = {
-        f"model.layers.{block}.{part}.weight": {
-            "weights": weights,
-            "pruned": round(weights * level * (0.8 + 0.1 * block)),
-        }
-        for block in range(blocks)
-        for part, weights in (("self_attn.q_proj", 100), ("mlp.up_proj", 300))
+def mask_run(model="org/a", method="unstructured", levels=(0.5,), blocks=4):
+    """The record of a run of masks: blocks get sparser with depth."""
+    tags = {
+        f"block_sparsity_{100 * level:g}": json.dumps([level * (0.8 + 0.1 * block) for block in range(blocks)])
+        for level in levels
     }
-    metadata = {"model": model, "method": method, "importance": "magnitude", "scope": "global"}
-    return {"sparsity": {"asked": level, "achieved": level}, "tensors": tensors, "metadata": metadata}
+    params = {"cfg/model": model, "cfg/method": method, "cfg/importance": "magnitude", "cfg/scope": "global"}
+    return {"run_id": method, "tags": {"kind": "masks"} | tags, "params": params, "metrics": {}}
 
 
 def drawn(name, kind):
@@ -52,8 +50,8 @@ def drawn(name, kind):
         if name == "heatmaps":
             return heatmap_figure(table)
         if name == "layers":
-            return layer_figure([block_statistics(method=m, level=k / 10) for m in ("unstructured", "structured")
-                                 for k in range(10)])  # fmt: skip
+            levels = [level / 10 for level in range(10)]
+            return layer_figure([mask_run(method=method, levels=levels) for method in ("unstructured", "structured")])
         return curve_figure(NAMES[name], cells, table)
 
 
@@ -184,13 +182,10 @@ def test_heatmaps_cross_out_what_has_no_score():
     assert marks.count("×") == 1 and len(marks) == 60
 
 
-def test_blocks_weigh_every_weight_once():
+def test_a_line_has_the_sparsity_of_each_block():
     with drawing():
-        axes = layer_figure([block_statistics(level=0.5)]).axes[0]
-    statistics = block_statistics(level=0.5)
-    own = [e for name, e in statistics["tensors"].items() if ".2." in name]
-    expected = 100 * sum(e["pruned"] for e in own) / sum(e["weights"] for e in own)
-    assert axes.lines[0].get_ydata()[2] == pytest.approx(expected)
+        axes = layer_figure([mask_run(), {"run_id": "cell", "tags": {"kind": "cell"}, "params": {}}]).axes[0]
+    assert axes.lines[0].get_ydata().tolist() == pytest.approx([40, 45, 50, 55])
     assert axes.get_title(loc="left") == "unstructured magnitude global · a"
 
 

@@ -4,7 +4,7 @@ import re
 import pandas as pd
 import pytest
 from synthetic import cell, demo, study
-from test_figures import block_statistics
+from test_figures import mask_run
 
 from sparse_ft.analysis.write import write_analysis
 from sparse_ft.errors import UserError
@@ -16,7 +16,7 @@ TABLES = {"summary.csv", "grouped_summary.csv", "sparsity_vs_performance.csv", "
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("analysis")
-    return folder, write_analysis(demo(), folder, "builtin", "Demo", mask_statistics=[block_statistics()])
+    return folder, write_analysis([*demo(), mask_run()], folder, "builtin", "Demo")
 
 
 def test_all_files_are_there(written):
@@ -112,5 +112,5 @@ def test_a_study_of_360_cells(tmp_path):
     result = write_analysis(study(), tmp_path)
     assert len(result.cells) == 366 and result.holes.empty
     assert len(result.curves) == 36 and len(result.sentences) == 6
-    assert list(result.skipped) == ["layer_sparsity"]  # no mask statistics were given
+    assert list(result.skipped) == ["layer_sparsity"]  # no run of masks is among them
     assert result.report.stat().st_size < 10e6

@@ -3,7 +3,7 @@ import json
 import torch
 
 from sparse_ft.masks.mask_set import MaskSet
-from sparse_ft.masks.statistics import mask_statistics
+from sparse_ft.masks.statistics import block_sparsities, mask_statistics
 
 
 def test_numbers_are_those_of_the_masks():
@@ -23,3 +23,10 @@ def test_numbers_are_those_of_the_masks():
 
 def test_an_empty_set_has_numbers_too():
     assert mask_statistics(MaskSet({}, {}))["sparsity"] == {"asked": None, "achieved": 0.0}
+
+
+def test_blocks_weigh_every_weight_once():
+    sizes = {"model.layers.0.self_attn.q_proj.weight": (100, 50), "model.layers.0.mlp.up_proj.weight": (300, 30),
+             "model.layers.10.mlp.up_proj.weight": (300, 60), "model.layers.9.mlp.up_proj.weight": (10, 1)}  # fmt: skip
+    tensors = {name: {"weights": weights, "pruned": pruned} for name, (weights, pruned) in sizes.items()}
+    assert block_sparsities({"tensors": tensors}) == [80 / 400, 0.1, 0.2]
