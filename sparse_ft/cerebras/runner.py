@@ -9,7 +9,7 @@ import signal
 import subprocess
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -118,10 +118,11 @@ def _run_once(
 ) -> tuple[int, list[str]]:
     tail: deque[str] = deque(maxlen=_KEPT_LINES)
     log.parent.mkdir(parents=True, exist_ok=True)
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True,
-        errors="replace", bufsize=1, env=environment, start_new_session=True,
-    )  # fmt: skip
+    with _heard_interrupts():
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True,
+            errors="replace", bufsize=1, env=environment, start_new_session=True,
+        )  # fmt: skip
     try:
         with open(log, "a", encoding="utf-8") as file:
             for line in process.stdout or ():
@@ -138,6 +139,20 @@ def _run_once(
     except BaseException:
         _stop(process, result.jobs)
         raise
+
+
+@contextlib.contextmanager
+def _heard_interrupts() -> Iterator[None]:
+    """Processes started here obey SIGINT, even if this one ignores it, as all do that a shell starts with ``&``."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.SIG_IGN or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _stop(process: subprocess.Popen, jobs: Sequence[str]) -> None:

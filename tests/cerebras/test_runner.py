@@ -77,17 +77,36 @@ def test_ctrl_c_leaves_neither_process_nor_job_behind(tmp_path, monkeypatch):
         PROGRESS.format(n=1, loss=1.0),
         "time.sleep(300)",
     )
-    # Whoever runs the tests in the background ignores Ctrl-C.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            run_fit(code, tmp_path / "fit.log", tmp_path, lambda step: os.kill(os.getpid(), signal.SIGINT))
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with pytest.raises(KeyboardInterrupt):
+        run_fit(code, tmp_path / "fit.log", tmp_path, lambda step: os.kill(os.getpid(), signal.SIGINT))
     pid = int((tmp_path / "fit.log").read_text().split()[1])
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
     assert cancelled.read_text().split() == ["cancel", "job", "wsjob-abcdef12"]
+
+
+def test_a_trainer_of_a_study_in_the_background_hears_that_it_is_to_stop(tmp_path):
+    """What a shell starts with ``&`` ignores SIGINT, and so would its children: no job would be cancelled."""
+    code = program(
+        "import time",
+        "try:",
+        f"    {PROGRESS.format(n=1, loss=1.0)}",
+        "    time.sleep(300)",
+        "except KeyboardInterrupt:",
+        f"    open({str(tmp_path / 'cancelled')!r}, 'w')",
+    )
+
+    def stop(step):
+        raise SystemExit
+
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with pytest.raises(SystemExit):
+            run_fit(code, tmp_path / "fit.log", tmp_path, stop)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (tmp_path / "cancelled").exists()
 
 
 def test_commands():
