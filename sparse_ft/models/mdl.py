@@ -23,6 +23,7 @@ import torch
 
 from sparse_ft.errors import UserError
 from sparse_ft.files import atomic_path
+from sparse_ft.memory import trim_heap
 
 if TYPE_CHECKING:
     import h5py
@@ -31,6 +32,7 @@ __all__ = ["MdlEntry", "MdlFile", "MdlWriter", "write_mdl"]
 
 _FORMAT = 0.5
 _PROGRAM = "2.10.0"
+_TRIMMED = 1 << 20  # bytes; smaller tensors are not worth the call
 # torch dtype -> (how it is stored, the Cerebras runtime's number of the type)
 _STORED = {
     torch.float32: (np.dtype(np.float32), 11),
@@ -133,6 +135,8 @@ class MdlWriter:
         }
         dataset.attrs.update(about)
         self._note(name, about)
+        if tensor.nbytes >= _TRIMMED:  # HDF5's notes on this tensor lie between its copies, which are free now
+            trim_heap()
 
     def link(self, name: str, target: str) -> None:
         """Adds ``name`` as another name of the tensor ``target`` (tied weights)."""

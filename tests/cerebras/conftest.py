@@ -1,11 +1,11 @@
-"""These tests run in the environment that `make test-cerebras` makes; elsewhere there is nothing to import."""
+"""These tests run in the environment that `make test-cerebras` makes, and most of them in the project's own too."""
 
 import importlib.util
 
 import pytest
 
 if importlib.util.find_spec("cerebras") is None:
-    collect_ignore_glob = ["*"]
+    collect_ignore = ["test_model.py", "test_preflight.py"]  # cerebras.pytorch trains, or is to be found
 
 
 @pytest.fixture(autouse=True)

@@ -1,3 +1,4 @@
+import shutil
 from dataclasses import dataclass
 
 import h5py
@@ -44,3 +45,35 @@ def test_what_cannot_be_trained_on_is_refused(tmp_path, arguments, words):
     with pytest.raises(UserError, match=words):
         write_examples(EXAMPLES, tmp_path / "d", **arguments)
     assert not (tmp_path / "d").exists()
+
+
+@pytest.mark.parametrize("name", ["boolq", "hellaswag", "gsm8k"])
+def test_the_prompts_are_those_of_scoring(name, tiny_model, tmp_path):
+    """The rows that are trained on, scored by lm-eval too: what it asks is what the files hold."""
+    pytest.importorskip("lm_eval")  # the project's own environment has it, cerebras-pytorch's has not
+    from sparse_ft.evaluation import EvaluationSettings, evaluate
+    from sparse_ft.models.loading import load_model, load_tokenizer
+    from sparse_ft.tasks.definitions import load_task
+    from sparse_ft.tasks.examples import gold_continuation, training_examples
+    from sparse_ft.tasks.made import made_data_dir
+
+    shutil.copytree(made_data_dir(), tmp_path / "rows")
+    scored = tmp_path / "rows" / name / ("test.jsonl" if name == "gsm8k" else "validation.jsonl")
+    lines = (tmp_path / "rows" / name / "train.jsonl").read_text().splitlines(keepends=True)[:5]
+    for path in (scored, scored.with_name("train.jsonl")):
+        path.write_text("".join(lines))
+    task, folder = load_task(name, tmp_path / "rows", 0), tiny_model("tiny-llama")
+    tokenizer = load_tokenizer(folder)
+    examples = training_examples(task, tokenizer, max_seq_len=512)
+    assert write_examples(examples, tmp_path / "d", 512, tokenizer.pad_token_id) == 5
+
+    settings = EvaluationSettings(perplexity_tokens=0, keep_samples=True)
+    samples = evaluate(load_model(folder, "float32", "cpu"), tokenizer, task, settings).samples
+    asked = {sample["doc_id"]: sample["arguments"][0][0] for sample in samples}
+    answers = {sample["doc_id"]: gold_continuation(task, sample["doc"]) for sample in samples}
+    found = set()
+    for ids, mask, labels in read_examples(tmp_path / "d"):
+        begin, end = mask.argmax(), len(mask) - mask[::-1].argmax()
+        prompt = tokenizer.decode(ids[: begin + 1], skip_special_tokens=True)
+        found.add((prompt, tokenizer.decode(labels[begin:end], skip_special_tokens=True)))
+    assert found == {(asked[number], answers[number]) for number in asked}

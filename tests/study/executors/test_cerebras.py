@@ -70,7 +70,7 @@ def test_the_trainers_failures_keep_their_class(kind):
 @pytest.mark.skipif(MODELZOO is None, reason="needs ModelZoo: make test-modelzoo MODELZOO=PATH")
 def test_a_study_is_trained_merged_proven_and_scored(study_file, settings_file, tmp_path):
     grid = {"model": ["tiny-llama"], "sparsity": [0.6], "mode": ["sparse_to_dense", "sparse_to_sparse"]}
-    study = study_file(grid, dense_baseline=True)
+    study = study_file(grid, cell={"keep_samples": True}, dense_baseline=True)
     settings = settings_file(python=MODELZOO, device="CPU")
     options = {"executor": "cerebras", "cerebras": settings, "output_dir": str(tmp_path / "out")}
     assert sweep(SweepConfig(config=str(study), **options)) == 0
@@ -83,7 +83,9 @@ def test_a_study_is_trained_merged_proven_and_scored(study_file, settings_file, 
         assert 0 <= run["metrics"]["eval/accuracy"] <= 1
         assert [step for step, _ in tracker.curve(run["run_id"], "cerebras/loss")] == [1, 2]  # as they came
         assert run["metrics"]["train/samples_per_second"] > 0
-        assert {"cerebras/fit.yaml", "cerebras/fit.log"} <= set(tracker.artifacts(run["run_id"]))
+        files = set(tracker.artifacts(run["run_id"]))
+        assert {"cerebras/fit.yaml", "cerebras/fit.log"} <= files
+        assert [name for name in files if name.startswith("samples/")]
     (sparse,) = [run for run in cells if run["params"]["cfg/mode"] == "sparse_to_sparse"]
     assert sparse["metrics"]["sparsity/after_merge"] == pytest.approx(0.6, abs=1e-3)
     (dense,) = [run for run in cells if run["params"]["cfg/mode"] == "sparse_to_dense"]
