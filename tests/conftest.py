@@ -2,11 +2,7 @@
 
 import os
 import signal
-import socket
-import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 
 # Before torch is imported: tests are many small runs, in which threads only get in each other's way.
@@ -22,7 +18,9 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent / "support"))  # documents.py, which takes the documentation apart
+sys.path.insert(0, str(Path(__file__).parent / "support"))  # what several tests need and that is no test
+
+from servers import mlflow_server
 
 
 @pytest.fixture(autouse=True)
@@ -45,41 +43,5 @@ def tiny_model():
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a server with a store of its own, which hands out and takes artifacts itself."""
     folder = tmp_path_factory.mktemp("server")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "mlflow",
-        "server",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--workers",
-        "1",
-    ]
-    command += [
-        "--backend-store-uri",
-        f"sqlite:///{folder}/mlflow.db",
-        "--artifacts-destination",
-        f"{folder}/artifacts",
-    ]
-    with open(folder / "log.txt", "w") as log:
-        process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, start_new_session=True)
-    address = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(240):
-            try:
-                urllib.request.urlopen(f"{address}/health", timeout=2).close()
-                break
-            except OSError:
-                assert process.poll() is None, (folder / "log.txt").read_text()
-                time.sleep(0.5)
-        else:
-            raise AssertionError((folder / "log.txt").read_text())
+    with mlflow_server(folder, f"sqlite:///{folder}/mlflow.db") as address:
         yield address
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)  # a group of its own: the server and its workers
-        process.wait()

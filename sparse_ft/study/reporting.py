@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from sparse_ft.analysis.terminal import TERMINAL_WIDTH
 from sparse_ft.analysis.write import AnalysisResult, write_analysis
 from sparse_ft.progress import SILENT, Progress
 from sparse_ft.tracking.runs import Tracker
-from sparse_ft.tracking.stores import tracking_uri
 
 __all__ = ["in_milliseconds", "report_study", "study_console", "ui_command", "write_curve_runs"]
 
@@ -76,6 +74,6 @@ def write_curve_runs(tracker: Tracker, parent_run_id: str | None, curves: list[d
 
 def ui_command(tracker: Tracker) -> str:
     """The command that shows the runs in a browser."""
-    if os.environ.get("MLFLOW_TRACKING_URI") is None or tracker.uri == tracking_uri():
-        return f"mlflow ui --backend-store-uri {tracker.uri}"
-    return f"open {tracker.uri}"
+    if tracker.uri.startswith("http"):
+        return f"open {tracker.uri}"
+    return f"mlflow ui --backend-store-uri {tracker.uri}"

@@ -31,7 +31,7 @@ from sparse_ft.study.plan import Plan, Study, make_plan, mask_set_of
 from sparse_ft.study.preflight import check_plan, check_resources
 from sparse_ft.study.reporting import study_console, ui_command
 from sparse_ft.study.resume import Start, start_study
-from sparse_ft.study.trials import OBJECTIVES, SearchSettings, TrialJob, open_search
+from sparse_ft.study.trials import OBJECTIVES, SearchSettings, TrialJob, open_search, open_storage
 from sparse_ft.study.workbench import Workbench
 from sparse_ft.study.worker import WorkerSetup
 from sparse_ft.tracking.runs import Tracker
@@ -62,6 +62,8 @@ def search(config: SweepConfig, study: Study) -> int:
     if not problems:
         artifacts = artifact_location(tracking_uri(), study.name)
         problems = check_resources(plan, bench, Path(config.output_dir), artifacts, workers)
+    if not problems and settings.storage != "none" and not config.dry_run:
+        open_storage(settings.storage)
     if problems:
         raise UserError(f"The study {study.name} cannot start. " + " | ".join(problems))
     if config.dry_run:

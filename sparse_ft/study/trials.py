@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import SQLAlchemyError
 
 from sparse_ft.errors import UserError
 from sparse_ft.pruning.output import MaskFile
@@ -18,7 +20,7 @@ from sparse_ft.study.jobs import Job, Outcome
 from sparse_ft.study.parsing import Parser
 from sparse_ft.study.plan import mask_set_of
 
-__all__ = ["OBJECTIVES", "SearchSettings", "TrialJob", "open_search", "run_trial"]
+__all__ = ["OBJECTIVES", "SearchSettings", "TrialJob", "open_search", "open_storage", "run_trial"]
 
 # objective -> (metric, direction) of each of its values
 OBJECTIVES: Mapping[str, tuple[tuple[str, str], ...]] = {
@@ -125,6 +127,39 @@ class TrialJob:
         return f"trial {self.number}"
 
 
+def open_storage(storage: str) -> optuna.storages.RDBStorage:
+    """The database of the trials, its tables made if need be; workers give signs of life there.
+
+    Raises:
+        UserError: no driver, no database in reach, or one with the tables of another program.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return optuna.storages.RDBStorage(
+                storage,
+                engine_kwargs={"connect_args": {"timeout": 60}} if storage.startswith("sqlite") else None,
+                heartbeat_interval=_HEARTBEAT,
+                grace_period=_GRACE,
+                heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=2),
+            )
+    except (ImportError, RuntimeError, ValueError, SQLAlchemyError) as error:
+        reason, advice = str(error).splitlines()[0], "see that it runs and that its address is right."
+        if isinstance(error, ImportError):
+            advice = "install its driver (PostgreSQL: pip install 'sparse_ft[postgresql]')."
+        elif isinstance(error, RuntimeError):  # Optuna and MLflow both note their schema in alembic_version
+            reason = "it holds the tables of another program, MLflow's perhaps, or of another Optuna"
+            advice = "give the search a database of its own."
+        raise UserError(f"search.storage {_without_password(storage)} cannot be used: {reason}; {advice}") from error
+
+
+def _without_password(address: str) -> str:
+    try:
+        return make_url(address).render_as_string(hide_password=True)
+    except SQLAlchemyError:
+        return address
+
+
 def open_search(storage: str, name: str, settings: SearchSettings, seed: int = 0) -> optuna.Study:
     """The Optuna study, made if need be. Trials whose worker is gone are found by their heartbeat and proposed
     again. (`GridSampler` would never retry one; `mlflow.optuna.MlflowStorage` makes a study twice.)
@@ -132,13 +167,7 @@ def open_search(storage: str, name: str, settings: SearchSettings, seed: int = 0
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        database = optuna.storages.RDBStorage(
-            storage,
-            engine_kwargs={"connect_args": {"timeout": 60}} if storage.startswith("sqlite") else None,
-            heartbeat_interval=_HEARTBEAT,
-            grace_period=_GRACE,
-            heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=2),
-        )
+        database = open_storage(storage)
         directions = [direction for _, direction in OBJECTIVES[settings.objective]]
         if len(directions) > 1:
             sampler: optuna.samplers.BaseSampler = optuna.samplers.NSGAIISampler(

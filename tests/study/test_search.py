@@ -131,6 +131,24 @@ def test_what_a_search_cannot_mean_is_said_in_one_line(search, said):
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("storage", "said"),
+    [
+        ("sqlite:///{folder}/mlflow.db", "give the search a database of its own"),
+        ("sqlite:///{folder}/nowhere/optuna.db", "unable to open database file"),
+        ("mysql+nodriver://me:secret@host/db", "cannot be used"),
+    ],
+)
+def test_a_storage_that_cannot_be_used_is_said_before_any_run(study_file, tmp_path, storage, said):
+    Tracker().search()  # MLflow's tables are there
+    search = {"space": {"lora_r": [2]}, "trials": 1, "storage": storage.format(folder=tmp_path)}
+    path = study_file({}, name="search", cell={"model": "tiny-llama"}, search=search)
+    with pytest.raises(UserError, match=said) as raised:
+        sweep(SweepConfig(config=str(path), output_dir=str(tmp_path / "out")))
+    assert "\n" not in str(raised.value) and "secret" not in str(raised.value)
+    assert Tracker().search() == []
+
+
 def test_rungs_are_apart_by_the_reduction_factor():
     assert SearchSettings({"lora_r": [1]}, first_rung=4, reduction_factor=3).rungs(100) == (4, 12, 36)
     assert SearchSettings({"lora_r": [1]}).rungs(100) == ()

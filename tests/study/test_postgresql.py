@@ -1,0 +1,41 @@
+"""What a team has: an MLflow server over PostgreSQL, and a search whose trials are kept there."""
+
+import pytest
+from servers import mlflow_server, postgresql_programs, postgresql_server
+
+from sparse_ft.study.config import SweepConfig
+from sparse_ft.study.driver import sweep
+from sparse_ft.tracking.runs import Tracker
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(postgresql_programs() is None, reason="needs the programs of a PostgreSQL server"),
+]
+
+
+def test_two_workers_fill_a_study_and_a_search(study_file, tmp_path, monkeypatch):
+    pytest.importorskip("psycopg")
+    workers = {"executor": "process", "max_workers": 2, "output_dir": str(tmp_path / "out")}
+    space = {"learning_rate": {"low": 1e-4, "high": 1e-2, "log": True}, "sparsity": [0.3, 0.6]}
+    search = {
+        "space": space,
+        "trials": 4,
+        "objective": "accuracy_sparsity",
+    }
+    with postgresql_server("mlflow", "optuna") as (store, trials), mlflow_server(tmp_path, store) as address:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        grid = {"model": ["tiny-llama"], "sparsity": [0.3, 0.6], "mode": ["sparse_to_dense", "sparse_to_sparse"]}
+        assert sweep(SweepConfig(config=str(study_file(grid)), **workers)) == 0
+        found = study_file({}, name="search", cell={"model": "tiny-llama"}, search={**search, "storage": trials})
+        assert sweep(SweepConfig(config=str(found), **workers)) == 0
+        tracker = Tracker()
+        cells = {}
+        for study in (run for run in tracker.search() if run["tags"].get("kind") == "study"):
+            assert study["status"] == "FINISHED"
+            children = tracker.children(study["run_id"])
+            cells[study["name"]] = [run for run in children if run["tags"]["kind"] == "cell"]
+            if study["name"] == "search":
+                assert "search/search.png" in tracker.artifacts(study["run_id"])
+        assert {name: len(runs) for name, runs in cells.items()} == {"small": 5, "search": 4}
+        assert {run["status"] for runs in cells.values() for run in runs} == {"FINISHED"}
+        assert {run["tags"]["trial"] for run in cells["search"]} == {"0", "1", "2", "3"}
