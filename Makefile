@@ -9,13 +9,17 @@ DOCS_READY := $(DOCS)/.ready
 # `mlflow run` starts `python`: the one of the environment.
 RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 
-.PHONY: demo test test-all lint docs format lock smoke ui clean
+.PHONY: demo test test-slow test-all lint docs format lock smoke ui clean
 
 demo: $(READY)
 	$(RUN) MLFLOW_EXPERIMENT_NAME=$${MLFLOW_EXPERIMENT_NAME:-sparse_ft} $(BIN)/mlflow run . --env-manager local
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+# Real models, servers, killed processes: minutes.
+test-slow: $(READY)
+	$(BIN)/python -m pytest -n 2 -m slow
 
 test-all: $(READY)
 	$(BIN)/python -m pytest -n 2

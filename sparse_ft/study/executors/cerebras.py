@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from sparse_ft.cerebras.logs import Step
 from sparse_ft.errors import UserError
@@ -17,7 +17,7 @@ from sparse_ft.study.recording import log_cell_inputs, log_cell_result
 from sparse_ft.study.workbench import Workbench
 from sparse_ft.study.worker import Worker, WorkerSetup
 
-__all__ = ["CerebrasExecutor", "CerebrasSetup"]
+__all__ = ["CerebrasExecutor", "CerebrasSetup", "settings_of_try"]
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,22 @@ class CerebrasWorker(Worker):
             live = {name: [(step.number, value)] for name, value in values.items() if value is not None}
             self._tracker.log(run_id, curves=live)
 
-        result = run_cerebras_cell(job.cell, job.masks, self._bench, job.folder, self._settings, follow, labels)
+        settings = settings_of_try(self._settings, job)
+        result = run_cerebras_cell(job.cell, job.masks, self._bench, job.folder, settings, follow, labels)
         log_cell_result(self._tracker, run_id, result)
         if result.merged is None:
             shutil.rmtree(job.folder, ignore_errors=True)
         return Outcome(job, run_id, "FINISHED", time.monotonic() - began, result.metrics)
+
+
+def settings_of_try(settings: CerebrasSettings, job: Job) -> CerebrasSettings:
+    """The settings for this try of a cell: one that ran out of memory computes fewer sequences at a time.
+
+    The step has as many as before, so without saying so the second try would be the first.
+    """
+    if "reduced_batch" not in job.tags:
+        return settings
+    return replace(settings, cluster=replace(settings.cluster, micro_batch_size=job.cell.batch_size))
 
 
 class CerebrasExecutor(SerialExecutor):

@@ -7,6 +7,7 @@ import stat
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -16,9 +17,11 @@ from sparse_ft.cerebras.logs import Failure
 from sparse_ft.cerebras.runner import TrainerError
 from sparse_ft.errors import UserError
 from sparse_ft.study.cerebras import CerebrasSettings, load_settings
-from sparse_ft.study.config import SweepConfig
+from sparse_ft.study.config import CellConfig, SweepConfig
 from sparse_ft.study.driver import sweep
+from sparse_ft.study.executors.cerebras import settings_of_try
 from sparse_ft.study.failures import classify
+from sparse_ft.study.jobs import Job, halved
 from sparse_ft.study.life import resume_command
 from sparse_ft.tracking.runs import Tracker
 
@@ -65,6 +68,14 @@ def test_what_is_missing_is_said_at_once_and_before_any_run(study_file, settings
 @pytest.mark.parametrize("kind", ["lost_connection", "disk_quota", "job_time_limit", "configuration_refused"])
 def test_the_trainers_failures_keep_their_class(kind):
     assert classify(TrainerError(Failure(kind, "what it said"))).kind == kind
+
+
+def test_after_running_out_of_memory_fewer_sequences_are_computed_at_a_time():
+    job = Job(CellConfig(batch_size=8, gradient_accumulation=2), None, Path())
+    assert settings_of_try(CerebrasSettings(), job).cluster.micro_batch_size is None
+    again = halved(job)
+    assert again.cell.batch_size * again.cell.gradient_accumulation == 16  # the same step
+    assert settings_of_try(CerebrasSettings(), again).cluster.micro_batch_size == 4
 
 
 @pytest.mark.skipif(MODELZOO is None, reason="needs ModelZoo: make test-modelzoo MODELZOO=PATH")
