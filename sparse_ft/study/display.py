@@ -202,9 +202,9 @@ class LiveDisplay(Display):
             counts.append(f"  {duration(self.seconds_left)} to go")
         if self._rate is not None:
             counts.append(f"  {self._rate:,.0f} tokens/s", style="dim")
-        return Group(
-            counts, ProgressBar(self.total, self.finished + self.failed, width=60), self._bars(), self._bests()
-        )
+        whole = Table.grid()  # a bar by itself ends without a new line
+        whole.add_row(ProgressBar(self.total, self.finished + self.failed, width=60))
+        return Group(counts, whole, self._bars(), self._bests())
 
     def _bars(self) -> Table:
         grid = Table.grid(padding=(0, 1))

@@ -157,8 +157,10 @@ class Tracker:
     @contextmanager
     def system_metrics(self, run_id: str, seconds: float = 10) -> Iterator[None]:
         """Logs CPU, memory, disk, network and GPU use of this machine while the block runs, from a thread."""
-        monitor = SystemMetricsMonitor(run_id, sampling_interval=seconds, tracking_uri=self.uri, resume_logging=True)
         with quiet_mlflow():
+            monitor = SystemMetricsMonitor(
+                run_id, sampling_interval=seconds, tracking_uri=self.uri, resume_logging=True
+            )
             monitor.start()
         try:
             yield

@@ -58,6 +58,9 @@ def test_the_live_display_shows_counts_stages_and_the_best_so_far():
     for part in ("2 done", "0 failed", "1 running", "0 left", "train", "3/12 steps", "loss 1.5", "1,234 tokens/s"):
         assert part in shown
     assert "0.600" in shown
+    _, bar, stage, *_ = shown.splitlines()
+    assert set(bar.strip()) == {"━"}
+    assert stage.startswith("tiny-llama boolq dense")
     assert "0.500" not in shown
     assert "70" in shown
 
