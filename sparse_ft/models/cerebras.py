@@ -40,7 +40,9 @@ class CerebrasCheckpoint(Checkpoint):
         self.__dict__["config"] = dict(config) if config is not None else _find_config(Path(path))
         own = strip_prefix(self.file.entries)
         if any(name.endswith((".lora_A", ".lora_B")) for name in own):
-            raise UserError(f"{path} holds a LoRA beside its weights: merge it first (python -m entrypoints.cerebras).")
+            raise UserError(
+                f"{path} holds a LoRA beside its weights: merge it first (merge_checkpoint of sparse_ft.cerebras.checkpoint)."
+            )
         self._places: dict[str, Place] = places(self.config)
         if self.config.get("tie_word_embeddings"):
             self._places.pop("lm_head.weight")

@@ -16,7 +16,7 @@ from sparse_ft.errors import DataMissingError, ModelUnavailableError, UserError
 from sparse_ft.evaluation import Evaluation
 from sparse_ft.files import write_text
 from sparse_ft.models.catalog import locate
-from sparse_ft.models.checkpoint import Checkpoint
+from sparse_ft.models.checkpoint import Checkpoint, open_checkpoint
 from sparse_ft.models.loading import load_model, load_state_into, load_tokenizer, resolve_device, resolve_dtype
 from sparse_ft.progress import SILENT, Progress
 from sparse_ft.study.config import CellConfig
@@ -55,15 +55,26 @@ class Workbench:
         """
         if name not in self._checkpoints:
             try:
-                self._checkpoints[name] = Checkpoint(locate(name, self.progress))
+                self._checkpoints[name] = open_checkpoint(locate(name, self.progress))
             except UserError as error:
                 raise ModelUnavailableError(str(error)) from error
         return self._checkpoints[name]
 
     def tokenizer(self, name: str) -> PreTrainedTokenizerBase:
-        """The model's tokenizer."""
+        """The model's tokenizer.
+
+        Raises:
+            UserError: a Cerebras checkpoint, which has none: its masks by weight alone can be made, and it can be
+                validated; to read text it must be converted first.
+        """
         if name not in self._tokenizers:
-            self._tokenizers[name] = load_tokenizer(self.checkpoint(name).folder)
+            folder = self.checkpoint(name).folder
+            if folder.suffix == ".mdl":
+                raise UserError(
+                    f"{name} is a Cerebras checkpoint, which has no tokenizer. Convert it to a Hugging Face folder first"
+                    " (to_hugging_face of sparse_ft.cerebras.convert)."
+                )
+            self._tokenizers[name] = load_tokenizer(folder)
         return self._tokenizers[name]
 
     def task(self, name: str, data_dir: str, num_fewshot: int | None = None) -> Any:

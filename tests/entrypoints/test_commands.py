@@ -11,9 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from sparse_ft.cerebras.checkpoint import write_start_checkpoint
 from sparse_ft.levels import level_label
 from sparse_ft.masks.files import load_masks
 from sparse_ft.models.catalog import locate
+from sparse_ft.models.checkpoint import Checkpoint
 from sparse_ft.models.loading import apply_masks, load_model
 from sparse_ft.pruning import MaskGenerator, PruningSettings
 from sparse_ft.tracking.runs import Tracker
@@ -109,6 +111,24 @@ def test_masks_of_another_model_do_not_fit(command, trained, tmp_path):
     foreign = tmp_path / "foreign" / "masks_sparsity50_unstructured.safetensors"
     status, _, complaint = command("validate", checkpoint=trained[0], masks=foreign)
     assert (status, "do not fit" in complaint) == (2, True)
+
+
+def test_masks_and_validation_read_a_cerebras_checkpoint(command, masks, tmp_path):
+    source, file = locate("tiny-llama"), masks / "masks_sparsity70_unstructured.safetensors"
+    shutil.copy(source / "config.json", tmp_path)
+    for name, given in (("dense", None), ("sparse", load_masks(file))):
+        write_start_checkpoint(Checkpoint(source), tmp_path / f"{name}.mdl", given)
+    values = {"model": tmp_path / "dense.mdl", "sparsities": "0.5,0.7", "output_dir": tmp_path / "again"}
+    assert command("compute_masks", **values)[0] == 0
+    assert load_masks(tmp_path / "again" / file.name).checksum == load_masks(file).checksum
+    assert command("validate", checkpoint=tmp_path / "sparse.mdl", masks=file)[0] == 0
+    status, shown, _ = command("validate", checkpoint=tmp_path / "dense.mdl", masks=file)
+    assert status == 1 and "model.layers.0.mlp.down_proj.weight" in shown
+    for name in ("compute_masks", "train"):  # what reads text needs a tokenizer
+        wanda = {"importance": "wanda", "scope": "row", "output_dir": tmp_path / "w", "data_dir": "made"}
+        status, _, complaint = command(name, model=tmp_path / "dense.mdl", **wanda)
+        assert status == 2 and "Convert it to a Hugging Face folder first" in complaint
+    assert not (tmp_path / "w").exists()
 
 
 def test_a_trained_model_is_registered_and_validates_from_the_registry(command, tmp_path):
