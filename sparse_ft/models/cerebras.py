@@ -41,7 +41,8 @@ class CerebrasCheckpoint(Checkpoint):
         own = strip_prefix(self.file.entries)
         if any(name.endswith((".lora_A", ".lora_B")) for name in own):
             raise UserError(
-                f"{path} holds a LoRA beside its weights: merge it first (merge_checkpoint of sparse_ft.cerebras.checkpoint)."
+                f"{path} holds a LoRA beside its weights: merge it first (merge_checkpoint of"
+                " sparse_ft.cerebras.checkpoint)."
             )
         self._places: dict[str, Place] = places(self.config)
         if self.config.get("tie_word_embeddings"):

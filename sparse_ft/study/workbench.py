@@ -71,8 +71,8 @@ class Workbench:
             folder = self.checkpoint(name).folder
             if folder.suffix == ".mdl":
                 raise UserError(
-                    f"{name} is a Cerebras checkpoint, which has no tokenizer. Convert it to a Hugging Face folder first"
-                    " (to_hugging_face of sparse_ft.cerebras.convert)."
+                    f"{name} is a Cerebras checkpoint, which has no tokenizer. Convert it to a Hugging Face folder"
+                    " first (to_hugging_face of sparse_ft.cerebras.convert)."
                 )
             self._tokenizers[name] = load_tokenizer(folder)
         return self._tokenizers[name]

@@ -127,7 +127,7 @@ def test_masks_and_validation_read_a_cerebras_checkpoint(command, masks, tmp_pat
     for name in ("compute_masks", "train"):  # what reads text needs a tokenizer
         wanda = {"importance": "wanda", "scope": "row", "output_dir": tmp_path / "w", "data_dir": "made"}
         status, _, complaint = command(name, model=tmp_path / "dense.mdl", **wanda)
-        assert status == 2 and "Convert it to a Hugging Face folder first" in complaint
+        assert status == 2 and "Convert it to a Hugging Face folder" in complaint
     assert not (tmp_path / "w").exists()
 
 
