@@ -17,17 +17,20 @@ _CLEAR = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
 
 
-def reset_peak(device: torch.device | str = "cpu") -> None:
-    """Starts a new measurement: the peak from now on.
+def reset_peak(device: torch.device | str = "cpu") -> bool:
+    """Starts a new measurement: the peak from now on. Returns whether the system allowed it.
 
-    On Linux the process's high-water mark is reset; where the system does not allow that, the peak counts
-    from the start of the process.
+    On Linux the process's high-water mark is reset; where the system does not allow that (another system, a
+    container whose ``/proc`` is closed), the peak counts from the start of the process.
     """
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        return
-    with suppress(OSError):
+        return True
+    try:
         _CLEAR.write_text("5")  # proc(5): resets VmHWM to the present resident size
+    except OSError:
+        return False
+    return True
 
 
 def peak_bytes(device: torch.device | str = "cpu") -> int:

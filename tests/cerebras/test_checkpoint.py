@@ -105,7 +105,8 @@ def test_memory_stays_within_a_few_tensors(tmp_path):
     MdlFile(tmp_path / "first.mdl").read("x")
 
     def measured(name, work):
-        reset_peak()
+        if not reset_peak():
+            pytest.skip("this system lets no process reset its peak")
         before = peak_bytes()
         result = work()
         peaks[name] = peak_bytes() - before
