@@ -56,6 +56,8 @@ def test_an_unpruned_checkpoint_violates_every_masked_weight(base, masks):
     expected = {name: int((tensors[name][~masks[name]] != 0).sum()) for name in masks}
     assert not result.ok
     assert {layer.name: layer.violations for layer in result.per_layer} == expected
+    largest = {name: float(tensors[name][~masks[name]].abs().max()) for name in masks}
+    assert {layer.name: layer.max_violation for layer in result.per_layer} == largest
     assert result.violations == sum(expected.values())
 
 
@@ -101,6 +103,7 @@ def test_nan_and_infinity_are_violations_at_any_tolerance(base, masks, tmp_path,
 
     result = validate_checkpoint(edited(base, masks, tmp_path / "nan", touch), masks, tolerance)
     assert result.violations == 1
+    assert [layer.max_violation for layer in result.per_layer if layer.violations] == [None]
     assert any("not finite" in problem for problem in result.problems)
     json.dumps(result.to_dict(), allow_nan=False)
 
