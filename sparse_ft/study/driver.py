@@ -149,7 +149,7 @@ def _print_overhead(console: Console, phases: Phases, workers: int, seconds: flo
     if measured:
         mean, worst = sum(measured) / len(measured), max(measured)
         console.print(
-            f"{len(measured)} cells in {duration(seconds)} with {workers} worker(s); beyond training and scoring a "
+            f"{len(measured)} cells run in {duration(seconds)} with {workers} worker(s); beyond training and scoring a "
             f"cell took {mean:.2f} s on average, {worst:.2f} s at most",
             highlight=False,
         )

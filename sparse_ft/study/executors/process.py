@@ -22,6 +22,7 @@ from sparse_ft.tracking.runs import Tracker
 
 __all__ = ["ProcessExecutor", "Reporter", "default_workers", "visible_gpus"]
 
+_FAREWELL = 10.0  # seconds that a dismissed worker has to end
 _EVERY = 0.2  # seconds between two reports of one worker's progress
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS", "RAYON_NUM_THREADS")
 
@@ -95,10 +96,13 @@ class ProcessExecutor:
             self._wait(queue, busy)
 
     def close(self) -> None:
-        """Kills the workers; the runs they had open are the caller's to end (a worker may not get round to it)."""
-        for hand in self._hands:
-            if hand is not None:
-                hand.kill()
+        """Ends the workers that have nothing to do, kills the others; the runs that those had open are the caller's
+        to end (a worker may not get round to it)."""
+        hands = [hand for hand in self._hands if hand is not None]
+        for hand in hands:
+            hand.dismiss()
+        for hand in hands:
+            hand.kill(after=_FAREWELL if hand.job is None else 0)
         self._hands = [None] * self.workers
 
     def _wait(self, queue: Queue, busy: Mapping[int, _Hand]) -> None:
@@ -174,7 +178,14 @@ class _Hand:
         with suppress(OSError):  # it died in this moment: the pipe's end is read next
             self.pipe.send(job)
 
-    def kill(self) -> None:
+    def dismiss(self) -> None:
+        """A worker at rest ends by itself when its pipe does, and cleans up what a killed one leaves behind."""
+        if self.job is None:
+            self.pipe.close()
+
+    def kill(self, after: float = 0) -> None:
+        """Kills the worker if it has not ended ``after`` so many seconds."""
+        self.process.join(after)
         self.process.kill()
         self.process.join()
         self.pipe.close()
