@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Iterable
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from sparse_ft.analysis.numbers import shown, shown_with_error
 from sparse_ft.analysis.table import Row, cell_table
 
-__all__ = ["MODE_NAMES", "TERMINAL_WIDTH", "terminal_table"]
-
-TERMINAL_WIDTH = 132  # columns that the table needs; give a narrower Console (a pipe has 80) at least this
+__all__ = ["MODE_NAMES", "print_table", "table_text", "terminal_table"]
 
 MODE_NAMES = {"sparse_to_dense": "sparse to dense", "sparse_to_sparse": "sparse to sparse"}
 
@@ -62,6 +62,25 @@ def terminal_table(rows: Iterable[Row]) -> Table:
         ]
         table.add_row(*values)
     return table
+
+
+def print_table(console: Console, table: Table) -> None:
+    """Prints a table without cutting a number off: names fold in a narrow terminal, and where that is not enough
+    its lines run on. What is no terminal (a pipe, a file) has room for all."""
+    room = console.options.update(max_width=10_000)
+    needed = console.measure(table, options=room)
+    width = needed.maximum if not console.is_terminal else max(needed.minimum, min(console.width, needed.maximum))
+    wide = Console(file=io.StringIO(), width=width, force_terminal=True, color_system="standard")
+    wide.print(table)
+    # Another console's text: this one crops what it renders itself at its own width.
+    console.print(Text.from_ansi(wide.file.getvalue()), soft_wrap=True, highlight=False, end="")
+
+
+def table_text(table: Table) -> str:
+    """The table as plain text, as wide as it is."""
+    console = Console(file=io.StringIO())
+    print_table(console, table)
+    return console.file.getvalue()
 
 
 def _name(cell: dict[str, Any]) -> Text:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from sparse_ft.analysis.terminal import TERMINAL_WIDTH, terminal_table
+from sparse_ft.analysis.terminal import print_table, table_text, terminal_table
 from sparse_ft.analysis.write import AnalysisResult
 from sparse_ft.errors import UserError
 from sparse_ft.files import write_text
@@ -133,12 +133,10 @@ def _print_report(
     tracker: Tracker, start: Start, phases: Phases, report: AnalysisResult, console: Console
 ) -> None:  # fmt: skip
     table = terminal_table(in_milliseconds(tracker.children(start.parent)))
-    hidden = Console(width=TERMINAL_WIDTH, record=True, quiet=True)
-    hidden.print(table)
-    file = write_text(start.folder / "report" / "table.txt", hidden.export_text())
+    file = write_text(start.folder / "report" / "table.txt", table_text(table))
     tracker.log_file(start.parent, file, "report")
     if len(phases.plan.cells) <= _SHOWN:
-        console.print(table)
+        print_table(console, table)
     for figure in report.figures.values():
         console.print(f"figure: {figure}", highlight=False, soft_wrap=True)
     console.print(f"tables: {start.folder / 'report'}", highlight=False, soft_wrap=True)

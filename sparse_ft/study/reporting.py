@@ -8,7 +8,6 @@ from typing import Any
 
 from rich.console import Console
 
-from sparse_ft.analysis.terminal import TERMINAL_WIDTH
 from sparse_ft.analysis.write import AnalysisResult, write_analysis
 from sparse_ft.progress import SILENT, Progress
 from sparse_ft.tracking.runs import Tracker
@@ -23,9 +22,9 @@ def in_milliseconds(runs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def study_console() -> Console:
-    """A console wide enough for the study's table: a pipe has 80 columns, too few."""
+    """The console of a study's lines; rich gives a pipe 80 columns, too few for them."""
     console = Console()
-    return console if console.is_terminal else Console(width=TERMINAL_WIDTH)
+    return console if console.is_terminal else Console(width=132)
 
 
 def report_study(

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import sparse_ft
-from sparse_ft.analysis.terminal import terminal_table
+from sparse_ft.analysis.terminal import print_table, terminal_table
 from sparse_ft.analysis.write import write_analysis
 from sparse_ft.errors import UserError
 from sparse_ft.files import write_json
@@ -101,7 +101,7 @@ def train(config: CellConfig) -> int:
         if config.register_as != "none":
             address = register_cell(tracker, run_id, config, result, bench.progress)
     console = study_console()
-    console.print(terminal_table(in_milliseconds([tracker.run(run_id)])))
+    print_table(console, terminal_table(in_milliseconds([tracker.run(run_id)])))
     if address:
         console.print(f"registered: {address}", highlight=False, soft_wrap=True)
     console.print(f"everything, in a browser: {ui_command(tracker)}", highlight=False, soft_wrap=True)
@@ -159,7 +159,7 @@ def analyze(config: AnalyzeConfig) -> int:
         tracker.log_folder(run_id, folder, "report")
         write_curve_runs(tracker, parent, result.curves)
     console = study_console()
-    console.print(terminal_table(rows))
+    print_table(console, terminal_table(rows))
     for path in result.files:
         console.print(f"  {path}", highlight=False, soft_wrap=True)
     return 0

@@ -3,13 +3,11 @@ from io import StringIO
 from rich.console import Console
 from synthetic import cell, demo
 
-from sparse_ft.analysis.terminal import TERMINAL_WIDTH, terminal_table
+from sparse_ft.analysis.terminal import print_table, table_text, terminal_table
 
 
 def printed(rows) -> str:
-    console = Console(file=StringIO(), width=TERMINAL_WIDTH)
-    console.print(terminal_table(rows))
-    return console.file.getvalue()
+    return table_text(terminal_table(rows))
 
 
 def test_the_demo_fits_and_is_not_cut():
@@ -17,7 +15,28 @@ def test_the_demo_fits_and_is_not_cut():
     assert "…" not in text
     assert "smollm2-135m · boolq · 5 cells" in text
     assert text.count("sparse to sparse") == 2
-    assert max(map(len, text.splitlines())) <= TERMINAL_WIDTH
+    assert max(map(len, text.splitlines())) <= 140
+
+
+def test_no_number_is_cut_off_where_models_and_tasks_have_columns_too():
+    speed = {"train/tokens_per_second": 1234567.0}
+    rows = [
+        cell(model=model, task=task, metrics=speed)
+        for model in ("meta-llama/Llama-2-7b-hf", "tiny-mistral")
+        for task in ("boolq", "hellaswag")
+    ]
+    table = terminal_table(rows)
+    assert printed(rows).count("1,234,567") == 4
+    for width, terminal in ((80, False), (80, True), (130, True), (300, True)):
+        console = Console(file=StringIO(), width=width, force_terminal=terminal)
+        print_table(console, table)
+        shown = console.file.getvalue()
+        assert shown.count("1,234,567") == 4, (width, terminal)
+    # Names give way first: as wide as the terminal where that is enough.
+    console = Console(file=StringIO(), width=150, force_terminal=True, color_system=None)
+    print_table(console, table)
+    widths = {len(line.rstrip()) for line in console.file.getvalue().splitlines()}
+    assert max(widths) <= 150
 
 
 def test_before_and_after_tuning():

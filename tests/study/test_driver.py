@@ -26,7 +26,7 @@ def _of(children, kind):
     return [run for run in children if run["tags"]["kind"] == kind]
 
 
-def test_a_study_is_a_parent_with_a_child_for_every_cell_and_mask_set(run_study, capsys):
+def test_a_study_is_a_parent_with_a_child_for_every_cell_and_mask_set(run_study, capsys, tmp_path):
     grid = {"model": ["tiny-llama"], "sparsity": [0.5], "mode": ["sparse_to_dense", "sparse_to_sparse"]}
     status, tracker, parent, children = run_study(grid)
     assert status == 0
@@ -49,6 +49,8 @@ def test_a_study_is_a_parent_with_a_child_for_every_cell_and_mask_set(run_study,
     figures = [Path(line.removeprefix("figure: ")) for line in shown.splitlines() if line.startswith("figure: ")]
     assert figures
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in figures)
+    (table,) = (tmp_path / "out").rglob("report/table.txt")
+    assert table.read_text().strip() and table.read_text().strip() in shown
     assert "report/table.txt" in tracker.artifacts(parent["run_id"])
 
 
