@@ -46,6 +46,7 @@ class Chart:
 
 
 _ERRORS = "Bands: ± 1 standard error (questions scored or windows read; seeds where there are several)."
+_BOTH = "Bands: ± 1 standard error of two independent scores; these share their questions, so it is rather less."
 _SEEDS = "Bands: ± 1 standard deviation over seeds, where there are several."
 CHARTS: tuple[Chart, ...] = (
     Chart("accuracy", "Accuracy after fine-tuning", "accuracy", "accuracy", "accuracy_error", "accuracy_untuned",
@@ -55,20 +56,20 @@ CHARTS: tuple[Chart, ...] = (
     Chart("perplexity", "Perplexity of held-out text after fine-tuning", "perplexity (log scale)", "perplexity",
           "perplexity_error", "perplexity_untuned", log=True, dense=True, note=_ERRORS),
     Chart("recovery", "Recovery: share of the dense fine-tuned accuracy", "recovery (%)", "recovery",
-          "recovery_error", factor=100, rules=((100, "dense, fine-tuned"), (95, "95 %")), note=_ERRORS),
+          "recovery_error", factor=100, rules=((100, "dense, fine-tuned"), (95, "95 %")), note=_BOTH),
     Chart("training_throughput", "Training throughput", "tokens per second", "train_tokens_per_second",
           "train_tokens_per_second_std", dense=True, note=_SEEDS, from_zero=True),
     Chart("evaluation_throughput", "Evaluation throughput", "samples per second", "eval_samples_per_second",
           "eval_samples_per_second_std", dense=True, note=_SEEDS, from_zero=True),
     Chart("accuracy_gained", "Accuracy that fine-tuning gained over the pruned model", "gain (points)",
-          "accuracy_gained", "accuracy_gained_error", factor=100, rules=((0, "no gain"),), note=_ERRORS),
+          "accuracy_gained", "accuracy_gained_error", factor=100, rules=((0, "no gain"),), note=_BOTH),
     Chart("perplexity_gained", "Perplexity before fine-tuning over after", "ratio (log scale)",
-          "perplexity_ratio_gained", "perplexity_ratio_gained_error", log=True, rules=((1, "no gain"),), note=_ERRORS),
+          "perplexity_ratio_gained", "perplexity_ratio_gained_error", log=True, rules=((1, "no gain"),), note=_BOTH),
     Chart("remasking_gap_accuracy", "Accuracy lost by masking the merged model again", "loss (points)",
-          "accuracy_remask_gap", "accuracy_remask_gap_error", factor=100, rules=((0, "no loss"),), note=_ERRORS),
+          "accuracy_remask_gap", "accuracy_remask_gap_error", factor=100, rules=((0, "no loss"),), note=_BOTH),
     Chart("remasking_gap_perplexity", "Perplexity of the merged model after masking it again, over before",
           "ratio (log scale)", "perplexity_ratio_remask", "perplexity_ratio_remask_error", log=True,
-          rules=((1, "no loss"),), note=_ERRORS),
+          rules=((1, "no loss"),), note=_BOTH),
 )  # fmt: skip
 
 
