@@ -1,4 +1,4 @@
-"""Sparsity levels as people write them and as names carry them."""
+"""Sparsity levels as people write them; levels and modes as names carry them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 from sparse_ft.errors import UserError
 
-__all__ = ["level_label", "parse_levels"]
+__all__ = ["level_label", "mode_label", "parse_levels"]
 
 
 def parse_levels(text: str) -> tuple[float, ...]:
@@ -34,3 +34,8 @@ def parse_levels(text: str) -> tuple[float, ...]:
 def level_label(sparsity: float) -> str:
     """The level in percent, for names of files and runs: 0.5 -> ``50``, 0.125 -> ``12.5``."""
     return f"{round(100 * sparsity, 8):.8f}".rstrip("0").rstrip(".")
+
+
+def mode_label(mode: str) -> str:
+    """The mode in short, for names of runs: ``sparse_to_dense`` -> ``s2d``, ``sparse_to_sparse`` -> ``s2s``."""
+    return {"sparse_to_dense": "s2d", "sparse_to_sparse": "s2s"}.get(mode, mode)

@@ -1,7 +1,7 @@
 import pytest
 
 from sparse_ft.errors import UserError
-from sparse_ft.levels import level_label, parse_levels
+from sparse_ft.levels import level_label, mode_label, parse_levels
 
 
 @pytest.mark.parametrize(
@@ -28,3 +28,8 @@ def test_what_is_neither_is_refused(text):
 @pytest.mark.parametrize(("level", "label"), [(0.5, "50"), (0.0, "0"), (1.0, "100"), (0.125, "12.5"), (0.07, "7")])
 def test_labels_are_percent(level, label):
     assert level_label(level) == label
+
+
+def test_modes_in_short_tell_where_a_model_ends():
+    names = [mode_label(mode) for mode in ("dense", "sparse_to_dense", "sparse_to_sparse", "full")]
+    assert names == ["dense", "s2d", "s2s", "full"]

@@ -11,6 +11,7 @@ import pandas as pd
 
 from sparse_ft.analysis.style import COLOURS
 from sparse_ft.analysis.table import EVALUATION_PROTOCOL, GROUP, grouped_table
+from sparse_ft.levels import mode_label
 
 __all__ = ["CHANCE", "chance_level", "curves", "dense_baseline", "majority_level", "pareto_front", "performance_table"]
 
@@ -149,7 +150,8 @@ def curves(cells: pd.DataFrame, table: pd.DataFrame | None = None) -> list[dict[
             ]
             if measured:
                 points[metric] = measured
-        parts = [curve[name] for name in ("model", "task", "series", "mode", "variant") if curve[name]]
+        line = f"{mode_label(curve['mode'])} {curve['series']}"
+        parts = [line, *(curve[name] for name in ("task", "model", "variant") if curve[name])]
         if points:
             place = lines.index((curve["series"], curve["variant"], curve["mode"]))
             result.append(curve | {"key": "|".join(str(curve[f]) for f in fields), "name": " · ".join(parts),

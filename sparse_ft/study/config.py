@@ -11,7 +11,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from sparse_ft.levels import level_label, parse_levels
+from sparse_ft.levels import level_label, mode_label, parse_levels
 
 __all__ = [
     "AnalyzeConfig",
@@ -195,13 +195,13 @@ class CellConfig:
 
     @property
     def title(self) -> str:
-        """A short name for people: model, task, mode and what was pruned."""
-        values = self.canonical()
-        model = self.model.rstrip("/").split("/")[-1]
+        """A short name for people. What tells a study's cells apart comes first: MLflow's table of runs cuts
+        names after a dozen letters."""
+        values, model = self.canonical(), self.model.rstrip("/").split("/")[-1]
         if not self.pruned:
-            return f"{model} {self.task} dense"
+            return f"dense · {self.task} · {model}"
         kind = self.method if values["importance"] == "none" else f"{self.method} {self.importance}"
-        return f"{model} {self.task} {kind} {level_label(self.sparsity)} % {self.mode}"
+        return f"{level_label(self.sparsity)} % {mode_label(self.mode)} {kind} · {self.task} · {model}"
 
     def mask_config(self, sparsities: str, output_dir: str) -> MaskConfig:
         """The parameters under which this cell's masks are made."""

@@ -63,7 +63,7 @@ def test_all_360_configurations_of_the_full_study(study, tmp_path):
 
 
 def test_a_cell_that_modelzoo_cannot_take_is_named(study, tmp_path):
-    with pytest.raises(UserError, match=r"llama boolq dense: target_modules .* cannot adapt q_proj"):
+    with pytest.raises(UserError, match=r"dense · boolq · .*llama: target_modules .* cannot adapt q_proj"):
         write_study_configs(study(target_modules="q_proj"), tmp_path / "out", CerebrasSettings())
     with pytest.raises(UserError, match="lora_dropout must be 0"):
         write_study_configs(study(lora_dropout=0.1), tmp_path / "out", CerebrasSettings())

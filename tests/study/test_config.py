@@ -23,9 +23,10 @@ def test_a_dense_cell_is_the_same_whatever_it_would_have_pruned():
 @pytest.mark.parametrize(
     ("cell", "title"),
     [
-        (CellConfig(mode="dense"), "smollm2-135m boolq dense"),
-        (CellConfig(model="a/b-7b", sparsity=0.125), "b-7b boolq unstructured magnitude 12.5 % sparse_to_sparse"),
-        (CellConfig(method="random"), "smollm2-135m boolq random 50 % sparse_to_sparse"),
+        (CellConfig(mode="dense"), "dense · boolq · smollm2-135m"),
+        (CellConfig(model="a/b-7b", sparsity=0.125), "12.5 % s2s unstructured magnitude · boolq · b-7b"),
+        (CellConfig(mode="sparse_to_dense", sparsity=0.7), "70 % s2d unstructured magnitude · boolq · smollm2-135m"),
+        (CellConfig(method="random"), "50 % s2s random · boolq · smollm2-135m"),
     ],
 )
 def test_titles(cell, title):

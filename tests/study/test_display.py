@@ -32,7 +32,9 @@ def test_a_line_a_cell_with_what_came_out_and_what_is_left():
     display.ended(1, _bad(first))
     display.ended(0, Outcome(MaskJob(MaskConfig(), "set", Path(), "k"), "run", "FINISHED", 1.0))
     lines = stream.getvalue().splitlines()
-    assert lines[0] == ("[1/4] FINISHED tiny-llama boolq dense: accuracy 0.750, 1,234 tokens/s, 10.0 s; 15.0 s left")
+    assert lines[0] == (
+        "[1/4] FINISHED dense · boolq · tiny-llama: accuracy 0.750, 1,234 tokens/s, 10.0 s; 15.0 s left"
+    )
     assert "out_of_memory: too big" in lines[1]
     assert "tried again" in lines[1]
     assert lines[2].startswith("[2/4] FAILED")
@@ -60,7 +62,7 @@ def test_the_live_display_shows_counts_stages_and_the_best_so_far():
     assert "0.600" in shown
     _, bar, stage, *_ = shown.splitlines()
     assert set(bar.strip()) == {"━"}
-    assert stage.startswith("tiny-llama boolq dense")
+    assert stage.startswith("dense · boolq · tiny-llama")
     assert "0.500" not in shown
     assert "70" in shown
 
