@@ -46,7 +46,7 @@ class Chart:
 
 
 _ERRORS = "Bands: ± 1 standard error (questions scored or windows read; seeds where there are several)."
-_BOTH = "Bands: ± 1 standard error of two independent scores; these share their questions, so it is rather less."
+_BOTH = "Bands: ± 1 standard error of two independent scores; they share questions, so it is less."
 _SEEDS = "Bands: ± 1 standard deviation over seeds, where there are several."
 CHARTS: tuple[Chart, ...] = (
     Chart("accuracy", "Accuracy after fine-tuning", "accuracy", "accuracy", "accuracy_error", "accuracy_untuned",
@@ -191,7 +191,7 @@ def _finish(axes: Axes, chart: Chart) -> None:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
     if chart.from_zero:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.06 * axes.dataLim.ymax)  # the margin of the cut-off axis would cut the topmost markers
     if chart.chance:  # an accuracy: there is nothing below 0, also where all of them are 0
         axes.set_ylim(bottom=max(axes.get_ylim()[0], -0.02))
     left, right = axes.get_xlim()
