@@ -116,6 +116,20 @@ def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(driver, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("executor", ["process", "ray"])
+def test_what_a_batch_system_sends_before_the_end_ends_cleanly_too(executor, driver, tmp_path):
+    if executor == "ray":
+        pytest.importorskip("ray", reason="ray is an optional extra: pip install 'sparse_ft[ray]'")
+    process, _ = driver(executor, 1, cell={"max_steps": 5000}, grid={"model": ["tiny-llama"], "mode": ["dense"]})
+    _wait_for(lambda: any(run["status"] == "RUNNING" for run in _study(tmp_path / "mlflow.db")[1]), process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(120) == 130
+    parent, cells = _study(tmp_path / "mlflow.db")
+    assert [parent["status"], *(run["status"] for run in cells)] == ["KILLED", "KILLED"]
+    assert f"-P resume={parent['run_id']}" in (tmp_path / "driver.log").read_text()
+
+
+@pytest.mark.slow
 def test_a_driver_with_workers_killed_in_the_middle_is_gone_on_with(driver, tmp_path):
     grid = GRID | {"sparsity": [0.0, 0.3, 0.5, 0.7]}
     process, config = driver("process", 2, cell={"max_steps": 6}, grid=grid)

@@ -6,11 +6,16 @@ folder and the tracking store must be reachable from every node: a shared file s
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
+import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from sparse_ft.errors import UserError
@@ -151,13 +156,14 @@ class RayExecutor:
         return ""
 
     def _connect(self, address: str) -> None:
-        options: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": "warning"}
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": "warning"}
         try:
-            if address == "none":
-                self._ray.init(**options)
-            else:
-                _knock(address)
-                self._ray.init(address=address, log_to_driver=False, logging_level="warning")
+            with _kept_sigterm():
+                if address == "none":  # "local": without it Ray joins any cluster that this machine remembers
+                    self._ray.init(address="local", include_dashboard=False, **options)
+                else:
+                    _knock(_resolved(address))
+                    self._ray.init(address=address, **options)
         except OSError as error:  # ConnectionError is one
             raise UserError(
                 f"ray_address: no Ray cluster answers at '{address}' ({str(error).splitlines()[0]}); start one with "
@@ -176,6 +182,25 @@ class RayExecutor:
         # Two threads: one works, one answers what has happened so far.
         remote = self._ray.remote(max_concurrency=2, max_restarts=0, runtime_env=surroundings, **asked)
         return remote(_Actor)
+
+
+@contextmanager
+def _kept_sigterm() -> Iterator[None]:
+    """Ray takes SIGTERM for itself and ends the process; here it ends the study, in order."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread() and before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _resolved(address: str) -> str:
+    """What ``auto`` stands for, as Ray looks for it; empty where it would have to search."""
+    if address != "auto":
+        return address
+    note = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
+    return os.environ.get("RAY_ADDRESS") or (note.read_text().strip() if note.is_file() else "")
 
 
 def _knock(address: str) -> None:

@@ -1,5 +1,6 @@
 """A Ray cluster of two nodes on this machine, one of which is killed in the middle of a study."""
 
+import signal
 import threading
 from collections import Counter
 
@@ -79,6 +80,31 @@ def test_an_address_where_no_cluster_answers_is_one_line(tmp_path):
     with pytest.raises(UserError, match=r"ray_address: no Ray cluster answers at '127\.0\.0\.1:1'") as raised:
         RayExecutor(setup, Listener(), 1, address="127.0.0.1:1")
     assert "\n" not in str(raised.value)
+    assert not ray.is_initialized()
+
+
+def test_a_dead_cluster_that_the_machine_remembers_is_one_line_or_no_matter(tmp_path, monkeypatch):
+    """Killed clusters leave their address behind, and Ray would ask there for many minutes."""
+    from sparse_ft.study.executors.ray import RayExecutor
+    from sparse_ft.study.jobs import Listener
+
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    setup = WorkerSetup(Tracker().uri, "parent", tmp_path)
+    with pytest.raises(UserError, match="ray_address: no Ray cluster answers at 'auto'"):
+        RayExecutor(setup, Listener(), 1, address="auto")
+    monkeypatch.delenv("RAY_TMPDIR")
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(UserError, match="ray_address: no Ray cluster answers at 'auto'"):
+        RayExecutor(setup, Listener(), 1, address="auto")
+    before = signal.getsignal(signal.SIGTERM)
+    executor = RayExecutor(setup, Listener(), 1)  # one of its own
+    try:
+        assert ray.is_initialized()
+        assert signal.getsignal(signal.SIGTERM) is before
+    finally:
+        executor.close()
     assert not ray.is_initialized()
 
 
