@@ -10,7 +10,19 @@ PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [ROOT / "README.md"
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 SHELL = ("", "sh", "bash", "console")
 # What a shell says to itself, and the commands of a cluster: nothing of this project's to be checked in them.
-SHELL_WORDS = {".", "cd", "export", "head=$(scontrol", "srun", "sleep", "driver=$!", "trap", "wait", "ray"}
+SHELL_WORDS = {
+    ".",
+    "cd",
+    "export",
+    "head=$(scontrol",
+    "others=$((SLURM_NNODES",
+    "srun",
+    "sleep",
+    "driver=$!",
+    "trap",
+    "wait",
+    "ray",
+}
 
 
 @dataclass(frozen=True)

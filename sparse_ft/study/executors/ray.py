@@ -157,17 +157,22 @@ class RayExecutor:
 
     def _connect(self, address: str) -> None:
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": "warning"}
+        answers = False
         try:
             with _kept_sigterm():
                 if address == "none":  # "local": without it Ray joins any cluster that this machine remembers
                     self._ray.init(address="local", include_dashboard=False, **options)
                 else:
-                    _knock(_resolved(address))
+                    answers = _knock(_resolved(address))
                     self._ray.init(address=address, **options)
         except OSError as error:  # ConnectionError is one
+            why = str(error).splitlines()[0]
             raise UserError(
-                f"ray_address: no Ray cluster answers at '{address}' ({str(error).splitlines()[0]}); start one with "
-                "ray start --head, or leave ray_address out."
+                f"ray_address: what answers at '{address}' cannot be joined ({why}). A cluster that asks for a token "
+                "needs RAY_AUTH_MODE=token here too; otherwise its Ray may be of another version."
+                if answers
+                else f"ray_address: no Ray cluster answers at '{address}' ({why}); start one with ray start --head, "
+                "or leave ray_address out."
             ) from None
 
     def _remote(self) -> Any:
@@ -203,11 +208,14 @@ def _resolved(address: str) -> str:
     return os.environ.get("RAY_ADDRESS") or (note.read_text().strip() if note.is_file() else "")
 
 
-def _knock(address: str) -> None:
-    """Raises OSError where nothing listens at ``host:port``: Ray itself would ask again for many minutes."""
+def _knock(address: str) -> bool:
+    """Whether something listens at ``host:port``; False where the address is not of that form. Raises OSError where
+    nothing does: Ray itself would ask again for many minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
-    if host and port.isdigit():
-        socket.create_connection((host, int(port)), timeout=10).close()
+    if not (host and port.isdigit()):
+        return False
+    socket.create_connection((host, int(port)), timeout=10).close()
+    return True
 
 
 @dataclass
