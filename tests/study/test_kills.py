@@ -105,24 +105,20 @@ def test_a_driver_killed_in_the_middle_is_gone_on_with(driver, tmp_path, capsys)
     assert same[0]["tags"]["same_as"] in {run["run_id"] for run in runs}
 
 
-def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(driver, tmp_path):
-    process, _ = driver(cell={"max_steps": 5000}, grid={"model": ["tiny-llama"], "mode": ["dense"]})
-    _wait_for(lambda: any(run["status"] == "RUNNING" for run in _study(tmp_path / "mlflow.db")[1]), process)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(120) == 130
-    parent, cells = _study(tmp_path / "mlflow.db")
-    assert [parent["status"], *(run["status"] for run in cells)] == ["KILLED", "KILLED"]
-    assert f"-P resume={parent['run_id']}" in (tmp_path / "driver.log").read_text()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("executor", ["process", "ray"])
-def test_what_a_batch_system_sends_before_the_end_ends_cleanly_too(executor, driver, tmp_path):
+@pytest.mark.parametrize(
+    ("executor", "sign"),
+    [
+        ("serial", signal.SIGINT),  # Ctrl-C
+        pytest.param("process", signal.SIGTERM, marks=pytest.mark.slow),  # what a batch system sends before it kills
+        pytest.param("ray", signal.SIGTERM, marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_ends_a_study_cleanly_and_says_how_to_go_on(executor, sign, driver, tmp_path):
     if executor == "ray":
         pytest.importorskip("ray", reason="ray is an optional extra: pip install 'sparse_ft[ray]'")
     process, _ = driver(executor, 1, cell={"max_steps": 5000}, grid={"model": ["tiny-llama"], "mode": ["dense"]})
     _wait_for(lambda: any(run["status"] == "RUNNING" for run in _study(tmp_path / "mlflow.db")[1]), process)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(sign)
     assert process.wait(120) == 130
     parent, cells = _study(tmp_path / "mlflow.db")
     assert [parent["status"], *(run["status"] for run in cells)] == ["KILLED", "KILLED"]

@@ -101,7 +101,7 @@ class ProcessExecutor:
         hands = [hand for hand in self._hands if hand is not None]
         for hand in hands:
             hand.dismiss()
-        for hand in hands:
+        for hand in sorted(hands, key=lambda hand: hand.job is None):  # none works on while others are waited for
             hand.kill(after=_FAREWELL if hand.job is None else 0)
         self._hands = [None] * self.workers
 
