@@ -16,7 +16,7 @@ from sparse_ft.progress import SILENT, Progress
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["BUILT_IN", "SMOLLM2", "load_gguf", "locate"]
+__all__ = ["BUILT_IN", "SMOLLM2", "hub_commit", "load_gguf", "locate"]
 
 _TINY = ("tiny-llama", "tiny-mistral", "tiny-mixtral")
 BUILT_IN = ("smollm2-135m", *_TINY)
@@ -61,6 +61,12 @@ def locate(model: str | Path, progress: Progress = SILENT) -> Path:
         f"model '{name}' is neither a folder, nor a hub id (owner/name), nor one of the built-in models "
         f"({', '.join(BUILT_IN)})"
     )
+
+
+def hub_commit(folder: Path) -> str | None:
+    """The commit of a folder in the hub's cache; None for any other folder."""
+    is_snapshot = folder.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", folder.name)
+    return folder.name if is_snapshot else None
 
 
 def load_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -132,7 +138,7 @@ def _make_smollm2(folder: Path, progress: Progress) -> Path:
 
 
 def _from_hub(name: str) -> Path:
-    """The hub's snapshot of a model; the client shows its own bars."""
+    """The hub's snapshot of a model; the client shows its own bars, where there is something to wait for."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -140,9 +146,16 @@ def _from_hub(name: str) -> Path:
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
     )
+    from huggingface_hub.utils import tqdm
+
+    class LateBar(tqdm):
+        """None for a model that is there already: every worker asks for it again."""
+
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **{**kwargs, "delay": 2})
 
     try:
-        folder = snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_IGNORED)
+        folder = snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_IGNORED, tqdm_class=LateBar)
     except GatedRepoError as error:
         raise UserError(
             f"model {name} is gated: accept its licence at https://huggingface.co/{name} and log in with "

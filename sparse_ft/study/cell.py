@@ -80,6 +80,7 @@ def run_cell(
         check_cell(cell)
         settings = training_settings(cell)
         checkpoint, tokenizer = bench.checkpoint(cell.model), bench.tokenizer(cell.model)
+        result.tags.update(bench.identity(cell.model))
         task = bench.task(cell.task, cell.data_dir, count(cell.num_fewshot))
         start = checkpoint if mask_file is None or mask_file.checkpoint is None else Checkpoint(mask_file.checkpoint)
         masks = _masks(mask_file, start, result)

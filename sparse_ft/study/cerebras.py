@@ -126,6 +126,7 @@ def run_cerebras_cell(
         check_cell(cell)
         _require(preflight(settings.python, settings.device))  # before anything is converted
         checkpoint, tokenizer = bench.checkpoint(cell.model), bench.tokenizer(cell.model)
+        result.tags.update(bench.identity(cell.model))
         plan = trainer_plan(cell, checkpoint.config, settings.device, settings.cluster)
         task = bench.task(cell.task, cell.data_dir, count(cell.num_fewshot))
         start = checkpoint if mask_file is None or mask_file.checkpoint is None else Checkpoint(mask_file.checkpoint)

@@ -22,9 +22,11 @@ from sparse_ft.models.names import role
 from sparse_ft.pruning.generator import MaskGenerator
 from sparse_ft.pruning.settings import Calibration
 from sparse_ft.study.cell_settings import check_cell, count
+from sparse_ft.study.config import CellConfig
 from sparse_ft.study.plan import MaskSetPlan, Plan
 from sparse_ft.study.settings import pruning_settings
 from sparse_ft.study.workbench import Workbench
+from sparse_ft.tasks.examples import training_examples
 
 __all__ = ["Disk", "check_plan", "check_resources", "estimate_disk", "gigabytes"]
 
@@ -71,6 +73,9 @@ def check_plan(plan: Plan, bench: Workbench) -> list[str]:
         _note(problems, _check_masks, item, bench)
     for task, data_dir, shots in dict.fromkeys((cell.task, cell.data_dir, cell.num_fewshot) for cell in plan.cells):
         _note(problems, bench.task, task, data_dir, count(shots))
+    same = {(cell.model, cell.task, cell.data_dir, cell.num_fewshot, cell.max_seq_len): cell for cell in plan.cells}
+    for cell in same.values():
+        _note(problems, _check_examples, cell, bench)
     return list(problems)
 
 
@@ -146,6 +151,12 @@ def _note(problems: dict[str, None], check, *arguments) -> None:
         check(*arguments)
     except UserError as error:
         problems[str(error)] = None
+
+
+def _check_examples(cell: CellConfig, bench: Workbench) -> None:
+    """Whether training finds what it learns from: a split, answers among the choices, room for them."""
+    task = bench.task(cell.task, cell.data_dir, count(cell.num_fewshot))
+    training_examples(task, bench.tokenizer(cell.model), cell.max_seq_len, limit=1, seed=cell.seed)
 
 
 def _check_masks(item: MaskSetPlan, bench: Workbench) -> None:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sparse_ft.errors import DataMissingError, ModelUnavailableError, UserError
 from sparse_ft.evaluation import Evaluation
 from sparse_ft.files import write_text
-from sparse_ft.models.catalog import locate
+from sparse_ft.models.catalog import hub_commit, locate
 from sparse_ft.models.checkpoint import Checkpoint, open_checkpoint
 from sparse_ft.models.loading import load_model, load_state_into, load_tokenizer, resolve_device, resolve_dtype
 from sparse_ft.progress import SILENT, Progress
@@ -59,6 +59,12 @@ class Workbench:
             except UserError as error:
                 raise ModelUnavailableError(str(error)) from error
         return self._checkpoints[name]
+
+    def identity(self, name: str) -> dict[str, str]:
+        """Tags that tell this model's weights from others of the same name: a hub's may change under it."""
+        checkpoint = self.checkpoint(name)
+        commit = hub_commit(checkpoint.folder)
+        return {"base_fingerprint": checkpoint.fingerprint} | ({"hub_commit": commit} if commit else {})
 
     def tokenizer(self, name: str) -> PreTrainedTokenizerBase:
         """The model's tokenizer.

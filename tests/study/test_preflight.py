@@ -5,8 +5,9 @@ import pytest
 from sparse_ft.study.config import SweepConfig
 from sparse_ft.study.driver import sweep
 from sparse_ft.study.plan import Study, load_study, make_plan
-from sparse_ft.study.preflight import check_resources, estimate_disk
+from sparse_ft.study.preflight import check_plan, check_resources, estimate_disk
 from sparse_ft.study.workbench import Workbench
+from sparse_ft.tasks.made import made_data_dir
 from sparse_ft.tracking.runs import Tracker
 
 
@@ -48,6 +49,22 @@ def test_a_disk_and_a_memory_that_are_too_small_are_both_named(small, tmp_path):
     problems = check_resources(plan, bench, tmp_path, None, 10**9)
     assert any("memory" in problem for problem in problems)
     assert any(f"disk of {tmp_path}" in problem and "GB" in problem for problem in problems)
+
+
+def test_data_that_nothing_can_be_learned_from_is_named_before_the_first_cell(small, tmp_path):
+    for task, split, rows in (
+        ("boolq", "validation", 3),  # no training split
+        ("hellaswag", "validation", 3),
+        ("hellaswag", "train", 3),
+    ):
+        lines = (made_data_dir() / task / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()[:rows]
+        (tmp_path / task).mkdir(exist_ok=True)
+        (tmp_path / task / f"{split}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    cell = {**small, "seed": 0, "data_dir": str(tmp_path), "max_seq_len": 2}
+    plan = make_plan(Study("s", {"model": ["tiny-llama"], "task": ["boolq", "hellaswag"], "sparsity": [0.5]}, cell))
+    split, room = check_plan(plan, Workbench())
+    assert "boolq has no training rows" in split
+    assert "max_seq_len is 2, but an answer of hellaswag has" in room
 
 
 @pytest.mark.parametrize(("name", "models"), [("full", 2), ("tiny_full", 2), ("mixtral", 1)])
