@@ -10,7 +10,7 @@ from typing import Any
 from sparse_ft.study.config import CellConfig
 from sparse_ft.study.display import duration
 from sparse_ft.study.plan import Plan
-from sparse_ft.tracking.runs import flatten_config
+from sparse_ft.tracking.parameters import flatten_config
 
 __all__ = ["Time", "estimate_time"]
 

@@ -12,7 +12,8 @@ from sparse_ft.pruning.output import MaskFile
 from sparse_ft.study.cell import CellResult
 from sparse_ft.study.config import CellConfig, MaskConfig
 from sparse_ft.study.failures import Failure
-from sparse_ft.tracking.runs import Tracker, flatten_config
+from sparse_ft.tracking.parameters import flatten_config
+from sparse_ft.tracking.runs import Tracker
 
 __all__ = ["log_cell_inputs", "log_cell_result", "log_failure", "log_mask_inputs", "log_masks", "mask_tags"]
 

@@ -22,7 +22,8 @@ from sparse_ft.study.config import SweepConfig
 from sparse_ft.study.failures import RETRIED
 from sparse_ft.study.plan import Plan, Study
 from sparse_ft.study.worker import process_name
-from sparse_ft.tracking.runs import Tracker, flatten_config
+from sparse_ft.tracking.parameters import flatten_config
+from sparse_ft.tracking.runs import Tracker
 
 __all__ = [
     "HEARTBEAT_SECONDS",

@@ -36,7 +36,8 @@ from sparse_ft.study.reporting import in_milliseconds, study_console, ui_command
 from sparse_ft.study.settings import pruning_settings
 from sparse_ft.study.workbench import Workbench
 from sparse_ft.tracking.models import is_model_uri, resolve_model
-from sparse_ft.tracking.runs import Tracker, flatten_config
+from sparse_ft.tracking.parameters import flatten_config
+from sparse_ft.tracking.runs import Tracker
 from sparse_ft.validation import validate_checkpoint
 
 __all__ = ["analyze", "compute_masks", "rebuild", "train", "validate"]

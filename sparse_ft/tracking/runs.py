@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +19,18 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from sqlalchemy.exc import SQLAlchemyError
 
 from sparse_ft.errors import UserError
-from sparse_ft.tracking.stores import artifact_location, exists, quiet_mlflow, reachable, store_lock, tracking_uri
+from sparse_ft.tracking.parameters import text_of
+from sparse_ft.tracking.stores import (
+    artifact_location,
+    exists,
+    quiet_mlflow,
+    reachable,
+    store_lock,
+    tracking_uri,
+    unusable,
+)
 
-__all__ = ["PARENT", "Tracker", "flatten_config"]
+__all__ = ["PARENT", "Tracker"]
 
 PARENT = "mlflow.parentRunId"  # the tag by which the UI nests runs
 _BATCH = {"params": 100, "metrics": 1000, "tags": 100}  # what one log_batch takes
@@ -32,22 +39,6 @@ _PARAM_LENGTH, _TAG_LENGTH = 6000, 8000
 _STATUSES = ("FINISHED", "FAILED", "KILLED")
 
 Curve = Sequence[tuple[int, float]]
-
-
-def flatten_config(config: Any, prefix: str = "cfg") -> dict[str, str]:
-    """A configuration (mapping or dataclass, nested) as parameters: ``cfg/lora/r`` -> ``16``.
-
-    Lists become JSON, ``None`` becomes ``none``, numbers are written as Python writes them, so that the
-    same configuration gives the same strings whatever way it was typed.
-    """
-    if dataclasses.is_dataclass(config) and not isinstance(config, type):
-        config = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    if isinstance(config, Mapping):
-        flat: dict[str, str] = {}
-        for key, value in config.items():
-            flat.update(flatten_config(value, f"{prefix}/{key}" if prefix else str(key)))
-        return flat
-    return {prefix: _text(config)}
 
 
 class Tracker:
@@ -81,10 +72,7 @@ class Tracker:
                     name = experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "sparse_ft"
                     self.experiment_id = self._ensure_experiment(name)
         except (MlflowException, SQLAlchemyError) as error:
-            reason = str(error).split("\n", 1)[0]
-            raise UserError(
-                f"cannot open the tracking store {self.uri}: {reason}; set MLFLOW_TRACKING_URI to another"
-            ) from error
+            raise unusable(self.uri, error) from error
 
     @classmethod
     def of_existing(cls) -> Tracker | None:
@@ -194,12 +182,12 @@ class Tracker:
         points += [(name, value, step) for name, curve in (curves or {}).items() for step, value in curve]
         rest = {
             "params": [
-                Param(name, _cut(_text(value), _PARAM_LENGTH))
+                Param(name, _cut(text_of(value), _PARAM_LENGTH))
                 for name, value in (params or {}).items()
                 if name not in given
             ],
             "tags": [
-                RunTag(name, _cut(_text(value), _TAG_LENGTH))
+                RunTag(name, _cut(text_of(value), _TAG_LENGTH))
                 for name, value in (tags or {}).items()
                 if value is not None
             ],
@@ -328,7 +316,7 @@ class Tracker:
     # -- inside
 
     def _create(self, experiment_id: str, name: str, tags: Mapping[str, Any]) -> str:
-        plain = {key: _cut(_text(value), _TAG_LENGTH) for key, value in tags.items() if value is not None}
+        plain = {key: _cut(text_of(value), _TAG_LENGTH) for key, value in tags.items() if value is not None}
         run = self.client.create_run(experiment_id, run_name=name, tags=plain)
         self._experiments[run.info.run_id] = experiment_id
         return run.info.run_id
@@ -379,18 +367,6 @@ def _plain(run: Any) -> dict[str, Any]:
         "metrics": dict(data.metrics),
         "tags": dict(data.tags),
     }
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    if value is None or isinstance(value, bool):
-        return {None: "none", True: "true", False: "false"}[value]
-    if isinstance(value, Enum):
-        return _text(value.value)
-    if isinstance(value, (list, tuple, dict)):
-        return json.dumps(value, default=str, ensure_ascii=False)
-    return str(value)
 
 
 def _cut(text: str, length: int) -> str:

@@ -24,6 +24,7 @@ __all__ = [
     "reachable",
     "store_lock",
     "tracking_uri",
+    "unusable",
 ]
 
 _SQLITE = "sqlite:///"
@@ -114,6 +115,15 @@ def reachable(uri: str) -> None:
             f"the tracking server {uri} does not answer ({reason}); start it, or unset MLFLOW_TRACKING_URI to keep "
             "the runs in mlflow.db"
         ) from error
+
+
+def unusable(uri: str, error: Exception) -> UserError:
+    """What mlflow or its database says about a store, and what to do."""
+    reason = str(error).split("\n", 1)[0]
+    todo = "set MLFLOW_TRACKING_URI to another"
+    if "Invalid Host header" in reason:  # called by a name that the server was not told
+        todo = f"start the server with --allowed-hosts {urlsplit(uri).netloc}, or call it by its address"
+    return UserError(f"cannot open the tracking store {uri}: {reason}; {todo}")
 
 
 @contextmanager

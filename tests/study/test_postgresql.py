@@ -1,10 +1,12 @@
-"""What a team has: an MLflow server over PostgreSQL, and a search whose trials are kept there."""
+"""What a team has: an MLflow server over PostgreSQL and S3, and a search whose trials are kept there."""
 
+import boto3
 import pytest
-from servers import mlflow_server, postgresql_programs, postgresql_server
+from servers import mlflow_server, postgresql_programs, postgresql_server, s3_server
 
-from sparse_ft.study.config import SweepConfig
+from sparse_ft.study.config import RebuildConfig, SweepConfig
 from sparse_ft.study.driver import sweep
+from sparse_ft.study.steps import rebuild
 from sparse_ft.tracking.runs import Tracker
 
 pytestmark = [
@@ -22,7 +24,12 @@ def test_two_workers_fill_a_study_and_a_search(study_file, tmp_path, monkeypatch
         "trials": 4,
         "objective": "accuracy_sparsity",
     }
-    with postgresql_server("mlflow", "optuna") as (store, trials), mlflow_server(tmp_path, store) as address:
+    options = ["--artifacts-destination", "s3://team/mlflow"]
+    with (
+        postgresql_server("mlflow", "optuna") as (store, trials),
+        s3_server(tmp_path / "s3", "team") as reached,
+        mlflow_server(tmp_path, store, *options, environment=reached) as address,
+    ):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
         grid = {"model": ["tiny-llama"], "sparsity": [0.3, 0.6], "mode": ["sparse_to_dense", "sparse_to_sparse"]}
         assert sweep(SweepConfig(config=str(study_file(grid)), **workers)) == 0
@@ -39,3 +46,12 @@ def test_two_workers_fill_a_study_and_a_search(study_file, tmp_path, monkeypatch
         assert {name: len(runs) for name, runs in cells.items()} == {"small": 5, "search": 4}
         assert {run["status"] for runs in cells.values() for run in runs} == {"FINISHED"}
         assert {run["tags"]["trial"] for run in cells["search"]} == {"0", "1", "2", "3"}
+
+        key = {name.lower(): value for name, value in reached.items() if name.startswith("AWS_")}
+        s3 = boto3.client("s3", endpoint_url=reached["MLFLOW_S3_ENDPOINT_URL"], **key)
+        objects = [entry["Key"] for entry in s3.list_objects_v2(Bucket="team")["Contents"]]
+        adapters = [name for name in objects if name.endswith("/adapter/adapter_model.safetensors")]
+        assert len(adapters) == 5 + 4 and all(name.startswith("mlflow/") for name in adapters)
+        sparse = next(run for run in cells["small"] if run["params"]["cfg/sparsity"] == "0.6")
+        rebuilt = RebuildConfig(run_id=sparse["run_id"], output_dir=str(tmp_path / "rebuilt"))
+        assert rebuild(rebuilt) == 0  # its adapter and masks came back from there

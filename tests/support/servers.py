@@ -1,4 +1,4 @@
-"""Servers for tests: of MLflow, and of PostgreSQL."""
+"""Servers for tests: of MLflow, of PostgreSQL, and of what Amazon calls S3."""
 
 import os
 import shutil
@@ -15,18 +15,37 @@ from pathlib import Path
 
 
 @contextmanager
-def mlflow_server(folder: Path, store: str) -> Iterator[str]:
-    """The address of a server that hands out and takes artifacts itself."""
+def mlflow_server(folder: Path, store: str, *options: str, environment: dict[str, str] | None = None) -> Iterator[str]:
+    """The address of a server that hands out and takes artifacts itself, by default in ``folder``."""
     port = _free_port()
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", store, "--artifacts-destination", f"{folder}/artifacts"]
+    command += ["--backend-store-uri", store, "--artifacts-destination", f"{folder}/artifacts", *options]
     address = f"http://127.0.0.1:{port}"
 
     def answers() -> None:
         urllib.request.urlopen(f"{address}/health", timeout=2).close()
 
-    with _running(command, folder, answers):
+    with _running(command, folder, answers, environment):
         yield address
+
+
+@contextmanager
+def s3_server(folder: Path, bucket: str) -> Iterator[dict[str, str]]:
+    """What MLflow's environment must say to reach a new S3 server with this bucket."""
+    import boto3
+
+    port = _free_port()
+    folder.mkdir()
+    address = f"http://127.0.0.1:{port}"
+    key = {"aws_access_key_id": "sparse", "aws_secret_access_key": "sparse"}
+    client = boto3.client("s3", endpoint_url=address, region_name="us-east-1", **key)
+
+    def answers() -> None:
+        urllib.request.urlopen(address, timeout=2).close()
+
+    with _running([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], folder, answers):
+        client.create_bucket(Bucket=bucket)
+        yield {"MLFLOW_S3_ENDPOINT_URL": address} | {name.upper(): value for name, value in key.items()}
 
 
 def postgresql_programs() -> Path | None:
@@ -65,9 +84,12 @@ def postgresql_server(*databases: str) -> Iterator[list[str]]:
 
 
 @contextmanager
-def _running(command: list[str], folder: Path, answers: Callable[[], None]) -> Iterator[None]:
+def _running(
+    command: list[str], folder: Path, answers: Callable[[], None], environment: dict[str, str] | None = None
+) -> Iterator[None]:
+    around = {**os.environ, **(environment or {})}
     with open(folder / "log.txt", "w") as log:
-        process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(command, cwd=folder, env=around, stdout=log, stderr=log, start_new_session=True)
     try:
         for _ in range(240):
             try:

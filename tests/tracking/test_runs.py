@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import enum
 import json
 import math
@@ -15,7 +14,7 @@ import pytest
 import yaml
 
 from sparse_ft.errors import UserError
-from sparse_ft.tracking.runs import PARENT, Tracker, flatten_config
+from sparse_ft.tracking.runs import PARENT, Tracker
 
 
 @pytest.fixture(autouse=True)
@@ -33,42 +32,6 @@ def uri(template: Path, tmp_path: Path) -> str:
 @pytest.fixture
 def tracker(uri: str) -> Tracker:
     return Tracker(uri, "study")
-
-
-# -- configurations as parameters
-
-
-class Mode(enum.Enum):
-    DENSE = "dense"
-
-
-@dataclasses.dataclass
-class Lora:
-    r: int = 16
-    alpha: float = 32.0
-    target_modules: tuple[str, ...] = ("q_proj", "v_proj")
-
-
-def test_flatten_config():
-    config = {
-        "lora": Lora(),
-        "sparsity": 0.50,
-        "data_dir": None,
-        "mode": Mode.DENSE,
-        "out": Path("/x"),
-        "on": True,
-    }
-    assert flatten_config(config) == {
-        "cfg/lora/r": "16",
-        "cfg/lora/alpha": "32.0",
-        "cfg/lora/target_modules": '["q_proj", "v_proj"]',
-        "cfg/sparsity": "0.5",
-        "cfg/data_dir": "none",
-        "cfg/mode": "dense",
-        "cfg/out": "/x",
-        "cfg/on": "true",
-    }
-    assert flatten_config({"a": {}}, prefix="") == {} and flatten_config({"a": 1}, prefix="") == {"a": "1"}
 
 
 # -- stores and experiments
@@ -232,6 +195,10 @@ def test_a_run_to_adopt_that_is_elsewhere(uri: str, monkeypatch: pytest.MonkeyPa
 
 
 # -- logging
+
+
+class Mode(enum.Enum):
+    DENSE = "dense"
 
 
 def test_one_call_logs_everything(tracker: Tracker, monkeypatch: pytest.MonkeyPatch):
