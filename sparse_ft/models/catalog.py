@@ -16,7 +16,7 @@ from sparse_ft.progress import SILENT, Progress
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["BUILT_IN", "SMOLLM2", "hub_commit", "load_gguf", "locate"]
+__all__ = ["BUILT_IN", "SMOLLM2", "hub_commit", "load_gguf", "locate", "locate_config"]
 
 _TINY = ("tiny-llama", "tiny-mistral", "tiny-mixtral")
 BUILT_IN = ("smollm2-135m", *_TINY)
@@ -61,6 +61,20 @@ def locate(model: str | Path, progress: Progress = SILENT) -> Path:
         f"model '{name}' is neither a folder, nor a hub id (owner/name), nor one of the built-in models "
         f"({', '.join(BUILT_IN)})"
     )
+
+
+def locate_config(model: str | Path) -> Path:
+    """The model's ``config.json``; of a hub's model nothing else is downloaded.
+
+    Raises:
+        UserError: as `locate`.
+    """
+    if str(model) in BUILT_IN or Path(model).expanduser().exists() or not _HUB_ID.fullmatch(str(model)):
+        return locate(model) / "config.json"
+    from huggingface_hub import hf_hub_download
+
+    with _hub_errors(str(model)):
+        return Path(hf_hub_download(str(model), "config.json"))
 
 
 def hub_commit(folder: Path) -> str | None:
@@ -140,12 +154,6 @@ def _make_smollm2(folder: Path, progress: Progress) -> Path:
 def _from_hub(name: str) -> Path:
     """The hub's snapshot of a model; the client shows its own bars, where there is something to wait for."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
     from huggingface_hub.utils import tqdm
 
     class LateBar(tqdm):
@@ -154,8 +162,24 @@ def _from_hub(name: str) -> Path:
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **{**kwargs, "delay": 2})
 
+    with _hub_errors(name):
+        return Path(
+            snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_IGNORED, tqdm_class=LateBar)
+        )
+
+
+@contextmanager
+def _hub_errors(name: str) -> Iterator[None]:
+    """What the hub's client says about a model, in one line with the way out."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
     try:
-        folder = snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_IGNORED, tqdm_class=LateBar)
+        yield
     except GatedRepoError as error:
         raise UserError(
             f"model {name} is gated: accept its licence at https://huggingface.co/{name} and log in with "
@@ -172,10 +196,10 @@ def _from_hub(name: str) -> Path:
             f"unset) for the first use, or give a local folder, or a built-in model ({', '.join(BUILT_IN)})"
         ) from error
     except HfHubHTTPError as error:
-        raise UserError(f"model {name} cannot be downloaded from the hub: {error}") from error
+        reason = str(error).strip().split("\n", 1)[0]
+        raise UserError(f"model {name} cannot be downloaded from the hub: {reason}") from error
     except OSError as error:
         raise UserError(f"model {name} cannot be downloaded ({error}); check the network and the disk") from error
-    return Path(folder)
 
 
 def _checked(folder: Path, what: str) -> Path:

@@ -17,6 +17,7 @@ from sparse_ft.cerebras.config import Cluster, TrainerPlan, create_sparse_config
 from sparse_ft.cerebras.convert import to_hugging_face, to_modelzoo
 from sparse_ft.cerebras.data import write_examples
 from sparse_ft.cerebras.logs import Step
+from sparse_ft.cerebras.model_section import model_section
 from sparse_ft.cerebras.preflight import preflight
 from sparse_ft.cerebras.runner import FitResult, fit_command, run_fit, trainer_environment
 from sparse_ft.errors import UserError
@@ -35,7 +36,7 @@ from sparse_ft.study.workbench import Workbench
 from sparse_ft.tasks.examples import training_examples
 from sparse_ft.validation import validate_checkpoint
 
-__all__ = ["CerebrasSettings", "load_settings", "run_cerebras_cell", "trainer_plan"]
+__all__ = ["CerebrasSettings", "check_trainable", "load_settings", "run_cerebras_cell", "trainer_plan"]
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,16 @@ def trainer_plan(cell: CellConfig, config: Mapping[str, Any], device: str, clust
         device=device,
         cluster=cluster,
     )
+
+
+def check_trainable(cell: CellConfig, config: Mapping[str, Any], settings: CerebrasSettings) -> None:
+    """Checks what can be known from the cell and its model's ``config.json``, before anything is made.
+
+    Raises:
+        UserError: a model or a setting that ModelZoo's trainer cannot take.
+    """
+    model_section(config)
+    trainer_plan(cell, config, settings.device, settings.cluster)
 
 
 def run_cerebras_cell(

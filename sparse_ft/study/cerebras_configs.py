@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from sparse_ft.cerebras.config import create_sparse_config, write_config
-from sparse_ft.errors import ModelUnavailableError, UserError
+from sparse_ft.errors import UserError
 from sparse_ft.files import write_json
 from sparse_ft.levels import level_label
-from sparse_ft.models.catalog import BUILT_IN, locate
-from sparse_ft.models.checkpoint import Checkpoint
+from sparse_ft.models.catalog import locate_config
 from sparse_ft.study.cell_settings import check_cell
-from sparse_ft.study.cerebras import CerebrasSettings, load_settings, trainer_plan
+from sparse_ft.study.cerebras import CerebrasSettings, check_trainable, load_settings, trainer_plan
 from sparse_ft.study.config import CellConfig
 from sparse_ft.study.plan import load_study, make_plan
 
@@ -65,21 +65,31 @@ def write_study_configs(study: str | Path, output_dir: str | Path, settings: Cer
         UserError: a cell that ModelZoo cannot take (the message names it), or a model whose configuration is missing.
     """
     plan, root = make_plan(load_study(study)), Path(output_dir).absolute()
+    for cell in plan.cells:  # all of them, before the first is written
+        with _named(cell):
+            check_cell(cell)
+            check_trainable(cell, _model_config(cell.model), settings)
     files, index = [], []
     for number, cell in enumerate(plan.cells):
         which = plan.mask_set_of[number]
         masks = None if which is None else root / "masks" / plan.mask_sets[which].name / _mask_name(cell)
-        try:
-            check_cell(cell)
+        with _named(cell):
             path = _write(cell, masks, root, settings)
-        except UserError as error:
-            raise UserError(f"{cell.title}: {error}") from None
         files.append(path)
         index.append(
             {"title": cell.title, "config": str(path), "masks": str(masks) if masks else None, "key": cell.key()}
         )
     write_json(root / "index.json", index)
     return files
+
+
+@contextmanager
+def _named(cell: CellConfig) -> Iterator[None]:
+    """Says which cell cannot be had."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{cell.title}: {error}") from None
 
 
 def _write(cell: CellConfig, masks: Path | None, root: Path, settings: CerebrasSettings) -> Path:
@@ -112,11 +122,4 @@ def _slug(title: str) -> str:
 
 @cache
 def _model_config(model: str) -> Mapping[str, Any]:
-    if model in BUILT_IN or Path(model).is_dir():
-        return Checkpoint(locate(model)).config
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return json.loads(Path(hf_hub_download(model, "config.json")).read_text(encoding="utf-8"))
-    except Exception as error:  # offline, gated, unknown: the hub's own words say which
-        raise ModelUnavailableError(f"config.json of {model} cannot be had: {error}") from None
+    return json.loads(locate_config(model).read_text(encoding="utf-8"))

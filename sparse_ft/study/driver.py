@@ -52,7 +52,7 @@ def sweep(config: SweepConfig) -> int:
     plan, console = make_plan(study), study_console()
     workers = worker_count(config)
     bench = Workbench(shown_progress())
-    problems = [*check_plan(plan, bench), *executor_problems(config)]
+    problems = [*check_plan(plan, bench), *executor_problems(config, plan, bench)]
     if config.dry_run:
         console.print("\n".join(_described(plan, bench, workers, problems)), highlight=False, soft_wrap=True)
         return 1 if problems else 0

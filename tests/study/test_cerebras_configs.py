@@ -67,6 +67,11 @@ def test_a_cell_that_modelzoo_cannot_take_is_named(study, tmp_path):
         write_study_configs(study(target_modules="q_proj"), tmp_path / "out", CerebrasSettings())
     with pytest.raises(UserError, match="lora_dropout must be 0"):
         write_study_configs(study(lora_dropout=0.1), tmp_path / "out", CerebrasSettings())
+    second = tmp_path / "mistral" / "config.json"
+    second.write_text(json.dumps({"model_type": "mistral", **SHAPE, "head_dim": 8}))
+    with pytest.raises(UserError, match="dense · boolq · mistral: The model's head_dim 8 times 4"):
+        write_study_configs(study(), tmp_path / "out", CerebrasSettings())
+    assert not (tmp_path / "out").exists(), "half of it was written"
 
 
 def test_settings_from_a_file(tmp_path):

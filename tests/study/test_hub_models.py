@@ -10,10 +10,11 @@ import pytest
 import yaml
 from documents import ROOT
 from hub import COMMIT, hub_server
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from sparse_ft.models.catalog import locate
 from sparse_ft.models.checkpoint import Checkpoint
-from sparse_ft.models.loading import load_model, load_tokenizer
+from sparse_ft.models.loading import load_tokenizer
 from sparse_ft.tasks.made import made_data_dir
 from sparse_ft.tasks.sources import split_context
 from sparse_ft.tracking.runs import Tracker
@@ -35,9 +36,11 @@ def published(tmp_path_factory):
     """The folder of a hub with tiny models in the places of the large ones, and small made-up data."""
     root = tmp_path_factory.mktemp("hub")
     for name, kind in MODELS.items():
-        folder, tokenizer = root / "models" / name, load_tokenizer(locate(kind))
-        load_model(locate(kind)).save_pretrained(folder, max_shard_size="200KB")
-        tokenizer.save_pretrained(folder)
+        folder = root / "models" / name
+        config = AutoConfig.from_pretrained(locate(kind))
+        config.hidden_size = config.head_dim * config.num_attention_heads  # as of the models that are meant
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder, max_shard_size="200KB")
+        load_tokenizer(locate(kind)).save_pretrained(folder)
         assert (folder / "model.safetensors.index.json").is_file()
         for unwanted in ("pytorch_model-00001-of-00002.bin", "consolidated.safetensors", "original/weights.pth"):
             (folder / unwanted).parent.mkdir(exist_ok=True)
@@ -69,6 +72,19 @@ def start(step, *arguments, address, token=None, folder):
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
+def test_the_full_studys_configurations_for_a_cerebras(published, tmp_path):
+    """For them a model's ``config.json`` is all that is fetched."""
+    full = ["--config", str(ROOT / "configs/full.yaml"), "--output_dir", "configurations"]
+    with hub_server(published, token="secret") as (address, served):
+        refused = start("cerebras_configs", *full, address=address, folder=tmp_path)
+        assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+        assert "model meta-llama/Llama-2-7b-hf is gated: accept its licence at https://" in refused.stderr
+        assert not (tmp_path / "configurations").exists()
+        written = start("cerebras_configs", *full, address=address, token="secret", folder=tmp_path)
+        assert written.returncode == 0 and "366 configurations" in written.stdout, written.stderr
+        assert sorted(served) == sorted(f"{name}/config.json" for name in MODELS)
+
+
 def test_the_full_study_with_its_models_and_data_from_a_hub(published, tmp_path):
     study = yaml.safe_load((ROOT / "configs/full.yaml").read_text(encoding="utf-8"))
     full = ["--config", str(ROOT / "configs/full.yaml"), "--dry_run", "true"]
@@ -97,7 +113,7 @@ def test_the_full_study_with_its_models_and_data_from_a_hub(published, tmp_path)
     cells = [run for run in Tracker().search() if run["tags"].get("kind") == "cell"]
     assert len(cells) == 6 + 2 * 3 * (2 + 2) and {run["status"] for run in cells} == {"FINISHED"}
     for run in (run for run in cells if "same_as" not in run["tags"]):
-        model = Checkpoint(locate(MODELS[run["params"]["cfg/model"]]))
+        model = Checkpoint(published / "models" / run["params"]["cfg/model"])
         assert run["tags"]["hub_commit"] == COMMIT and run["tags"]["base_fingerprint"] == model.fingerprint
         assert run["params"]["protocol/source"].removeprefix("hub:") in DATA
 

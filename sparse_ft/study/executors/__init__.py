@@ -9,6 +9,8 @@ from sparse_ft.study.config import SweepConfig
 from sparse_ft.study.executors.process import ProcessExecutor, default_workers
 from sparse_ft.study.executors.serial import SerialExecutor
 from sparse_ft.study.jobs import Listener
+from sparse_ft.study.plan import Plan
+from sparse_ft.study.workbench import Workbench
 from sparse_ft.study.worker import WorkerSetup
 
 __all__ = ["executor_problems", "make_executor", "worker_count"]
@@ -39,8 +41,8 @@ def make_executor(
     return SerialExecutor(setup, listen, limit)
 
 
-def executor_problems(config: SweepConfig) -> list[str]:
-    """What an executor's surroundings lack, one line each; empty where it can start.
+def executor_problems(config: SweepConfig, plan: Plan, bench: Workbench) -> list[str]:
+    """What an executor's surroundings lack and what it cannot run, one line each; empty where it can start.
 
     Raises:
         UserError: Cerebras settings that cannot be read.
@@ -48,10 +50,20 @@ def executor_problems(config: SweepConfig) -> list[str]:
     if config.executor != "cerebras":
         return []
     from sparse_ft.cerebras.preflight import preflight
-    from sparse_ft.study.cerebras import load_settings
+    from sparse_ft.study.cerebras import check_trainable, load_settings
 
     settings = load_settings(config.cerebras)
-    return preflight(settings.python, settings.device)
+    problems = dict.fromkeys(preflight(settings.python, settings.device))
+    for cell in plan.cells:
+        try:
+            model = bench.checkpoint(cell.model).config
+        except UserError:
+            continue  # said already: every executor needs it
+        try:
+            check_trainable(cell, model, settings)
+        except UserError as error:
+            problems[f"{cell.model} cannot be trained on a Cerebras: {error}"] = None
+    return list(problems)
 
 
 def worker_count(config: SweepConfig) -> int:

@@ -2,11 +2,14 @@
 
 import json
 import re
+import sys
 
 import pytest
 
 from sparse_ft.cerebras.checkpoint import LoraPlan, ModelZooMasks
 from sparse_ft.cerebras.config import TrainerPlan, create_sparse_config, write_config
+from sparse_ft.cerebras.logs import classify_log
+from sparse_ft.cerebras.runner import fit_command
 from sparse_ft.masks.files import save_masks
 from sparse_ft.masks.mask_set import MaskSet
 from sparse_ft.models.checkpoint import Checkpoint
@@ -39,6 +42,16 @@ def test_every_mode_lowers_with_the_sparsity_that_was_measured(mode, kind, model
     log = cszoo("fit", config_file, "--target_device", "CSX", "--validate_only")
     assert "Compile validated locally" in log
     check_announced(tmp_path, Checkpoint(models(kind)).config, masks)
+
+
+def test_a_job_gets_as_far_as_the_cluster(models, data, tmp_path, cszoo, zoo):
+    """The command of the documentation, whole: everything before the wafer is done, and its absence told by name."""
+    config_file, *_ = zoo.prepare(models("llama"), data, tmp_path, "sparse_to_sparse", device="CSX", steps=2)
+    command = fit_command(sys.executable, config_file, "CSX", ["mlflow_run=abc"])
+    log = cszoo(*command[command.index("fit") :], check=False)
+    assert "SparseMask: 14 tensors" in log and "Failed to connect to cluster" in log
+    failure = classify_log(log.splitlines(), 1)
+    assert failure.kind == "cluster_unreachable" and "mgmt_address" in failure.message
 
 
 @pytest.mark.slow

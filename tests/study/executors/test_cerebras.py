@@ -55,12 +55,17 @@ def test_what_is_missing_is_said_at_once_and_before_any_run(study_file, settings
     bare = tmp_path / "python"
     bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S -I "$@"\n')  # no site-packages
     bare.chmod(bare.stat().st_mode | stat.S_IXUSR)
-    study = study_file({"model": ["tiny-llama"], "sparsity": [0.5]}, dense_baseline=False)
+    grid = {"model": ["tiny-llama", "tiny-mistral", "no/such"], "target_modules": ["all", "q_proj"], "sparsity": [0.5]}
+    study = study_file(grid, dense_baseline=False)
     config = SweepConfig(config=str(study), executor="cerebras", cerebras=settings_file(python=str(bare)))
     with pytest.raises(UserError) as stop:
         sweep(config)
     for missing in ("cerebras-pytorch 2.10", "ModelZoo 2.10", "torch-cirh-opt is not on PATH"):
         assert missing in str(stop.value)
+    # What its trainer cannot take is said then too, and once.
+    assert str(stop.value).count("tiny-mistral cannot be trained on a Cerebras: The model's head_dim") == 1
+    assert str(stop.value).count("cannot adapt q_proj") == 1
+    assert str(stop.value).count("no/such") == 1
     assert "\n" not in str(stop.value)
     assert Tracker().search() == []
 
