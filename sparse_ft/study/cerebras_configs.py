@@ -76,9 +76,8 @@ def write_study_configs(study: str | Path, output_dir: str | Path, settings: Cer
         with _named(cell):
             path = _write(cell, masks, root, settings)
         files.append(path)
-        index.append(
-            {"title": cell.title, "config": str(path), "masks": str(masks) if masks else None, "key": cell.key()}
-        )
+        entry = {"title": plan.titles[number], "config": str(path), "masks": str(masks) if masks else None}
+        index.append({**entry, "key": cell.key()})
     write_json(root / "index.json", index)
     return files
 

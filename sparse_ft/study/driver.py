@@ -160,8 +160,8 @@ def _described(plan: Plan, bench: Workbench, workers: int, problems: list[str]) 
         yield f"  {same} cells at 0 % compute the same as another and are recorded, not run"
     for item in plan.mask_sets:
         yield f"  masks {item.name}: {', '.join(level_label(level) for level in item.config.levels)} %"
-    for number, (cell, twin) in enumerate(zip(plan.cells, plan.same_as, strict=True), 1):
-        yield f"  {number:4d}  {cell.title}" + ("" if twin is None else f"  (same as {twin + 1})")
+    for number, (title, twin) in enumerate(zip(plan.titles, plan.same_as, strict=True), 1):
+        yield f"  {number:4d}  {title}" + ("" if twin is None else f"  (same as {twin + 1})")
     if not problems:
         yield from estimate_disk(plan, bench, workers).lines()
         tracker = Tracker.of_existing()

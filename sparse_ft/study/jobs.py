@@ -27,6 +27,7 @@ class Job:
         attempt: 1 for the first.
         tags: more tags for the run.
         allowed: attempts that it may come to; None leaves that to the `Queue`.
+        name: in its study; by default the cell's own.
     """
 
     cell: CellConfig
@@ -36,6 +37,7 @@ class Job:
     attempt: int = 1
     tags: Mapping[str, str] = field(default_factory=dict)
     allowed: int | None = None
+    name: str = ""
 
     def __post_init__(self) -> None:
         if not self.key:
@@ -50,7 +52,7 @@ class Job:
     @property
     def title(self) -> str:
         """A short name for people."""
-        return self.cell.title
+        return self.name or self.cell.title
 
 
 @dataclass(frozen=True)

@@ -150,7 +150,7 @@ class Phases:
             masks = of_set[cell.sparsity] if isinstance(of_set, dict) else of_set
         elif cell.pruned and cell.masks != "none":
             masks = _given(cell)
-        job = Job(cell, masks, self.folder)
+        job = Job(cell, masks, self.folder, name=self.plan.titles[number])
         return replace(job, folder=self.folder / "cells" / job.key)
 
     def _record_same(self, jobs: list[Job], display: Display) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,18 @@ class Plan:
     mask_sets: tuple[MaskSetPlan, ...]
     mask_set_of: tuple[int | None, ...]
     same_as: tuple[int | None, ...]
+
+    @cached_property
+    def titles(self) -> tuple[str, ...]:
+        """A name for every cell: its title, and the study's axes of which a title does not speak."""
+        shown = ("model", "task", "method", "importance", "sparsity", "mode")
+        axes = [axis for axis, values in self.study.grid.items() if len(values) > 1 and axis not in shown]
+        names = []
+        for cell in self.cells:
+            values = cell.canonical()
+            rest = [f"{axis} {values[axis]}" for axis in axes if values.get(axis, "none") != "none"]
+            names.append(" · ".join([cell.title, *([", ".join(rest)] if rest else [])]))
+        return tuple(names)
 
 
 def load_study(path: str | Path) -> Study:

@@ -28,6 +28,21 @@ def test_the_grid_is_a_product_with_a_dense_baseline_per_model_and_task(grid):
     assert [cell.mode for cell in plan.cells[:6]] == ["dense"] * 6
 
 
+def test_every_cell_has_a_name_of_its_own():
+    grid = {"model": ["tiny-llama"], "sparsity": [0.5], "seed": [0, 1], "scope": ["layer", "global"], "lora_r": [8]}
+    plan = make_plan(Study("s", grid, {}))
+    assert plan.titles == (
+        "dense · boolq · tiny-llama · seed 0",
+        "dense · boolq · tiny-llama · seed 1",
+        "50 % s2s unstructured magnitude · boolq · tiny-llama · seed 0, scope layer",
+        "50 % s2s unstructured magnitude · boolq · tiny-llama · seed 0, scope global",
+        "50 % s2s unstructured magnitude · boolq · tiny-llama · seed 1, scope layer",
+        "50 % s2s unstructured magnitude · boolq · tiny-llama · seed 1, scope global",
+    )
+    plain = make_plan(Study("s", {"model": ["tiny-llama"], "sparsity": [0.5]}, {}))
+    assert plain.titles == tuple(cell.title for cell in plain.cells)
+
+
 def test_without_a_baseline_there_is_none(grid):
     assert len(make_plan(Study("full", grid, dense_baseline=False)).cells) == 360
 
