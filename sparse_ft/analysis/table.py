@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -102,9 +103,7 @@ def grouped_table(cells: pd.DataFrame) -> pd.DataFrame:
         record = dict(zip(GROUP, key, strict=True))
         record |= {"n": len(group), "seeds": group["seed"].nunique()}
         for name in names:
-            values = group[name].dropna()
-            record[name] = values.mean() if len(values) else math.nan
-            record[f"{name}_std"] = values.std(ddof=1) if len(values) > 1 else math.nan
+            record[name], record[f"{name}_std"] = _mean_and_deviation(group[name].dropna().tolist())
         for name, suffix in ERRORS:
             record[f"{name}_error{suffix}"] = _error(group, name, suffix)
         records.append(record)
@@ -257,6 +256,15 @@ def _variants(table: pd.DataFrame) -> pd.Series:
         parts = [f"{str(c).split('_', 1)[1]}={row[c]}" for c in many if not _missing(row[c])]
         texts.append(", ".join(parts))
     return pd.Series(texts, index=table.index, dtype=object)
+
+
+def _mean_and_deviation(values: list[float]) -> tuple[float, float]:
+    """In exact arithmetic: what all seeds share is its own mean, and deviates by nothing."""
+    if not values:
+        return math.nan, math.nan
+    mean = statistics.mean(values)
+    known = len(values) > 1 and math.isfinite(mean)  # a perplexity may be infinite
+    return mean, statistics.stdev(values) if known else math.nan
 
 
 def _error(group: pd.DataFrame, name: str, suffix: str) -> float:

@@ -102,6 +102,20 @@ def test_mean_deviation_and_error_over_seeds():
         assert point[f"{metric}_error"] == pytest.approx(math.hypot(0.02, 0.1 / math.sqrt(3)))
 
 
+def test_what_all_seeds_share_is_its_own_mean_and_does_not_deviate():
+    """Sums of floats would make 0.10000000000000002 of three times 0.1, and a deviation of 1e-17."""
+    shared = {"eval/perplexity_untuned": 883.4003189873405, "sparsity/target": 0.1}
+    point = grouped_table(cell_table([cell(seed=seed, metrics=shared) for seed in range(3)])).iloc[0]
+    assert (point["sparsity_target"], point["sparsity_target_std"]) == (0.1, 0.0)
+    assert (point["perplexity_untuned"], point["perplexity_untuned_std"]) == (883.4003189873405, 0.0)
+
+
+def test_an_infinite_perplexity_has_no_deviation():
+    rows = [cell(seed=seed, metrics={"eval/perplexity": value}) for seed, value in enumerate((10.0, math.inf))]
+    point = grouped_table(cell_table(rows)).iloc[0]
+    assert point["perplexity"] == math.inf and math.isnan(point["perplexity_std"])
+
+
 def test_one_seed_has_the_error_of_its_questions_and_no_deviation():
     point = grouped_table(cell_table([cell(metrics={"eval/accuracy_stderr": 0.02})])).iloc[0]
     assert point["accuracy_error"] == pytest.approx(0.02)
