@@ -199,9 +199,10 @@ def register_model(
     # A server looks the model up itself. A database would do so in mlflow's global store, which need not be this
     # one, so there the place is named.
     source = model_uri if is_server(tracker.uri) else logged.artifact_location
-    made = client.create_model_version(
-        name, source, logged.source_run_id, texts, description=description, model_id=logged.model_id
-    )
+    with quiet_mlflow():
+        made = client.create_model_version(
+            name, source, logged.source_run_id, texts, description=description, model_id=logged.model_id
+        )
     if alias:
         client.set_registered_model_alias(name, alias, made.version)
     return str(made.version)

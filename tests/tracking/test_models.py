@@ -262,11 +262,12 @@ def test_a_mixture_of_experts_in_bfloat16_comes_back_too(tracker: Tracker, tmp_p
 
 
 @pytest.mark.slow
-def test_through_a_server(server: str, merged: Path, tmp_path: Path):
+def test_through_a_server(server: str, merged: Path, tmp_path: Path, capfd):
     tracker = Tracker(server, "models")
     run_id = tracker.start("cell")
     uri, name = log_model(tracker, run_id, merged, "merged"), registered_name("tiny-llama", "served")
     number = register_model(tracker, uri, name, alias="sparse70", tags={"mode": "dense"})
+    assert "Waiting up to" not in capfd.readouterr().err, "a line of mlflow's among ours"
     for index, address in enumerate(
         [uri, f"models:/{name}@sparse70", f"models:/{name}/{number}", f"runs:/{run_id}/merged"]
     ):
