@@ -130,6 +130,8 @@ def check(command: Command) -> None:
                 assert extra in extras
         case ["conda", "env", "create", "--file", _]:
             pass  # that the file is there was seen above
+        case ["conda", "activate", name]:
+            assert any(yaml.safe_load(file.read_text())["name"] == name for file in ROOT.glob("conda*.yaml"))
         case _:
             raise AssertionError(f"{command.page}: no rule for {command.text!r}")
 
