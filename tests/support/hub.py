@@ -45,16 +45,6 @@ def hub_server(root: Path, token: str | None = None) -> Iterator[tuple[str, list
 
         do_HEAD = do_GET
 
-        def do_POST(self) -> None:
-            asked = self.rfile.read(int(self.headers["Content-Length"]))
-            match unquote(urlsplit(self.path).path).strip("/").split("/"):
-                case ["api", ("models" | "datasets") as kind, owner, name, "paths-info", _]:
-                    paths = json.loads(asked)["paths"] if asked[:1] == b"{" else parse_qs(asked.decode())["paths"]
-                    folder = root / kind / owner / name
-                    self.send_json([entry(folder, folder / path) for path in paths if (folder / path).exists()])
-                case _:
-                    self.refuse(404, "EntryNotFound")
-
         def about(self, folder: Path, repository: str, rest: list[str], recursive: bool) -> None:
             match rest:
                 case [] | ["revision", _]:
