@@ -30,7 +30,7 @@ SMOLLM2 = {
 }
 _SMOLLM2_RECIPE = 1  # raised when the conversion changes, so that no cache keeps an old one
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w.-]+))?")
 # Weights in the root only: publishers add pickles, ONNX files and their own format to the same repository.
 _HUB_FILES = ["model*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model", "README.md", "LICENSE*"]
 _HUB_IGNORED = ["*/*"]
@@ -40,7 +40,8 @@ def locate(model: str | Path, progress: Progress = SILENT) -> Path:
     """The folder of a model: ``config.json``, ``model*.safetensors`` and the tokenizer's files.
 
     A built-in model is made or downloaded into the cache the first time. A local folder is taken as it is.
-    Anything of the form ``owner/name`` is a hub id, downloaded into the hub's own cache (``HF_HOME``).
+    Anything of the form ``owner/name`` or ``owner/name@revision`` (a commit, a tag or a branch) is a hub id,
+    downloaded into the hub's own cache (``HF_HOME``).
 
     Raises:
         UserError: no such model, or it cannot be had: offline, gated, without safetensors, incomplete.
@@ -73,8 +74,9 @@ def locate_config(model: str | Path) -> Path:
         return locate(model) / "config.json"
     from huggingface_hub import hf_hub_download
 
-    with _hub_errors(str(model)):
-        return Path(hf_hub_download(str(model), "config.json"))
+    name, revision = _on_the_hub(str(model))
+    with _hub_errors(name, revision):
+        return Path(hf_hub_download(name, "config.json", revision=revision))
 
 
 def hub_commit(folder: Path) -> str | None:
@@ -151,7 +153,13 @@ def _make_smollm2(folder: Path, progress: Progress) -> Path:
     return folder
 
 
-def _from_hub(name: str) -> Path:
+def _on_the_hub(model: str) -> tuple[str, str | None]:
+    """The repository and the revision that a hub id names."""
+    match = _HUB_ID.fullmatch(model)
+    return match["id"], match["revision"]
+
+
+def _from_hub(model: str) -> Path:
     """The hub's snapshot of a model; the client shows its own bars, where there is something to wait for."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import tqdm
@@ -162,20 +170,21 @@ def _from_hub(name: str) -> Path:
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **{**kwargs, "delay": 2})
 
-    with _hub_errors(name):
-        return Path(
-            snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_IGNORED, tqdm_class=LateBar)
-        )
+    wanted = {"allow_patterns": _HUB_FILES, "ignore_patterns": _HUB_IGNORED}
+    name, revision = _on_the_hub(model)
+    with _hub_errors(name, revision):
+        return Path(snapshot_download(name, revision=revision, tqdm_class=LateBar, **wanted))
 
 
 @contextmanager
-def _hub_errors(name: str) -> Iterator[None]:
+def _hub_errors(name: str, revision: str | None) -> Iterator[None]:
     """What the hub's client says about a model, in one line with the way out."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
+        RevisionNotFoundError,
     )
 
     try:
@@ -189,6 +198,10 @@ def _hub_errors(name: str) -> Iterator[None]:
         raise UserError(
             f"model {name} is not on the Hugging Face hub, or is private: check the spelling, or log in with "
             "'hf auth login' or HF_TOKEN"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise UserError(
+            f"model {name} has no revision {revision}: its commits are at https://huggingface.co/{name}/commits/main"
         ) from error
     except LocalEntryNotFoundError as error:
         raise UserError(

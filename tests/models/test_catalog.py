@@ -11,7 +11,7 @@ import torch
 
 from sparse_ft.cache import cache_dir, wheel_file
 from sparse_ft.errors import UserError
-from sparse_ft.models.catalog import BUILT_IN, SMOLLM2, load_gguf, locate
+from sparse_ft.models.catalog import BUILT_IN, SMOLLM2, hub_commit, load_gguf, locate, locate_config
 from sparse_ft.models.loading import load_model, load_tokenizer
 from sparse_ft.models.tiny import KINDS, make_tiny
 
@@ -94,6 +94,11 @@ def test_hub_model_that_is_cached_is_found_offline(hub: Path, tmp_path: Path):
     (repository / "refs" / "main").write_text(commit)
     folder = locate("owner/name")
     assert load_model(folder).config.hidden_size == 60
+    assert locate(f"owner/name@{commit}") == folder and hub_commit(folder) == commit
+    assert locate_config(f"owner/name@{commit}") == locate_config(folder) == folder / "config.json"
+    assert hub_commit(tmp_path) is None
+    with pytest.raises(UserError, match="owner/name is not in the local hub cache"):
+        locate("owner/name@v2")
     (folder / "model.safetensors").unlink()  # an interrupted download
     with pytest.raises(UserError, match="owner/name"):
         locate("owner/name")

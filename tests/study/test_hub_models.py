@@ -83,6 +83,10 @@ def test_the_full_studys_configurations_for_a_cerebras(published, tmp_path):
         written = start("cerebras_configs", *full, address=address, token="secret", folder=tmp_path)
         assert written.returncode == 0 and "366 configurations" in written.stdout, written.stderr
         assert sorted(served) == sorted(f"{name}/config.json" for name in MODELS)
+        nowhere = ["--model", f"mistralai/Mistral-7B-v0.1@{'f' * 40}", "--sparsities", "0.5"]
+        missing = start("compute_masks", *nowhere, address=address, token="secret", folder=tmp_path)
+        assert missing.returncode == 2 and missing.stderr.count("\n") == 1
+        assert f"model mistralai/Mistral-7B-v0.1 has no revision {'f' * 40}" in missing.stderr
 
 
 def test_the_full_study_with_its_models_and_data_from_a_hub(published, tmp_path):
@@ -118,7 +122,8 @@ def test_the_full_study_with_its_models_and_data_from_a_hub(published, tmp_path)
         assert run["params"]["protocol/source"].removeprefix("hub:") in DATA
 
     # A node of a cluster that does not reach the hub works with what another has fetched.
-    cell = {"model": "meta-llama/Llama-2-7b-hf", "sparsity": 0.3, "keep": "none", **SMALL}
+    # So does who asks for the very commit.
+    cell = {"model": f"meta-llama/Llama-2-7b-hf@{COMMIT}", "sparsity": 0.3, "keep": "none", **SMALL}
     options = [part for name, value in cell.items() for part in (f"--{name}", str(value))]
     alone = start("train", *options, address=address, token="secret", folder=tmp_path)
     assert alone.returncode == 0, alone.stdout + alone.stderr

@@ -10,6 +10,7 @@ from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+REVISIONS = ("main", COMMIT)
 
 
 @contextmanager
@@ -35,6 +36,8 @@ def hub_server(root: Path, token: str | None = None) -> Iterator[tuple[str, list
                         self.about(folder, f"{owner}/{name}", rest, "true" in query.get("recursive", [""])[0].lower())
                 case ["datasets", owner, name, "resolve", _, *path]:
                     self.send_file(root / "datasets" / owner / name, path)
+                case [_, _, "resolve", revision, *_] if revision not in REVISIONS:
+                    self.refuse(404, "RevisionNotFound")
                 case [owner, name, "resolve", _, *path]:
                     if token and self.headers.get("Authorization") != f"Bearer {token}":
                         self.refuse(401, "GatedRepo")
@@ -47,6 +50,8 @@ def hub_server(root: Path, token: str | None = None) -> Iterator[tuple[str, list
 
         def about(self, folder: Path, repository: str, rest: list[str], recursive: bool) -> None:
             match rest:
+                case [_, revision, *_] if revision not in REVISIONS:
+                    self.refuse(404, "RevisionNotFound")
                 case [] | ["revision", _]:
                     names = [{"rfilename": path} for path in files(folder)]
                     self.send_json({"id": repository, "sha": COMMIT, "private": False, "siblings": names, "tags": []})
