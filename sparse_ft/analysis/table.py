@@ -46,8 +46,8 @@ ERRORS = tuple(
 )
 # Two scores are the same measurement only if all of these agree.
 EVALUATION_PROTOCOL = (
-    "task_version", "num_fewshot", "limit", "split", "split_rows", "samples", "n_scored", "accuracy_metric",
-    "fewshot_seed", "chat_template", "lm_eval_version",
+    "task_version", "num_fewshot", "limit", "split", "split_rows", "samples", "n_scored", "questions_sha256",
+    "accuracy_metric", "fewshot_seed", "chat_template", "lm_eval_version",
     "perplexity_corpus", "perplexity_seq_len", "perplexity_tokens",
 )  # fmt: skip
 # Configuration that may differ between two runs of one cell: where it ran, and what a retry after
@@ -271,7 +271,7 @@ def _error(group: pd.DataFrame, name: str, suffix: str) -> float:
     scores = group[f"{name}{suffix}"].dropna()
     errors = group[f"{name}_stderr{suffix}"].dropna()
     sampled = float(np.sqrt((errors**2).mean())) if len(errors) else math.nan
-    spread = float(scores.std(ddof=1) / math.sqrt(len(scores))) if len(scores) > 1 else math.nan
+    spread = _mean_and_deviation(scores.tolist())[1] / math.sqrt(max(1, len(scores)))
     parts = [part for part in (sampled, spread) if not math.isnan(part)]
     return math.hypot(*parts) if parts else math.nan
 

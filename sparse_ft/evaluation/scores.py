@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -145,6 +147,7 @@ def evaluate(
             **task_protocol(task),
             "limit": settings.limit,
             "samples": len(samples),
+            "questions_sha256": _questions(samples),
             "accuracy_metric": headline,
             "chance": _chance(task, samples),
             "majority": _majority(task, samples),
@@ -203,6 +206,16 @@ def _answer_losses(scorer: Scorer, task: Task, samples: list[dict[str, Any]]) ->
         likelihoods = [likelihood for likelihood, _ in scorer.loglikelihood(requests)]
     tokens = [len(scorer.tok_continuation(context, answer)) for context, answer in pairs]
     return [-likelihood for likelihood in likelihoods], tokens
+
+
+def _questions(samples: list[dict[str, Any]]) -> str:
+    """16 hex digits of everything that was asked and what was right, in order: the rows themselves may lie in other
+    columns on the hub than in a file, and may change there."""
+    identity = hashlib.sha256()
+    for sample in samples:
+        asked = [sample["arguments"], sample["target"]]
+        identity.update(json.dumps(asked, sort_keys=True, default=str).encode())
+    return identity.hexdigest()[:16]
 
 
 def _chance(task: Task, samples: list[dict[str, Any]]) -> float | None:

@@ -196,6 +196,29 @@ def test_protocol_and_samples_are_json(model, tokenizer, tasks):
     assert not without.samples and "perplexity" not in without.metrics
 
 
+@pytest.mark.parametrize("name", ["boolq", "hellaswag", "gsm8k"])
+def test_scores_say_which_questions_they_are_of(name, model, tokenizer, tmp_path):
+    """By what the model was asked and what was right, wherever the rows lay."""
+    held_out = "test" if name == "gsm8k" else "validation"
+    rows = [json.loads(line) for line in (made_data_dir() / name / f"{held_out}.jsonl").read_text().splitlines()[:2]]
+    changed = {
+        "boolq": {"answer": not rows[0].get("answer")},
+        "hellaswag": {"endings": ["another ending.", *rows[0].get("endings", [])[1:]]},
+        "gsm8k": {"question": "How many?"},
+    }[name]
+    tasks = []
+    for place, first in (("one", rows[0]), ("two", rows[0]), ("three", rows[0] | changed)):
+        (tmp_path / place / name).mkdir(parents=True)
+        text = "\n".join(json.dumps(row) for row in (first, rows[1]))
+        (tmp_path / place / name / f"{held_out}.jsonl").write_text(text)
+        tasks.append(load_task(name, tmp_path / place, num_fewshot=0))
+    settings = replace(SMALL, perplexity_tokens=0, limit=None)
+    one, two, three = (evaluate(model, tokenizer, task, settings).protocol["questions_sha256"] for task in tasks)
+    assert one == two != three and len(one) == 16
+    fewer = evaluate(model, tokenizer, tasks[0], replace(settings, limit=1)).protocol["questions_sha256"]
+    assert fewer not in (one, three)
+
+
 def test_a_standard_error_that_does_not_exist_is_absent(model, tokenizer, tasks):
     metrics = evaluate(model, tokenizer, tasks["boolq"], replace(SMALL, limit=1)).metrics
     assert "accuracy" in metrics and "accuracy_stderr" not in metrics

@@ -12,9 +12,11 @@ from documents import ROOT
 from hub import COMMIT, hub_server
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from sparse_ft.evaluation import EvaluationSettings, evaluate
 from sparse_ft.models.catalog import locate
 from sparse_ft.models.checkpoint import Checkpoint
-from sparse_ft.models.loading import load_tokenizer
+from sparse_ft.models.loading import load_model, load_tokenizer
+from sparse_ft.tasks.definitions import load_task
 from sparse_ft.tasks.made import made_data_dir
 from sparse_ft.tasks.sources import split_context
 from sparse_ft.tracking.runs import Tracker
@@ -120,6 +122,14 @@ def test_the_full_study_with_its_models_and_data_from_a_hub(published, tmp_path)
         model = Checkpoint(published / "models" / run["params"]["cfg/model"])
         assert run["tags"]["hub_commit"] == COMMIT and run["tags"]["base_fingerprint"] == model.fingerprint
         assert run["params"]["protocol/source"].removeprefix("hub:") in DATA
+
+    # The questions are known again, whatever columns they lie in.
+    model, tokenizer = load_model(locate("tiny-llama")), load_tokenizer(locate("tiny-llama"))
+    four = EvaluationSettings(limit=4, perplexity_tokens=0)
+    for task, *_ in DATA.values():
+        here = evaluate(model, tokenizer, load_task(task, made_data_dir()), four)
+        there = {run["params"].get("protocol/questions_sha256") for run in cells if run["params"]["cfg/task"] == task}
+        assert there - {None} == {here.protocol["questions_sha256"]}
 
     # A node of a cluster that does not reach the hub works with what another has fetched.
     # So does who asks for the very commit.
