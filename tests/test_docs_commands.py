@@ -17,7 +17,8 @@ TEAM = "tests/study/test_postgresql.py::test_two_workers_fill_a_study_and_a_sear
 WAFER = "tests/cerebras/modelzoo/test_"
 CI = ".ci/run"
 BY_HAND = "by hand: "
-CLEAN = BY_HAND + "from a clean clone, on every change of what it installs or shows"
+CLEAN = BY_HAND + "from a clean clone"
+CONDA = BY_HAND + "conda 26.7.1-56, a channel of Python and pip alone"
 SLURM = BY_HAND + "on a real SLURM, two of its nodes on one machine, with configs/tiny_full.yaml"
 
 # The first pattern that fits the whole command counts.
@@ -26,8 +27,8 @@ RUN = {
     r"make (test|lint|docs|test-cerebras)": CI,
     r"make test-modelzoo MODELZOO=\S+": BY_HAND + "against ModelZoo Release_2.10.0, as docs/cerebras.md says",
     r"\. \.venv/bin/activate": CLEAN,
-    r"conda env create --file conda(\.cerebras)?\.yaml": BY_HAND + "conda 26.7, a channel of Python and pip alone",
-    r"conda activate sparse_ft": BY_HAND + "conda 26.7, a channel of Python and pip alone",
+    r"conda env create --file conda(\.cerebras)?\.yaml": CONDA,
+    r"conda activate sparse_ft": CONDA,
     r"pip install 'sparse_ft\[.*\]'": CLEAN,
     r"mlflow server .*": TEAM,
     r"export MLFLOW_TRACKING_URI=.*": TEAM,

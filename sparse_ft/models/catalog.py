@@ -16,7 +16,7 @@ from sparse_ft.progress import SILENT, Progress
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["BUILT_IN", "SMOLLM2", "hub_commit", "load_gguf", "locate", "locate_config"]
+__all__ = ["BUILT_IN", "SMOLLM2", "hub_commit", "load_gguf", "locate", "locate_config", "without_revision"]
 
 _TINY = ("tiny-llama", "tiny-mistral", "tiny-mixtral")
 BUILT_IN = ("smollm2-135m", *_TINY)
@@ -77,6 +77,12 @@ def locate_config(model: str | Path) -> Path:
     name, revision = _on_the_hub(str(model))
     with _hub_errors(name, revision):
         return Path(hf_hub_download(name, "config.json", revision=revision))
+
+
+def without_revision(model: str) -> str:
+    """The hub's own name of a model that was asked for by ``owner/name@revision``; any other name as it is."""
+    on_the_hub = _HUB_ID.fullmatch(model) and not Path(model).expanduser().exists()
+    return _on_the_hub(model)[0] if on_the_hub else model
 
 
 def hub_commit(folder: Path) -> str | None:

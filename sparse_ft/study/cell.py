@@ -56,7 +56,12 @@ class CellResult:
 
 
 def run_cell(
-    cell: CellConfig, mask_file: MaskFile | None, bench: Workbench, folder: Path, judge: Judge | None = None
+    cell: CellConfig,
+    mask_file: MaskFile | None,
+    bench: Workbench,
+    folder: Path,
+    judge: Judge | None = None,
+    name: str = "",
 ) -> CellResult:
     """Runs a cell on this machine.
 
@@ -67,6 +72,7 @@ def run_cell(
         bench: keeps the base model between cells.
         folder: the cell's own folder; what ``cell.keep`` names stays there.
         judge: of a search: decides at some steps whether the cell goes on, from the loss on the task's answers.
+        name: of its run, for the cells that take over what this one measured; by default the cell's title.
 
     Raises:
         StoppedEarly: the judge has seen enough.
@@ -85,7 +91,7 @@ def run_cell(
         start = checkpoint if mask_file is None or mask_file.checkpoint is None else Checkpoint(mask_file.checkpoint)
         masks = _masks(mask_file, start, result)
         examples = training_examples(task, tokenizer, cell.max_seq_len, settings.examples_needed, cell.seed)
-    scores = _Scores(cell, bench, tokenizer, task, folder)
+    scores = _Scores(cell, name or cell.title, bench, tokenizer, task, folder)
 
     with clock("load"), bench.borrow(cell) as model:
         if start is not checkpoint:
@@ -176,8 +182,8 @@ class StoppedEarly(Exception):
 class _Scores:
     """Scores a model as the cell asks."""
 
-    def __init__(self, cell: CellConfig, bench: Workbench, tokenizer, task, folder: Path):
-        self._cell, self._bench, self._tokenizer, self._task = cell, bench, tokenizer, task
+    def __init__(self, cell: CellConfig, name: str, bench: Workbench, tokenizer, task, folder: Path):
+        self._cell, self._name, self._bench, self._tokenizer, self._task = cell, name, bench, tokenizer, task
         self._samples = folder / "samples"
         self._settings = evaluation_settings(cell)
         self.protocol: dict[str, Any] = {}
@@ -195,7 +201,7 @@ class _Scores:
         cell = self._cell
         key = (cell.model, cell.task, cell.data_dir, cell.num_fewshot, cell.dtype, cell.device, checksum)
         key += astuple(self._settings)
-        return self._bench.untuned(key, cell.title, lambda: self(model, "score untuned"))
+        return self._bench.untuned(key, self._name, lambda: self(model, "score untuned"))
 
 
 class _Rungs(TrainerCallback):

@@ -117,11 +117,12 @@ def run_cerebras_cell(
     settings: CerebrasSettings,
     follow: Callable[[Step], None] = lambda step: None,
     labels: tuple[str, ...] = (),
+    name: str = "",
 ) -> CellResult:
     """Runs a cell: masks -> ``.mdl`` -> configuration -> ``cszoo fit`` -> masked merge -> convert -> validate -> score.
 
     Args:
-        cell, mask_file, bench, folder: as of `sparse_ft.study.cell.run_cell`.
+        cell, mask_file, bench, folder, name: as of `sparse_ft.study.cell.run_cell`.
         follow: called with every line of progress of the training, as it comes.
         labels: of the cluster's job, ``key=value``.
 
@@ -144,7 +145,7 @@ def run_cerebras_cell(
         masks = _masks(mask_file, start, result)
         needed = training_settings(cell).examples_needed
         examples = training_examples(task, tokenizer, cell.max_seq_len, needed, cell.seed)
-    scores = _Scores(cell, bench, tokenizer, task, folder)
+    scores = _Scores(cell, name or cell.title, bench, tokenizer, task, folder)
     if cell.score_untuned:
         with clock("load"), bench.borrow(cell) as model:
             if start is not checkpoint:

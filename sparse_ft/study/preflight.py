@@ -28,7 +28,7 @@ from sparse_ft.study.settings import pruning_settings
 from sparse_ft.study.workbench import Workbench
 from sparse_ft.tasks.examples import training_examples
 
-__all__ = ["Disk", "check_plan", "check_resources", "estimate_disk", "gigabytes"]
+__all__ = ["Disk", "check_examples", "check_plan", "check_resources", "estimate_disk", "gigabytes"]
 
 _RUN_BYTES = 60_000  # configuration, validation report and database rows of a run
 
@@ -75,7 +75,7 @@ def check_plan(plan: Plan, bench: Workbench) -> list[str]:
         _note(problems, bench.task, task, data_dir, count(shots))
     same = {(cell.model, cell.task, cell.data_dir, cell.num_fewshot, cell.max_seq_len): cell for cell in plan.cells}
     for cell in same.values():
-        _note(problems, _check_examples, cell, bench)
+        _note(problems, check_examples, cell, bench)
     return list(problems)
 
 
@@ -153,8 +153,12 @@ def _note(problems: dict[str, None], check, *arguments) -> None:
         problems[str(error)] = None
 
 
-def _check_examples(cell: CellConfig, bench: Workbench) -> None:
-    """Whether training finds what it learns from: a split, answers among the choices, room for them."""
+def check_examples(cell: CellConfig, bench: Workbench) -> None:
+    """Checks that training finds what it learns from: a split, answers among the choices, room for them.
+
+    Raises:
+        UserError: it does not, or the model or the task cannot be had.
+    """
     task = bench.task(cell.task, cell.data_dir, count(cell.num_fewshot))
     training_examples(task, bench.tokenizer(cell.model), cell.max_seq_len, limit=1, seed=cell.seed)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sparse_ft.levels import level_label
+from sparse_ft.models.catalog import without_revision
 from sparse_ft.progress import SILENT, Progress
 from sparse_ft.study.cell import CellResult
 from sparse_ft.study.config import CellConfig
@@ -56,4 +57,4 @@ def _card(cell: CellConfig, result: CellResult, address: str | None) -> str:
     scores = {key.removeprefix("eval/"): value for key, value in sorted(metrics.items()) if key.startswith("eval/")}
     scored = {key: value for key, value in sorted(protocol.items()) if not key.startswith("train_")}
     facts = {"Sparsity": sparsity, "How it was made": made, "Scores": scores, "Protocol of the scores": scored}
-    return model_card(title, facts, base_model=cell.model.split("@")[0], load_uri=address)
+    return model_card(title, facts, base_model=without_revision(cell.model), load_uri=address)

@@ -55,6 +55,11 @@ def search(config: SweepConfig, study: Study) -> int:
     settings = SearchSettings.parse(study.search or {}, f"Study {study.name}")
     if study.grid:
         raise UserError(f"Study {study.name}: a search has no grid; put lists of choices into search.space.")
+    if config.executor == "cerebras":
+        raise UserError(
+            f"Study {study.name}: a search stops trainings midway, which a Cerebras job cannot; run it as a plain "
+            "study, or with another executor."
+        )
     plan = _plan(study, settings)
     console, workers = study_console(), worker_count(config)
     bench = Workbench(shown_progress())

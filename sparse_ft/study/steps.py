@@ -17,12 +17,13 @@ from sparse_ft.levels import level_label
 from sparse_ft.masks.files import load_masks
 from sparse_ft.progress import shown_progress
 from sparse_ft.study.cell import run_cell
-from sparse_ft.study.cell_settings import check_cell, count
+from sparse_ft.study.cell_settings import check_cell
 from sparse_ft.study.config import AnalyzeConfig, CellConfig, MaskConfig, RebuildConfig, ValidateConfig
 from sparse_ft.study.failures import classify
 from sparse_ft.study.keeping import rebuild as rebuild_checkpoint
 from sparse_ft.study.mask_sets import check_shrink, make_masks, mask_file, shrink
 from sparse_ft.study.plan import mask_set_of
+from sparse_ft.study.preflight import check_examples
 from sparse_ft.study.recording import (
     log_cell_inputs,
     log_cell_result,
@@ -83,7 +84,7 @@ def train(config: CellConfig) -> int:
     check_cell(config)
     kind = mask_set_of(config)
     bench.checkpoint(config.model).prunable_shapes()
-    bench.task(config.task, config.data_dir, count(config.num_fewshot))
+    check_examples(config, bench)
 
     tracker, folder = Tracker(), Path(config.output_dir)
     run_id = tracker.start(config.title, {"kind": "cell"})

@@ -108,7 +108,7 @@ class Worker:
         log_cell_inputs(self._tracker, run_id, job.cell)
         if isinstance(job.masks, Failure):
             return self._failed(job, run_id, began, job.masks)
-        result = run_cell(job.cell, job.masks, self._bench, job.folder, judge)
+        result = run_cell(job.cell, job.masks, self._bench, job.folder, judge, job.title)
         log_cell_result(self._tracker, run_id, result)
         _clear(job.folder, result.merged)
         seconds = time.monotonic() - began

@@ -6,6 +6,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -158,7 +159,8 @@ def log_model(
                 progress.advance(path.stat().st_size)
         client.finalize_logged_model(logged.model_id, "READY")
     except BaseException:
-        client.finalize_logged_model(logged.model_id, "FAILED")
+        with suppress(MlflowException):  # a store that is gone must not hide why, nor that Ctrl-C was pressed
+            client.finalize_logged_model(logged.model_id, "FAILED")
         raise
     finally:
         progress.stop()

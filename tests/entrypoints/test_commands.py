@@ -214,6 +214,11 @@ def study_of_two(command, tmp_path):
         ("train", {"model": "tiny-llama", "data_dir": "made", "lora_r": 0}, "lora_r"),
         ("train", {"model": "tiny-llama", "data_dir": "made", "max_steps": 0}, "max_steps"),
         ("train", {"model": "tiny-llama", "data_dir": "made", "sparsity": 2}, "sparsity"),
+        (
+            "train",
+            {"model": "tiny-llama", "task": "hellaswag", "data_dir": "made", "max_seq_len": 2},
+            "max_seq_len is 2",
+        ),
         ("analyze", {}, "parent_run_id"),
         ("sweep", {"config": "none.yaml"}, "does not exist"),
     ],

@@ -76,6 +76,7 @@ def test_a_failed_cell_says_why_and_costs_only_itself(run_study, capsys):
     assert "NonFiniteLossError" in tracker.fetch_text(bad["run_id"], "traceback.txt")
     assert "1 of 2 cells failed" in capsys.readouterr().out
     assert [run["name"].rpartition(" · ")[2] for run in (good, bad)] == ["learning_rate 0.001", "learning_rate 9.0"]
+    assert good["tags"]["untuned_measured_by"] == good["name"]  # not only by what it shares with the other
 
 
 def test_masks_that_cannot_be_made_fail_their_cells_with_the_reason(run_study, tiny_model, tmp_path):

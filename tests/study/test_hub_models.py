@@ -93,7 +93,7 @@ def test_the_full_studys_configurations_for_a_cerebras(published, tmp_path):
 
 def test_the_full_study_with_its_models_and_data_from_a_hub(published, tmp_path):
     study = yaml.safe_load((ROOT / "configs/full.yaml").read_text(encoding="utf-8"))
-    full = ["--config", str(ROOT / "configs/full.yaml"), "--dry_run", "true"]
+    full = ["--config", str(ROOT / "configs/full.yaml"), "--dry-run"]
     study["grid"]["sparsity"], study["grid"]["method"] = [0, 0.5], ["unstructured"]
     study["cell"] |= SMALL
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(study), encoding="utf-8")

@@ -16,7 +16,6 @@ pytestmark = [
 
 
 def test_two_workers_fill_a_study_and_a_search(study_file, tmp_path, monkeypatch):
-    pytest.importorskip("psycopg")
     workers = {"executor": "process", "max_workers": 2, "output_dir": str(tmp_path / "out")}
     space = {"learning_rate": {"low": 1e-4, "high": 1e-2, "log": True}, "sparsity": [0.3, 0.6]}
     search = {

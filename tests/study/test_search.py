@@ -131,6 +131,13 @@ def test_what_a_search_cannot_mean_is_said_in_one_line(search, said):
     assert "\n" not in str(raised.value)
 
 
+def test_a_search_is_no_work_for_a_cerebras_and_is_told_so_before_any_run(study_file, tmp_path):
+    path = study_file({}, name="search", cell={"model": "tiny-llama"}, search={"space": {"lora_r": [2]}, "trials": 1})
+    with pytest.raises(UserError, match="a search stops trainings midway, which a Cerebras job cannot"):
+        sweep(SweepConfig(config=str(path), executor="cerebras", output_dir=str(tmp_path / "out")))
+    assert Tracker().search() == []
+
+
 @pytest.mark.parametrize(
     ("storage", "said"),
     [

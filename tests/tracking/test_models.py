@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mlflow.exceptions import MlflowException
 from safetensors.torch import load_file, save_file
 
 from sparse_ft.errors import UserError
@@ -233,6 +234,15 @@ def test_a_model_that_could_not_be_stored_is_marked_failed(tracker: Tracker, mer
             log_model(tracker, run_id, merged, "unlucky")
     (model,) = [m for m in tracker.client.search_logged_models([tracker.experiment_id]) if m.name == "unlucky"]
     assert model.status == "FAILED"
+
+    def gone(*_args):
+        raise MlflowException("the store is gone")
+
+    with monkeypatch.context() as patch:  # what happened first is what is told
+        patch.setattr(tracker.client, "log_model_artifact", full)
+        patch.setattr(tracker.client, "finalize_logged_model", gone)
+        with pytest.raises(OSError, match="No space"):
+            log_model(tracker, run_id, merged, "unlucky")
 
 
 def test_logging_leaves_the_random_state_alone(tracker: Tracker, merged: Path):

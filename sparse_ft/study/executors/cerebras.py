@@ -7,7 +7,6 @@ import time
 from dataclasses import dataclass, field, replace
 
 from sparse_ft.cerebras.logs import Step
-from sparse_ft.errors import UserError
 from sparse_ft.study.cell import Judge
 from sparse_ft.study.cerebras import CerebrasSettings, run_cerebras_cell
 from sparse_ft.study.executors.serial import SerialExecutor
@@ -38,8 +37,7 @@ class CerebrasWorker(Worker):
         self._settings = setup.cerebras
 
     def _cell(self, job: Job, run_id: str, began: float, judge: Judge | None) -> Outcome:
-        if judge is not None:
-            raise UserError("A search stops trainings midway, which a Cerebras job cannot: run it as a plain study.")
+        assert judge is None, "search refuses this executor"
         log_cell_inputs(self._tracker, run_id, job.cell)
         if isinstance(job.masks, Failure):
             return self._failed(job, run_id, began, job.masks)
@@ -51,7 +49,7 @@ class CerebrasWorker(Worker):
             self._tracker.log(run_id, curves=live)
 
         settings = settings_of_try(self._settings, job)
-        result = run_cerebras_cell(job.cell, job.masks, self._bench, job.folder, settings, follow, labels)
+        result = run_cerebras_cell(job.cell, job.masks, self._bench, job.folder, settings, follow, labels, job.title)
         log_cell_result(self._tracker, run_id, result)
         if result.merged is None:
             shutil.rmtree(job.folder, ignore_errors=True)
