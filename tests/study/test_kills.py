@@ -1,10 +1,10 @@
 """A study that is killed in the middle and started again ends with exactly one FINISHED run for every cell."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from contextlib import suppress
@@ -26,9 +26,9 @@ def driver(study_file, tmp_path):
     """Starts a study as a process of its own; returns it and the arguments."""
     started = []
 
-    def start(executor="serial", workers=1, cell=None, grid=GRID, **rest):
+    def start(executor="serial", workers=1, cell=None, grid=GRID, output_dir=tmp_path / "out", **rest):
         path = study_file(grid, cell=cell, **rest)
-        values = {"config": path, "output_dir": tmp_path / "out", "executor": executor, "max_workers": workers}
+        values = {"config": path, "output_dir": output_dir, "executor": executor, "max_workers": workers}
         argv = [part for key, value in values.items() for part in (f"--{key}", str(value))]
         with open(tmp_path / "driver.log", "w") as log:
             process = subprocess.Popen(
@@ -50,12 +50,21 @@ def driver(study_file, tmp_path):
             process.wait()
 
 
-def _wait_for(condition, process=None, seconds=900):
+def _wait_for(condition, process, seconds=900, pause=0.2):
     give_up = time.monotonic() + seconds
     while not condition():
-        assert process is None or process.poll() is None, "the driver ended too early"
+        assert process.poll() is None, "the driver ended too early"
         assert time.monotonic() < give_up
-        time.sleep(0.2)
+        time.sleep(pause)
+
+
+def _halt_after(finished, process, log):
+    """Halts the driver (SIGSTOP) as soon as it says that so many cells are done: what comes next meets the study
+    where it is then, on a machine of any speed.
+    """
+    pattern = re.compile(rf"^\[{finished}/\d+\] FINISHED", re.MULTILINE)
+    _wait_for(lambda: pattern.search(log.read_text()), process, pause=0.01)
+    process.send_signal(signal.SIGSTOP)
 
 
 def _study(database):
@@ -84,7 +93,7 @@ def _complete(parent_run_id, cells=CELLS):
 def test_a_driver_killed_in_the_middle_is_gone_on_with(driver, tmp_path, capsys):
     process, config = driver(cell={"max_steps": 6})
     database = tmp_path / "mlflow.db"
-    _wait_for(lambda: any(run["status"] == "FINISHED" for run in _study(database)[1]), process)
+    _halt_after(1, process, tmp_path / "driver.log")
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     parent, before = _study(database)
@@ -130,7 +139,7 @@ def test_a_driver_with_workers_killed_in_the_middle_is_gone_on_with(driver, tmp_
     grid = GRID | {"sparsity": [0.0, 0.3, 0.5, 0.7]}
     process, config = driver("process", 2, cell={"max_steps": 6}, grid=grid)
     database = tmp_path / "mlflow.db"
-    _wait_for(lambda: sum(run["status"] == "FINISHED" for run in _study(database)[1]) >= 2, process)
+    _halt_after(2, process, tmp_path / "driver.log")
     os.kill(process.pid, signal.SIGKILL)  # its workers must notice for themselves
     process.wait()
     assert sweep(config) == 0
@@ -168,30 +177,20 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(place)], check=True)
 
 
-def test_a_full_disk_leaves_named_holes_that_a_resumed_study_fills(small_disk, study_file, tmp_path, capsys):
-    grid = GRID | {"model": ["tiny-llama"]}
-    config = SweepConfig(config=str(study_file(grid, keep="none")), output_dir=str(small_disk))
+def test_a_full_disk_leaves_named_holes_that_a_resumed_study_fills(small_disk, driver, tmp_path):
+    process, config = driver(output_dir=small_disk, keep="none")
+    _halt_after(1, process, tmp_path / "driver.log")
     filler = small_disk / "filler"
-
-    def fill():
-        _wait_for(lambda: any(run["status"] == "FINISHED" for run in _study(tmp_path / "mlflow.db")[1]))
-        # In large pieces first: the cells that are to meet a full disk take a second or two each.
-        with open(filler, "wb", buffering=0) as stream:
-            for size in (1 << 20, 4096):
-                with suppress(OSError):  # full
-                    while True:
-                        stream.write(b"x" * size)
-
-    thread = threading.Thread(target=fill)
-    thread.start()
-    status = sweep(config)
-    thread.join()
-    assert status == 1
+    with suppress(OSError), open(filler, "wb", buffering=0) as stream:  # until it is full
+        while True:
+            stream.write(b"x" * 4096)
+    process.send_signal(signal.SIGCONT)
+    assert process.wait(900) == 1
     parent, cells = _study(tmp_path / "mlflow.db")
     failed = [run for run in cells if run["status"] == "FAILED"]
     assert failed
     assert {run["tags"]["failure_class"] for run in failed} == {"disk_full"}
-    shown = capsys.readouterr().out
+    shown = (tmp_path / "driver.log").read_text()
     assert "holes" in shown
     assert "disk_full" in shown
     filler.unlink()
