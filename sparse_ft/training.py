@@ -7,6 +7,7 @@ import math
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -174,8 +175,10 @@ def train(
     model.config.use_cache = False
     reset_peak(device)
     progress.start("train", settings.max_steps, "steps")
+    # accelerate sends batches to "cuda", which is whatever device is the current one.
+    current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     try:
-        with warnings.catch_warnings():
+        with current, warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # transformers warns of names that it uses itself
             trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     finally:
@@ -188,9 +191,28 @@ def train(
     return watch.result(peak_bytes(device), _protocol(settings, model, rows, device))
 
 
+class _Arguments(TrainingArguments):
+    """The Trainer's arguments, on the model's device. Left to itself the Trainer takes the first GPU, and where there
+    are more it puts a whole batch on each.
+    """
+
+    model_device = None  # no field: known only after the parent is set up
+
+    @property
+    def device(self) -> torch.device:
+        """Where the batches go."""
+        device = super().device
+        return self.model_device or device
+
+    @property
+    def n_gpu(self) -> int:
+        """How many GPUs this process shares its batches out to: none beyond the model's."""
+        return min(1, super().n_gpu)
+
+
 def _arguments(settings: TrainingSettings, output_dir: str | Path, device: torch.device) -> TrainingArguments:
     checkpointing = settings.gradient_checkpointing
-    return TrainingArguments(
+    arguments = _Arguments(
         output_dir=str(output_dir),
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation,
@@ -219,6 +241,8 @@ def _arguments(settings: TrainingSettings, output_dir: str | Path, device: torch
         remove_unused_columns=False,
         label_names=["labels"],
     )
+    arguments.model_device = device
+    return arguments
 
 
 def _check_masks(model: torch.nn.Module, checkpoint: Path) -> None:

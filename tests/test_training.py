@@ -12,7 +12,7 @@ from sparse_ft.masks.mask_set import MaskSet
 from sparse_ft.models.loading import prunable_shapes
 from sparse_ft.progress import Progress
 from sparse_ft.tasks.examples import Example
-from sparse_ft.training import AnswerCollator, NonFiniteLossError, TrainingSettings, train
+from sparse_ft.training import AnswerCollator, NonFiniteLossError, TrainingSettings, _arguments, train
 
 
 @pytest.fixture(scope="module")
@@ -186,3 +186,10 @@ def test_a_checkpoint_of_other_masks_is_not_taken_up(folder, examples, tmp_path)
     with pytest.raises(UserError, match="was trained under the masks"):
         train(sparse(1), examples, further, tmp_path / "other", resume_from=checkpoint)
     assert not (tmp_path / "other").exists()
+
+
+def test_a_batch_is_the_batch_asked_for_however_many_gpus_there_are(tmp_path):
+    arguments = _arguments(TrainingSettings(batch_size=3), tmp_path, torch.device("cuda:1"))
+    arguments._n_gpu = 8  # what transformers counts on such a machine, to put a whole batch on each
+    assert (arguments.n_gpu, arguments.train_batch_size) == (1, 3)
+    assert arguments.device == torch.device("cuda:1")  # the model's, not the first

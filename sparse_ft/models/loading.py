@@ -41,7 +41,7 @@ def resolve_device(device: str = "auto") -> torch.device:
         UserError: no such device here.
     """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.device(device)
     except RuntimeError:
@@ -51,7 +51,7 @@ def resolve_device(device: str = "auto") -> torch.device:
             f"device '{device}' is not here: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA "
             "devices; use auto or cpu, or install a torch built for your GPU"
         )
-    return found
+    return torch.device("cuda", found.index or 0) if found.type == "cuda" else found
 
 
 def resolve_dtype(dtype: str, device: torch.device | str) -> torch.dtype:

@@ -21,7 +21,16 @@ from sparse_ft.study.settings import pruning_settings
 from sparse_ft.study.workbench import Workbench
 from sparse_ft.tasks.examples import calibration_tokens
 
-__all__ = ["GivenMasks", "check_shrink", "make_masks", "mask_file", "read_manifest", "shrink", "write_manifest"]
+__all__ = [
+    "GivenMasks",
+    "check_mask_set",
+    "check_shrink",
+    "make_masks",
+    "mask_file",
+    "read_manifest",
+    "shrink",
+    "write_manifest",
+]
 
 _MANIFEST = "mask_set.json"
 
@@ -40,6 +49,19 @@ def make_masks(config: MaskConfig, bench: Workbench, output_dir: str | Path | No
     Raises:
         UserError: a combination that makes no sense, a model or text that cannot be had.
     """
+    return _generator(config, bench).generate(output_dir or config.output_dir, config.format)
+
+
+def check_mask_set(config: MaskConfig, bench: Workbench) -> None:
+    """Whether the masks are possible at all: settings, shapes, device, text to look at. Makes none.
+
+    Raises:
+        UserError: they are not.
+    """
+    _generator(config, bench)
+
+
+def _generator(config: MaskConfig, bench: Workbench) -> MaskGenerator:
     settings = pruning_settings(config)
     settings.check()
     settings = replace(settings, device=str(resolve_device(config.device)))
@@ -51,8 +73,7 @@ def make_masks(config: MaskConfig, bench: Workbench, output_dir: str | Path | No
         tokens = calibration_tokens(task, tokenizer, samples, length, config.seed)
         about = {"task": config.task, "samples": samples, "length": length, "seed": config.seed}
         calibration = Calibration(tokens, about)
-    generator = MaskGenerator(checkpoint.folder, settings, calibration, config.model, bench.progress)
-    return generator.generate(output_dir or config.output_dir, config.format)
+    return MaskGenerator(checkpoint.folder, settings, calibration, config.model, bench.progress)
 
 
 def check_shrink(config: MaskConfig) -> None:

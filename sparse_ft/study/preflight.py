@@ -19,12 +19,10 @@ from sparse_ft.masks.files import HEADER_ROOM
 from sparse_ft.models.checkpoint import Checkpoint
 from sparse_ft.models.loading import resolve_device, resolve_dtype
 from sparse_ft.models.names import role
-from sparse_ft.pruning.generator import MaskGenerator
-from sparse_ft.pruning.settings import Calibration
 from sparse_ft.study.cell_settings import check_cell, count
 from sparse_ft.study.config import CellConfig
-from sparse_ft.study.plan import MaskSetPlan, Plan
-from sparse_ft.study.settings import pruning_settings
+from sparse_ft.study.mask_sets import check_mask_set
+from sparse_ft.study.plan import Plan
 from sparse_ft.study.workbench import Workbench
 from sparse_ft.tasks.examples import training_examples
 
@@ -70,7 +68,7 @@ def check_plan(plan: Plan, bench: Workbench) -> list[str]:
     for model in dict.fromkeys(cell.model for cell in plan.cells):
         _note(problems, lambda model=model: (bench.checkpoint(model).prunable_shapes(), bench.tokenizer(model)))
     for item in plan.mask_sets:
-        _note(problems, _check_masks, item, bench)
+        _note(problems, check_mask_set, item.config, bench)
     for task, data_dir, shots in dict.fromkeys((cell.task, cell.data_dir, cell.num_fewshot) for cell in plan.cells):
         _note(problems, bench.task, task, data_dir, count(shots))
     same = {(cell.model, cell.task, cell.data_dir, cell.num_fewshot, cell.max_seq_len): cell for cell in plan.cells}
@@ -161,13 +159,6 @@ def check_examples(cell: CellConfig, bench: Workbench) -> None:
     """
     task = bench.task(cell.task, cell.data_dir, count(cell.num_fewshot))
     training_examples(task, bench.tokenizer(cell.model), cell.max_seq_len, limit=1, seed=cell.seed)
-
-
-def _check_masks(item: MaskSetPlan, bench: Workbench) -> None:
-    """Whether the masks of a set are possible at all on the model's shapes."""
-    settings = pruning_settings(item.config)
-    text = Calibration(torch.zeros(1, 2, dtype=torch.int64)) if settings.needs_calibration else None  # comes later
-    MaskGenerator(bench.checkpoint(item.config.model).folder, settings, text)
 
 
 def _bytes(checkpoint: Checkpoint, itemsize: int) -> int:

@@ -15,13 +15,14 @@ from sparse_ft.errors import UserError
 from sparse_ft.files import write_json
 from sparse_ft.levels import level_label
 from sparse_ft.masks.files import load_masks
+from sparse_ft.models.loading import resolve_device
 from sparse_ft.progress import shown_progress
 from sparse_ft.study.cell import run_cell
 from sparse_ft.study.cell_settings import check_cell
 from sparse_ft.study.config import AnalyzeConfig, CellConfig, MaskConfig, RebuildConfig, ValidateConfig
 from sparse_ft.study.failures import classify
 from sparse_ft.study.keeping import rebuild as rebuild_checkpoint
-from sparse_ft.study.mask_sets import check_shrink, make_masks, mask_file, shrink
+from sparse_ft.study.mask_sets import check_mask_set, check_shrink, make_masks, mask_file, shrink
 from sparse_ft.study.plan import mask_set_of
 from sparse_ft.study.preflight import check_examples
 from sparse_ft.study.recording import (
@@ -34,7 +35,6 @@ from sparse_ft.study.recording import (
 )
 from sparse_ft.study.registering import register_cell
 from sparse_ft.study.reporting import in_milliseconds, study_console, ui_command, write_curve_runs
-from sparse_ft.study.settings import pruning_settings
 from sparse_ft.study.workbench import Workbench
 from sparse_ft.tracking.models import is_model_uri, resolve_model
 from sparse_ft.tracking.parameters import flatten_config
@@ -51,10 +51,9 @@ def compute_masks(config: MaskConfig) -> int:
         UserError: wrong input; nothing was logged then, where it could be known beforehand.
     """
     bench = Workbench(shown_progress())
-    pruning_settings(config).check()
     if config.shrink:
         check_shrink(config)
-    bench.checkpoint(config.model).prunable_shapes()  # an unknown model makes no run
+    check_mask_set(config, bench)  # an unknown model, or too little text to look at, makes no run
     tracker = Tracker()
     run_id = tracker.start(f"masks {Path(config.model).name} {config.method}", {"kind": "masks"})
     with _logged(tracker, run_id):
@@ -82,9 +81,13 @@ def train(config: CellConfig) -> int:
         given = mask_file(config.masks)
         config = replace(config, **given.described)
     check_cell(config)
-    kind = mask_set_of(config)
+    resolve_device(config.device)
     bench.checkpoint(config.model).prunable_shapes()
     check_examples(config, bench)
+    kind = mask_set_of(config)
+    if kind is not None:
+        kind = replace(kind, sparsities=f"{config.sparsity:g}")
+        check_mask_set(kind, bench)
 
     tracker, folder = Tracker(), Path(config.output_dir)
     run_id = tracker.start(config.title, {"kind": "cell"})
@@ -92,7 +95,7 @@ def train(config: CellConfig) -> int:
         log_cell_inputs(tracker, run_id, config)
         masks = given.file if given else None
         if kind is not None:
-            (masks,) = make_masks(replace(kind, sparsities=f"{config.sparsity:g}"), bench, folder / "masks")
+            (masks,) = make_masks(kind, bench, folder / "masks")
             tracker.log_folder(run_id, folder / "masks", "masks")
             tracker.log(run_id, tags=mask_tags([masks]))
         checksum = masks.checksum if masks else ""

@@ -67,6 +67,15 @@ def test_data_that_nothing_can_be_learned_from_is_named_before_the_first_cell(sm
     assert "max_seq_len is 2, but an answer of hellaswag has" in room
 
 
+def test_text_that_does_not_suffice_for_masks_is_named_before_the_first_cell(small):
+    masks = {"importance": "wanda", "scope": "row"}
+    cell = {**small, **masks, "seed": 0, "calibration_samples": 40, "calibration_seq_len": 64}
+    grid = {"model": ["tiny-llama"], "sparsity": [0.5]}
+    assert check_plan(make_plan(Study("s", grid, cell)), Workbench()) == []
+    (problem,) = check_plan(make_plan(Study("s", grid, cell | {"calibration_samples": 4000})), Workbench())
+    assert "calibration asks for 4000 samples of 64 tokens" in problem
+
+
 @pytest.mark.parametrize(("name", "models"), [("full", 2), ("tiny_full", 2), ("mixtral", 1)])
 def test_the_full_studies_are_what_they_say(name, models):
     plan = make_plan(load_study(Path(__file__).resolve().parents[2] / "configs" / f"{name}.yaml"))
