@@ -150,7 +150,7 @@ def test_smollm2_in_the_cache_is_the_model_in_the_wheel(tmp_path: Path, monkeypa
     monkeypatch.setenv("SPARSE_FT_CACHE", str(tmp_path))
     original, its_tokenizer = load_gguf(wheel_file(**SMOLLM2))
     assert cache_dir() == tmp_path
-    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    model, tokenizer = load_model(folder, "float32", "cpu"), load_tokenizer(folder)
     text = "Title -- Größe of 12345 things:\n\n  is it true? Yes, they've said so."
     tokens = tokenizer(text, return_tensors="pt")
     assert tokens.input_ids.tolist() == [its_tokenizer(text).input_ids]

@@ -88,11 +88,11 @@ def test_a_checkpoint_that_lacks_weights_is_refused_and_not_made_up(folders, tmp
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
-        load_model(broken)
+        load_model(broken, "float32", "cpu")
 
 
 def test_an_unmerged_adapter_model_is_refused(folders, tmp_path: Path):
-    adapted = get_peft_model(load_model(folders["tiny-llama"]), LoraConfig(target_modules=["q_proj"]))
+    adapted = get_peft_model(load_model(folders["tiny-llama"], "float32", "cpu"), LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="merge"):
         save_model(adapted.base_model.model, None, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -102,7 +102,7 @@ def test_an_unmerged_adapter_model_is_refused(folders, tmp_path: Path):
     contiguous = {name: value.clone() for name, value in named.items() if name != "lm_head.weight"}
     save_file(contiguous, tmp_path / "theirs" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match="adapter"):
-        load_model(tmp_path / "theirs")
+        load_model(tmp_path / "theirs", "float32", "cpu")
 
 
 @pytest.mark.parametrize("problem", ["absent", "truncated", "no config"])
@@ -116,7 +116,7 @@ def test_unreadable_checkpoints_are_one_line(problem: str, folders, tmp_path: Pa
     if problem == "no config":
         (folder / "config.json").unlink()
     with pytest.raises(UserError, match=str(folder)):
-        load_model(folder)
+        load_model(folder, "float32", "cpu")
 
 
 def test_tokenizer_without_pad_token_pads_with_its_end(folders, tmp_path: Path):
@@ -136,7 +136,7 @@ def test_tokenizer_without_pad_token_pads_with_its_end(folders, tmp_path: Path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_saving_gives_back_the_same_checkpoint(kind: str, folders, tmp_path: Path):
-    target = save_model(load_model(folders[kind]), load_tokenizer(folders[kind]), tmp_path / "again")
+    target = save_model(load_model(folders[kind], "float32", "cpu"), load_tokenizer(folders[kind]), tmp_path / "again")
     before, after = weights(folders[kind]), weights(target)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -147,18 +147,18 @@ def test_saving_gives_back_the_same_checkpoint(kind: str, folders, tmp_path: Pat
 
 
 def test_tied_embeddings_stay_tied_and_are_stored_once(folders, tmp_path: Path):
-    model = load_model(folders["tiny-llama"])
+    model = load_model(folders["tiny-llama"], "float32", "cpu")
     with torch.no_grad():
         model.model.embed_tokens.weight[5] += 1
     target = save_model(model, None, tmp_path / "m")
     assert "lm_head.weight" not in weights(target)
-    again = load_model(target)
+    again = load_model(target, "float32", "cpu")
     assert again.lm_head.weight is again.model.embed_tokens.weight
     assert torch.equal(again.lm_head.weight, model.lm_head.weight)
 
 
 def test_zeros_and_low_precision_survive_saving(folders, tmp_path: Path):
-    model = load_model(folders["tiny-mixtral"], torch.bfloat16)
+    model = load_model(folders["tiny-mixtral"], torch.bfloat16, "cpu")
     masks = random_masks(folders["tiny-mixtral"])
     apply_masks(model, masks)
     stored = weights(save_model(model, None, tmp_path / "m"))
@@ -168,7 +168,7 @@ def test_zeros_and_low_precision_survive_saving(folders, tmp_path: Path):
 
 
 def test_save_replaces_a_checkpoint_and_nothing_else(folders, tmp_path: Path):
-    model = load_model(folders["tiny-llama"])
+    model = load_model(folders["tiny-llama"], "float32", "cpu")
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter1.tex").write_text("years of work")
     with pytest.raises(UserError, match="thesis"):
@@ -183,7 +183,7 @@ def test_save_replaces_a_checkpoint_and_nothing_else(folders, tmp_path: Path):
 
 
 def test_failed_save_leaves_the_old_checkpoint(folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    model = load_model(folders["tiny-llama"])
+    model = load_model(folders["tiny-llama"], "float32", "cpu")
     target = save_model(model, None, tmp_path / "m")
     before = weights(target)
 
@@ -201,7 +201,7 @@ def test_a_generation_config_that_breaks_its_own_rules_can_be_saved(folders, tmp
     """LLaMA-2 was published with a temperature but without sampling; transformers refuses to save that."""
     shutil.copytree(folders["tiny-llama"], tmp_path / "m")
     (tmp_path / "m" / "generation_config.json").write_text('{"temperature": 0.6, "top_p": 0.9, "do_sample": false}')
-    target = save_model(load_model(tmp_path / "m"), None, tmp_path / "out")
+    target = save_model(load_model(tmp_path / "m", "float32", "cpu"), None, tmp_path / "out")
     assert json.loads((target / "generation_config.json").read_text())["temperature"] == 0.6
 
 
@@ -210,7 +210,7 @@ def test_a_generation_config_that_breaks_its_own_rules_can_be_saved(folders, tmp
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_masks_zero_exactly_their_weights(kind: str, folders, tmp_path: Path):
-    model, masks = load_model(folders[kind]), random_masks(folders[kind])
+    model, masks = load_model(folders[kind], "float32", "cpu"), random_masks(folders[kind])
     apply_masks(model, masks)
     before, after = weights(folders[kind]), weights(save_model(model, None, tmp_path / "m"))
     for name in before:
@@ -221,7 +221,7 @@ def test_masks_zero_exactly_their_weights(kind: str, folders, tmp_path: Path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_prunable_shapes_of_the_model_are_those_of_its_checkpoint(kind: str, folders):
-    model = load_model(folders[kind])
+    model = load_model(folders[kind], "float32", "cpu")
     assert prunable_shapes(model) == Checkpoint(folders[kind]).prunable_shapes()
     fused = prunable_shapes(model, fused=True)
     sizes = [sum(torch.Size(shape).numel() for shape in shapes.values()) for shapes in (fused, prunable_shapes(model))]
@@ -229,7 +229,7 @@ def test_prunable_shapes_of_the_model_are_those_of_its_checkpoint(kind: str, fol
 
 
 def test_masks_by_fused_names_apply_too(folders):
-    model = load_model(folders["tiny-mixtral"])
+    model = load_model(folders["tiny-mixtral"], "float32", "cpu")
     generator = torch.Generator().manual_seed(1)
     shapes = prunable_shapes(model, fused=True)
     masks = {name: torch.rand(shape, generator=generator) > 0.5 for name, shape in shapes.items()}
@@ -240,7 +240,7 @@ def test_masks_by_fused_names_apply_too(folders):
 
 @pytest.mark.parametrize("change", ["missing", "foreign", "shape"])
 def test_masks_that_do_not_fit_change_nothing(change: str, folders):
-    model = load_model(folders["tiny-llama"])
+    model = load_model(folders["tiny-llama"], "float32", "cpu")
     masks = dict(random_masks(folders["tiny-llama"]))
     name = "model.layers.0.mlp.down_proj.weight"
     if change == "missing":
@@ -269,19 +269,19 @@ def test_restoring_undoes_any_change(kind: str, folders):
 
 def test_restoring_only_some(folders):
     folder = folders["tiny-mixtral"]
-    model, checkpoint = load_model(folder), Checkpoint(folder)
+    model, checkpoint = load_model(folder, "float32", "cpu"), Checkpoint(folder)
     apply_masks(model, random_masks(folder))
     with torch.no_grad():
         model.model.norm.weight.fill_(9)
     load_state_into(model, checkpoint, checkpoint.prunable)
     assert (model.model.norm.weight == 9).all()
     load_state_into(model, checkpoint, ["model.norm.weight"])
-    fresh = load_model(folder)
+    fresh = load_model(folder, "float32", "cpu")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), fresh.parameters(), strict=True))
 
 
 def test_restoring_from_another_architecture_is_refused(folders):
     with pytest.raises(UserError, match="tiny-mistral"):
-        load_state_into(load_model(folders["tiny-llama"]), folders["tiny-mistral"])
+        load_state_into(load_model(folders["tiny-llama"], "float32", "cpu"), folders["tiny-mistral"])
     with pytest.raises(UserError, match="no tensor x"):
-        load_state_into(load_model(folders["tiny-llama"]), folders["tiny-llama"], ["x"])
+        load_state_into(load_model(folders["tiny-llama"], "float32", "cpu"), folders["tiny-llama"], ["x"])

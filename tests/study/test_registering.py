@@ -28,7 +28,7 @@ stored = load_file(weights)
 
 def same(found):
     parts = dict(found.named_parameters())
-    return set(stored) <= set(parts) and all(torch.equal(parts[name], stored[name]) for name in stored)
+    return set(stored) <= set(parts) and all(torch.equal(parts[name].cpu(), stored[name]) for name in stored)
 
 print("REPORT", json.dumps({
     "transformers": same(model), "pyfunc": same(served), "zeros": sum(int((p == 0).sum()) for p in stored.values()),
