@@ -63,7 +63,7 @@ def commands(page: str) -> list[Command]:
         lines = (line.strip() for line in body.replace("\\\n", " ").splitlines())
         found += [Command(page, line, True) for line in lines if line and not line.startswith("#")]
     inline = re.findall(r"`([^`]+)`", prose(page))
-    begin = re.compile(r"(mlflow|python -m|python benchmarks|make|conda|pip install|lm_eval) [^|]")
+    begin = re.compile(r"(mlflow|python -m|python benchmarks/\S+|make|conda|pip install|lm_eval) [^|]")
     found += [Command(page, " ".join(code.split()), False) for code in inline if begin.match(code)]
     return found
 
