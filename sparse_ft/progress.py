@@ -6,7 +6,7 @@ import sys
 import time
 from typing import TextIO
 
-__all__ = ["SILENT", "BarProgress", "LineProgress", "Progress", "shown_progress"]
+__all__ = ["SILENT", "BarProgress", "LineProgress", "Progress", "duration", "shown_progress", "standing"]
 
 
 class Progress:
@@ -83,22 +83,34 @@ class BarProgress(Progress):
 
 
 class LineProgress(Progress):
-    """One line when a stage starts and one when it ends, for logs and pipes."""
+    """One line when a stage starts, one when it ends and one every now and then in between, for logs and pipes.
 
-    def __init__(self, stream: TextIO | None = None) -> None:
-        self._stream = stream or sys.stderr
+    Args:
+        stream: where lines go; stderr by default.
+        every: seconds between the lines of an open stage.
+    """
+
+    def __init__(self, stream: TextIO | None = None, every: float = 30.0) -> None:
+        self._stream, self._every = stream or sys.stderr, every
         self._stage: str | None = None
 
     def start(self, stage: str, total: float, unit: str = "") -> None:
         self.stop()
         self._stage, self._total, self._unit = stage, total, unit
         self._done, self._note, self._began = 0.0, "", time.monotonic()
+        self._last = self._began
         print(f"{stage} ...", file=self._stream, flush=True)
 
     def advance(self, amount: float = 1, note: str = "") -> None:
-        if self._stage is not None:
-            self._done += amount
-            self._note = note or self._note
+        if self._stage is None:
+            return
+        self._done += amount
+        self._note = note or self._note
+        now = time.monotonic()
+        if now - self._last >= self._every and self._done < self._total:
+            self._last = now
+            where = standing(self._done, self._total, self._unit, now - self._began, self._note)
+            print(f"{self._stage}: {where}", file=self._stream, flush=True)
 
     def stop(self) -> None:
         if self._stage is None:
@@ -116,6 +128,20 @@ class LineProgress(Progress):
 def shown_progress() -> Progress:
     """Bars where stderr is a terminal, lines elsewhere."""
     return BarProgress() if sys.stderr.isatty() else LineProgress()
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it: ``4.1 s``, ``12 min``, ``3 h 5 min``."""
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def standing(done: float, total: float, unit: str, seconds: float, note: str = "") -> str:
+    """Where an open stage is after so many seconds: ``3/12 steps after 40.0 s, about 2 min left, loss 1.5``."""
+    left = f", about {duration(seconds * (total - done) / done)} left" if 0 < done < total else ""
+    return f"{_amounts(done, total, unit)} after {duration(seconds)}{left}" + (f", {note}" if note else "")
 
 
 def _amounts(done: float, total: float, unit: str) -> str:

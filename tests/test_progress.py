@@ -1,6 +1,7 @@
 import io
+import re
 
-from sparse_ft.progress import SILENT, BarProgress, LineProgress
+from sparse_ft.progress import SILENT, BarProgress, LineProgress, duration, standing
 
 
 def test_lines_tell_start_end_amount_and_note():
@@ -20,6 +21,31 @@ def test_lines_tell_start_end_amount_and_note():
     assert lines[2].endswith(", loss 1.5")
     assert lines[4].startswith("read: 1.00/2.00 GB in ")
     assert len(lines) == 5
+
+
+def test_a_long_stage_says_now_and_then_where_it_is_and_what_is_left():
+    stream = io.StringIO()
+    progress = LineProgress(stream, every=0)
+    progress.start("prune blocks", 64, "samples")
+    progress.advance(16, note="block 8 of 32")
+    progress.advance(48)
+    progress.stop()
+    _, halfway, end = stream.getvalue().splitlines()
+    assert re.fullmatch(r"prune blocks: 16/64 samples after 0\.\d s, about 0\.\d s left, block 8 of 32", halfway)
+    assert end.startswith("prune blocks: 64/64 samples in ")
+    assert standing(16, 64, "samples", 40.0) == "16/64 samples after 40.0 s, about 2 min left"
+    assert standing(5, 0, "", 40.0) == "5/0 after 40.0 s"  # nobody knows how many there will be
+
+    quiet = io.StringIO()
+    progress = LineProgress(quiet)
+    progress.start("read", 100)
+    for _ in range(99):
+        progress.advance()
+    assert quiet.getvalue() == "read ...\n"  # nothing is said twice within half a minute
+
+
+def test_times_for_people():
+    assert [duration(s) for s in (4.06, 150, 11_100)] == ["4.1 s", "2 min", "3 h 5 min"]
 
 
 def test_bars_show_stage_amount_and_time_left(capsys):

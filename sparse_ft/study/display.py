@@ -16,12 +16,13 @@ from rich.table import Table
 from rich.text import Text
 
 from sparse_ft.levels import level_label
+from sparse_ft.progress import duration, standing
 from sparse_ft.study.config import CellConfig
 from sparse_ft.study.jobs import Listener, MaskJob, Outcome, Work
 
-__all__ = ["Display", "LiveDisplay", "duration", "shown_display"]
+__all__ = ["Display", "LiveDisplay", "shown_display"]
 
-_LONG = 60  # seconds after which a stage is worth a line of its own where nothing is redrawn
+_LONG = 60  # seconds after which a stage is worth a line of its own where nothing is redrawn, and another, and so on
 
 
 @dataclass
@@ -35,6 +36,7 @@ class _Desk:
     unit: str = ""
     note: str = ""
     began: float = 0.0
+    told: float = 0.0
 
 
 class Display(Listener):
@@ -73,7 +75,7 @@ class Display(Listener):
     # -- what the workers report
 
     def started(self, worker: int, job: Work) -> None:
-        self._desks[worker] = _Desk(job, began=time.monotonic())
+        self._desks[worker] = _Desk(job, began=time.monotonic(), told=time.monotonic())
 
     def stage(self, worker: int, stage: str, total: float, unit: str) -> None:
         desk = self._desks.get(worker)
@@ -83,12 +85,18 @@ class Display(Listener):
         if desk.stage and spent >= _LONG:
             self._long_stage(desk, spent)
         desk.stage, desk.total, desk.unit, desk.done, desk.note = stage, total, unit, 0.0, ""
-        desk.began = time.monotonic()
+        desk.began = desk.told = time.monotonic()
 
     def advanced(self, worker: int, amount: float, note: str) -> None:
-        if desk := self._desks.get(worker):
-            desk.done += amount
-            desk.note = note or desk.note
+        desk = self._desks.get(worker)
+        if desk is None:
+            return
+        desk.done += amount
+        desk.note = note or desk.note
+        now = time.monotonic()
+        if now - desk.told >= _LONG and desk.done < desk.total:
+            desk.told = now
+            self._in_long_stage(desk, now - desk.began)
 
     def ended(self, worker: int, outcome: Outcome, over: bool = True) -> None:
         self._desks.pop(worker, None)
@@ -142,6 +150,10 @@ class Display(Listener):
         note = f", {desk.note}" if desk.note else ""
         self.say(f"          {desk.job.title}: {desk.stage} took {duration(spent)}{note}")
 
+    def _in_long_stage(self, desk: _Desk, spent: float) -> None:
+        where = standing(desk.done, desk.total, desk.unit, spent, desk.note)
+        self.say(f"          {desk.job.title}: {desk.stage}: {where}")
+
     def _line(self, outcome: Outcome, over: bool) -> str:
         job = outcome.job
         width = len(str(self.total))
@@ -189,6 +201,8 @@ class LiveDisplay(Display):
     def _long_stage(self, desk: _Desk, spent: float) -> None:
         """The bar shows it."""
 
+    _in_long_stage = _long_stage
+
     def _draw(self) -> RenderableType:
         running = sum(not isinstance(desk.job, MaskJob) for desk in list(self._desks.values()))
         left = max(0, self.total - self.finished - self.failed - running)
@@ -231,11 +245,3 @@ class LiveDisplay(Display):
 def shown_display(total: int) -> Display:
     """The live one where stderr is a terminal, lines elsewhere."""
     return LiveDisplay(total) if sys.stderr.isatty() else Display(total)
-
-
-def duration(seconds: float) -> str:
-    """A time as people say it: ``4.1 s``, ``12 min``, ``3 h 5 min``."""
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"

@@ -13,9 +13,9 @@ from sparse_ft.analysis.write import AnalysisResult
 from sparse_ft.errors import UserError
 from sparse_ft.files import write_text
 from sparse_ft.levels import level_label
-from sparse_ft.progress import shown_progress
+from sparse_ft.progress import duration, shown_progress
 from sparse_ft.study.config import SweepConfig
-from sparse_ft.study.display import duration, shown_display
+from sparse_ft.study.display import shown_display
 from sparse_ft.study.estimate import estimate_time
 from sparse_ft.study.executors import executor_problems, make_executor, worker_count
 from sparse_ft.study.failures import RETRIED, classify

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sparse_ft.progress import duration
 from sparse_ft.study.config import CellConfig
-from sparse_ft.study.display import duration
 from sparse_ft.study.plan import Plan
 from sparse_ft.tracking.parameters import flatten_config
 

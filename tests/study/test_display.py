@@ -4,7 +4,7 @@ from pathlib import Path
 from rich.console import Console
 
 from sparse_ft.study.config import CellConfig, MaskConfig
-from sparse_ft.study.display import Display, LiveDisplay, duration
+from sparse_ft.study.display import Display, LiveDisplay
 from sparse_ft.study.failures import Failure
 from sparse_ft.study.jobs import Job, MaskJob, Outcome
 
@@ -67,5 +67,22 @@ def test_the_live_display_shows_counts_stages_and_the_best_so_far():
     assert "70" in shown
 
 
-def test_times_for_people():
-    assert [duration(s) for s in (4.06, 150, 11_100)] == ["4.1 s", "2 min", "3 h 5 min"]
+def test_a_long_stage_says_where_it_is_where_nothing_is_redrawn(monkeypatch):
+    stream = io.StringIO()
+    display = Display(1, stream=stream)
+    clock = [100.0]
+    monkeypatch.setattr("sparse_ft.study.display.time.monotonic", lambda: clock[0])
+    display.started(0, _job())
+    display.stage(0, "train", 100, "steps")
+    for _ in range(100):
+        clock[0] += 2.0
+        display.advanced(0, 1, "loss 1.5")
+    display.stage(0, "score", 10, "")
+    lines = [line.strip() for line in stream.getvalue().splitlines()]
+    title = "dense · boolq · tiny-llama: train"
+    assert lines == [
+        f"{title}: 30/100 steps after 60.0 s, about 2 min left, loss 1.5",
+        f"{title}: 60/100 steps after 2 min, about 80.0 s left, loss 1.5",
+        f"{title}: 90/100 steps after 3 min, about 20.0 s left, loss 1.5",
+        f"{title} took 3 min, loss 1.5",
+    ]
