@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 from sparse_ft.errors import UserError
 
-__all__ = ["level_label", "mode_label", "parse_levels"]
+__all__ = ["level_label", "levels_text", "mode_label", "parse_levels"]
 
 
 def parse_levels(text: str) -> tuple[float, ...]:
@@ -29,6 +30,11 @@ def parse_levels(text: str) -> tuple[float, ...]:
     if not all(0 <= level <= 1 for level in levels):
         raise UserError(f"sparsities is '{text}'; every level must lie between 0 and 1 (50 % is 0.5).")
     return tuple(sorted(set(levels)))
+
+
+def levels_text(levels: Iterable[float]) -> str:
+    """The list that `parse_levels` reads back as these very numbers, ascending, no doubles: ``0,0.3333333333,0.5``."""
+    return ",".join(short if float(short := f"{x:g}") == x else repr(float(x)) for x in sorted(set(levels)))
 
 
 def level_label(sparsity: float) -> str:

@@ -1,7 +1,7 @@
 import pytest
 
 from sparse_ft.errors import UserError
-from sparse_ft.levels import level_label, mode_label, parse_levels
+from sparse_ft.levels import level_label, levels_text, mode_label, parse_levels
 
 
 @pytest.mark.parametrize(
@@ -17,6 +17,15 @@ from sparse_ft.levels import level_label, mode_label, parse_levels
 )
 def test_lists_and_ranges(text, levels):
     assert parse_levels(text) == levels
+
+
+@pytest.mark.parametrize("levels", [(0.0, 0.1, 0.5, 1.0), (0.123456789, 1 / 3), (1e-7, 2 / 3, 0.9999999)])
+def test_a_list_is_read_back_as_these_very_numbers(levels):
+    assert parse_levels(levels_text((*levels[::-1], levels[0]))) == levels
+
+
+def test_a_list_is_as_short_as_it_can_be():
+    assert levels_text([0.5, 0.0, 0.5, 0.123456789]) == "0,0.123456789,0.5"
 
 
 @pytest.mark.parametrize("text", ["", "half", "0.5;0.7", "0:1", "0:1:0", "0.9:0.1:0.1", "50", "-0.1", "nan"])

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from sparse_ft.errors import UserError
+from sparse_ft.levels import level_label
 
 __all__ = ["IMPORTANCES", "METHODS", "SCOPES", "Calibration", "PruningSettings", "level_label"]
 
@@ -190,11 +191,6 @@ class PruningSettings:
                 "OWL gives every block its own sparsity: it needs method unstructured and scope layer or row.",
             ),
         ]
-
-
-def level_label(sparsity: float) -> str:
-    """The level in percent, as file names carry it: 0.5 -> ``50``, 0.125 -> ``12.5``."""
-    return f"{round(100 * sparsity, 8):.8f}".rstrip("0").rstrip(".")
 
 
 def _one_of(what: str, value: Any, allowed: tuple[str, ...]) -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from sparse_ft.errors import UserError
 from sparse_ft.evaluation import EvaluationSettings
+from sparse_ft.levels import levels_text
 from sparse_ft.lora.config import LoraSettings
 from sparse_ft.study.config import CellConfig
 from sparse_ft.study.plan import mask_set_of
@@ -34,7 +35,7 @@ def check_cell(cell: CellConfig) -> None:
     evaluation_settings(cell).check()
     kind = mask_set_of(cell)
     if kind is not None:
-        pruning_settings(replace(kind, sparsities=f"{cell.sparsity:g}")).check()
+        pruning_settings(replace(kind, sparsities=levels_text([cell.sparsity]))).check()
 
 
 def training_settings(cell: CellConfig) -> TrainingSettings:

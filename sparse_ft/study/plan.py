@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from sparse_ft.errors import UserError
-from sparse_ft.levels import parse_levels
+from sparse_ft.levels import levels_text, parse_levels
 from sparse_ft.study.config import CellConfig, MaskConfig
 from sparse_ft.study.parsing import Parser
 from sparse_ft.study.settings import pruning_settings
@@ -168,8 +168,7 @@ def make_plan(study: Study) -> Plan:
     order = list(sets)
     plans = []
     for kind, levels in sets.items():
-        text = ",".join(f"{level:g}" for level in sorted(set(levels)))
-        plans.append(MaskSetPlan(replace(kind, sparsities=text)))
+        plans.append(MaskSetPlan(replace(kind, sparsities=levels_text(levels))))
     numbers = tuple(None if kind is None else order.index(kind) for kind in kinds)
     return Plan(study, tuple(cells.values()), tuple(plans), numbers, _same_as(list(cells.values())))
 

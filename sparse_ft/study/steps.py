@@ -13,7 +13,7 @@ from sparse_ft.analysis.terminal import print_table, terminal_table
 from sparse_ft.analysis.write import write_analysis
 from sparse_ft.errors import UserError
 from sparse_ft.files import write_json
-from sparse_ft.levels import level_label
+from sparse_ft.levels import level_label, levels_text
 from sparse_ft.masks.files import load_masks
 from sparse_ft.models.loading import resolve_device
 from sparse_ft.progress import shown_progress
@@ -86,7 +86,7 @@ def train(config: CellConfig) -> int:
     check_examples(config, bench)
     kind = mask_set_of(config)
     if kind is not None:
-        kind = replace(kind, sparsities=f"{config.sparsity:g}")
+        kind = replace(kind, sparsities=levels_text([config.sparsity]))
         check_mask_set(kind, bench)
 
     tracker, folder = Tracker(), Path(config.output_dir)

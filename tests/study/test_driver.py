@@ -54,6 +54,15 @@ def test_a_study_is_a_parent_with_a_child_for_every_cell_and_mask_set(run_study,
     assert "report/table.txt" in tracker.artifacts(parent["run_id"])
 
 
+def test_a_level_of_many_digits_is_the_level_that_was_asked(run_study):
+    grid = {"model": ["tiny-llama"], "sparsity": [0.123456789], "mode": ["sparse_to_sparse"]}
+    status, _, _, children = run_study(grid, dense_baseline=False)
+    assert status == 0
+    (cell,) = _of(children, "cell")
+    assert cell["metrics"]["sparsity/target"] == 0.123456789
+    assert cell["metrics"]["sparsity/achieved"] == pytest.approx(0.123456789, abs=1e-4)  # of tensors this small
+
+
 def test_curves_have_the_sparsity_as_step(run_study):
     grid = {"model": ["tiny-llama"], "sparsity": [0.3, 0.6], "mode": ["sparse_to_sparse"]}
     _, tracker, _, children = run_study(grid, dense_baseline=False)
