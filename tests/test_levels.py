@@ -34,7 +34,19 @@ def test_what_is_neither_is_refused(text):
         parse_levels(text)
 
 
-@pytest.mark.parametrize(("level", "label"), [(0.5, "50"), (0.0, "0"), (1.0, "100"), (0.125, "12.5"), (0.07, "7")])
+@pytest.mark.parametrize(
+    ("level", "label"),
+    [
+        (0.5, "50"),
+        (0.0, "0"),
+        (1.0, "100"),
+        (0.125, "12.5"),
+        (0.07, "7"),
+        (0.55, "55"),
+        (0.005, "0.5"),
+        (1 / 3, "33.33333333"),
+    ],
+)
 def test_labels_are_percent(level, label):
     assert level_label(level) == label
 

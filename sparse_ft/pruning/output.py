@@ -13,12 +13,12 @@ import numpy as np
 
 from sparse_ft.errors import UserError
 from sparse_ft.files import write_json
+from sparse_ft.levels import level_label
 from sparse_ft.masks.figures import save_heatmap, save_histogram
 from sparse_ft.masks.files import FORMATS, MaskFileWriter, load_masks, save_masks
 from sparse_ft.masks.mask_set import MaskSet
 from sparse_ft.masks.statistics import statistics_of_counts
 from sparse_ft.pruning.kernels import count_set_bits
-from sparse_ft.pruning.settings import level_label
 
 __all__ = ["LevelFiles", "MaskFile"]
 

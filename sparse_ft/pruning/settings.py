@@ -12,7 +12,7 @@ import torch
 from sparse_ft.errors import UserError
 from sparse_ft.levels import level_label
 
-__all__ = ["IMPORTANCES", "METHODS", "SCOPES", "Calibration", "PruningSettings", "level_label"]
+__all__ = ["IMPORTANCES", "METHODS", "SCOPES", "Calibration", "PruningSettings"]
 
 METHODS = ("unstructured", "structured", "random", "semi_structured")
 IMPORTANCES = ("magnitude", "gradient", "taylor", "wanda", "sparsegpt")

@@ -22,7 +22,7 @@ from sparse_ft.progress import shown_progress
 from sparse_ft.pruning.output import MaskFile
 from sparse_ft.study.config import SweepConfig
 from sparse_ft.study.display import shown_display
-from sparse_ft.study.executors import make_executor, worker_count
+from sparse_ft.study.executors import executor_problems, make_executor, worker_count
 from sparse_ft.study.failures import Failure
 from sparse_ft.study.jobs import Queue
 from sparse_ft.study.life import close_open_runs, interruptible, resume_command, signs_of_life
@@ -63,7 +63,7 @@ def search(config: SweepConfig, study: Study) -> int:
     plan = _plan(study, settings)
     console, workers = study_console(), worker_count(config)
     bench = Workbench(shown_progress())
-    problems = check_plan(plan, bench)
+    problems = [*check_plan(plan, bench), *executor_problems(config, plan, bench)]
     if not problems:
         artifacts = artifact_location(tracking_uri(), study.name)
         problems = check_resources(plan, bench, Path(config.output_dir), artifacts, workers)

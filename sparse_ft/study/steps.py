@@ -81,7 +81,7 @@ def train(config: CellConfig) -> int:
         given = mask_file(config.masks)
         config = replace(config, **given.described)
     check_cell(config)
-    resolve_device(config.device)
+    resolve_device(config.device)  # one that is not here makes no run
     bench.checkpoint(config.model).prunable_shapes()
     check_examples(config, bench)
     kind = mask_set_of(config)

@@ -23,6 +23,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from transformers.utils import logging as transformers_logging
 
 from sparse_ft.errors import UserError
+from sparse_ft.levels import level_label
 from sparse_ft.progress import SILENT, Progress
 from sparse_ft.tracking.runs import Tracker
 from sparse_ft.tracking.stores import is_server, quiet_mlflow, reachable, store_lock, tracking_uri
@@ -58,7 +59,7 @@ def registered_name(model: str, task: str) -> str:
 
 def sparsity_alias(sparsity: float) -> str:
     """The alias of a sparsity: 0.7 -> ``sparse70``, 0.625 -> ``sparse62_5`` (a dot is not allowed)."""
-    return "sparse" + f"{round(sparsity * 100, 6):g}".replace(".", "_")
+    return "sparse" + level_label(sparsity).replace(".", "_")
 
 
 def model_card(

@@ -3,7 +3,6 @@ import torch
 
 from sparse_ft.errors import UserError
 from sparse_ft.pruning import Calibration, PruningSettings
-from sparse_ft.pruning.settings import level_label
 
 
 @pytest.mark.parametrize(
@@ -55,11 +54,6 @@ def test_what_makes_no_sense_is_refused_in_one_line(how, says):
 )
 def test_what_makes_sense_passes(how):
     PruningSettings(**how).check()
-
-
-def test_labels_tell_levels_apart():
-    labels = {0.5: "50", 0.125: "12.5", 0.0: "0", 1.0: "100", 0.7: "70", 0.55: "55", 0.005: "0.5", 1 / 3: "33.33333333"}
-    assert {level: level_label(level) for level in labels} == labels
 
 
 def test_what_needs_text():

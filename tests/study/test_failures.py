@@ -1,5 +1,6 @@
 import errno
 import sqlite3
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,6 +36,14 @@ def _too_much_memory():
 )
 def test_every_error_has_a_class(error, kind):
     assert classify(error).kind == kind
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, on which every write finds no room")
+@pytest.mark.parametrize("writer", ["python", "torch"])
+def test_a_disk_without_room_is_recognised_whoever_writes(writer):
+    with pytest.raises((OSError, RuntimeError)) as caught, open("/dev/full", "wb", buffering=0) as full:
+        full.write(b"x") if writer == "python" else torch.save(torch.zeros(9), full)
+    assert classify(caught.value).kind == "disk_full"
 
 
 def test_memory_that_the_machine_does_not_have_is_recognised():

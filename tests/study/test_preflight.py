@@ -4,6 +4,7 @@ import pytest
 
 from sparse_ft.study.config import SweepConfig
 from sparse_ft.study.driver import sweep
+from sparse_ft.study.executors import executor_problems
 from sparse_ft.study.plan import Study, load_study, make_plan
 from sparse_ft.study.preflight import check_plan, check_resources, estimate_disk
 from sparse_ft.study.workbench import Workbench
@@ -65,6 +66,19 @@ def test_data_that_nothing_can_be_learned_from_is_named_before_the_first_cell(sm
     split, room = check_plan(plan, Workbench())
     assert "boolq has no training rows" in split
     assert "max_seq_len is 2, but an answer of hellaswag has" in room
+
+
+@pytest.mark.parametrize("executor", ["process", "ray"])
+def test_a_gpu_that_no_worker_would_see_is_named_before_the_first_cell(small, executor):
+    cell = {**small, "seed": 0}
+    problems = {}
+    for device in ("auto", "cuda:0", "cuda:1"):
+        plan = make_plan(Study("s", {"model": ["tiny-llama"], "sparsity": [0.5]}, cell | {"device": device}))
+        problems[device] = executor_problems(SweepConfig(config="s.yaml", executor=executor), plan, Workbench())
+    assert problems["auto"] == problems["cuda:0"] == []
+    (problem,) = problems["cuda:1"]
+    assert problem.startswith("device is cuda:1, but a worker")
+    assert executor_problems(SweepConfig(config="s.yaml"), plan, Workbench()) == []  # serial sees them all
 
 
 def test_text_that_does_not_suffice_for_masks_is_named_before_the_first_cell(small):

@@ -138,6 +138,14 @@ def test_a_search_is_no_work_for_a_cerebras_and_is_told_so_before_any_run(study_
     assert Tracker().search() == []
 
 
+def test_a_search_names_a_gpu_that_no_worker_would_see_before_any_run(study_file, tmp_path):
+    cell = {"model": "tiny-llama", "device": "cuda:1"}
+    path = study_file({}, name="search", cell=cell, search={"space": {"lora_r": [2]}, "trials": 1})
+    with pytest.raises(UserError, match="a worker of executor process sees one GPU alone"):
+        sweep(SweepConfig(config=str(path), executor="process", output_dir=str(tmp_path / "out")))
+    assert Tracker().search() == []
+
+
 @pytest.mark.parametrize(
     ("storage", "said"),
     [

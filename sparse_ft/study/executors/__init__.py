@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from sparse_ft.errors import UserError
@@ -47,6 +48,13 @@ def executor_problems(config: SweepConfig, plan: Plan, bench: Workbench) -> list
     Raises:
         UserError: Cerebras settings that cannot be read.
     """
+    if config.executor in ("process", "ray"):
+        named = dict.fromkeys(cell.device for cell in plan.cells if re.fullmatch(r"cuda:0*[1-9]\d*", cell.device))
+        return [
+            f"device is {device}, but a worker of executor {config.executor} sees one GPU alone, and calls it cuda:0; "
+            "leave device at auto, and name the GPUs to use in CUDA_VISIBLE_DEVICES"
+            for device in named
+        ]
     if config.executor != "cerebras":
         return []
     from sparse_ft.cerebras.preflight import preflight
