@@ -48,12 +48,23 @@ def test_several_shards_are_one_checkpoint(model, tmp_path):
     assert (one.names, one.fingerprint) == (many.names, many.fingerprint)
 
 
-def test_the_fingerprint_sees_training(model, tmp_path):
-    model.save_pretrained(tmp_path / "before")
-    with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight.add_(1e-3)
-    model.save_pretrained(tmp_path / "after")
-    assert Checkpoint(tmp_path / "before").fingerprint != Checkpoint(tmp_path / "after").fingerprint
+@pytest.mark.parametrize(
+    "name",
+    ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"],
+)
+def test_the_fingerprint_sees_every_weight(folder, name, tmp_path):
+    """One weight anywhere: a fine-tuned head, an edited embedding, a value in the middle of a matrix."""
+    before = Checkpoint(folder)
+
+    def change(own, tensor):
+        flat = tensor.reshape(-1)
+        if own == name:
+            flat[flat.numel() // 3] += 1
+        return tensor
+
+    after = Checkpoint(copy_checkpoint(before, tmp_path / "after", change))
+    assert before.fingerprint != after.fingerprint
+    assert before.fingerprint == Checkpoint(copy_checkpoint(before, tmp_path / "same", lambda _, t: t)).fingerprint
 
 
 def test_a_copy_changes_what_it_is_told_to(folder, tmp_path):
