@@ -51,8 +51,18 @@ class MaskFile:
     checkpoint: Path | None = None
 
     def load(self) -> MaskSet:
-        """The masks, read and checked."""
-        return load_masks(self.path)
+        """The masks, read and checked.
+
+        Raises:
+            UserError: the file is missing or damaged, or it holds other masks than this entry speaks of.
+        """
+        masks = load_masks(self.path)
+        if masks.checksum != self.checksum:
+            raise UserError(
+                f"Mask file {self.path} holds the masks {masks.checksum[:12]} and not {self.checksum[:12]}, which were"
+                " asked for: it was replaced. Make them again with compute_masks, in a folder of their own."
+            )
+        return masks
 
 
 class LevelFiles:

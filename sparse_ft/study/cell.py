@@ -7,13 +7,14 @@ import shutil
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedModel, TrainerCallback
 
+from sparse_ft.errors import UserError
 from sparse_ft.evaluation import Evaluation, evaluate
 from sparse_ft.files import write_json, write_text
 from sparse_ft.lora.model import apply_sparse_lora, merge_all_lora_weights, remask, validate_sparsity_preserved
@@ -26,6 +27,7 @@ from sparse_ft.pruning.output import MaskFile
 from sparse_ft.study.cell_settings import check_cell, count, evaluation_settings, lora_settings, training_settings
 from sparse_ft.study.config import CellConfig
 from sparse_ft.study.failures import ValidationFailedError
+from sparse_ft.study.identity import cell_identity, untuned_key
 from sparse_ft.study.workbench import Workbench
 from sparse_ft.tasks.examples import training_examples
 from sparse_ft.training import TrainingResult, train
@@ -62,6 +64,7 @@ def run_cell(
     folder: Path,
     judge: Judge | None = None,
     name: str = "",
+    foreign_masks: bool = False,
 ) -> CellResult:
     """Runs a cell on this machine.
 
@@ -73,6 +76,8 @@ def run_cell(
         folder: the cell's own folder; what ``cell.keep`` names stays there.
         judge: of a search: decides at some steps whether the cell goes on, from the loss on the task's answers.
         name: of its run, for the cells that take over what this one measured; by default the cell's title.
+        foreign_masks: take masks that were made of other weights of these shapes, with a warning; in a study they
+            are refused.
 
     Raises:
         StoppedEarly: the judge has seen enough.
@@ -89,7 +94,7 @@ def run_cell(
         result.tags.update(bench.identity(cell.model))
         task = bench.task(cell.task, cell.data_dir, count(cell.num_fewshot))
         start = checkpoint if mask_file is None or mask_file.checkpoint is None else Checkpoint(mask_file.checkpoint)
-        masks = _masks(mask_file, start, result)
+        masks = _masks(mask_file, start, checkpoint, foreign_masks, result)
         examples = training_examples(task, tokenizer, cell.max_seq_len, settings.examples_needed, cell.seed)
     scores = _Scores(cell, name or cell.title, bench, tokenizer, task, folder)
 
@@ -100,7 +105,7 @@ def run_cell(
             apply_masks(model, masks)
         if cell.score_untuned:
             with clock("eval_untuned"):
-                _log_untuned(result, scores, model, masks)
+                _log_untuned(result, scores, model, start, masks)
         with clock("train"):
             torch.manual_seed(cell.seed)
             adapted = apply_sparse_lora(model, lora_settings(cell), cell.mode, masks)
@@ -197,10 +202,9 @@ class _Scores:
             write_text(self._samples / f"{stage.replace(' ', '_')}.jsonl", "".join(lines))
         return evaluation
 
-    def untuned(self, model: PreTrainedModel, checksum: str) -> tuple[str, Evaluation]:
-        cell = self._cell
-        key = (cell.model, cell.task, cell.data_dir, cell.num_fewshot, cell.dtype, cell.device, checksum)
-        key += astuple(self._settings)
+    def untuned(self, model: PreTrainedModel, start: Checkpoint, checksum: str) -> tuple[str, Evaluation]:
+        identity = cell_identity(self._cell, self._bench)
+        key = untuned_key(self._cell, identity, start.fingerprint, checksum, asdict(self._settings))
         return self._bench.untuned(key, self._name, lambda: self(model, "score untuned"))
 
 
@@ -262,22 +266,32 @@ class _Clock:
         return {**{f"time/{stage}_seconds": s for stage, s in self._seconds.items()}, "time/total_seconds": total}
 
 
-def _masks(file: MaskFile | None, checkpoint: Checkpoint, result: CellResult) -> MaskSet | None:
+def _masks(
+    file: MaskFile | None, start: Checkpoint, base: Checkpoint, foreign: bool, result: CellResult
+) -> MaskSet | None:
+    """The cell's masks, which fit the weights ``start`` that they come with, made of the model ``base``."""
     if file is None:
         return None
     masks = file.load()
-    check_masks(masks, checkpoint.prunable_shapes(), str(checkpoint.folder.name))
+    check_masks(masks, start.prunable_shapes(), str(start.folder.name))
     result.tags["mask_checksum"] = masks.checksum
-    made_from = masks.metadata.get("fingerprint")
-    if made_from not in (None, checkpoint.fingerprint):
-        result.tags["warning"] = f"the masks were made from other weights ({made_from}, not {checkpoint.fingerprint})"
+    for made_of, weights in (("fingerprint", start), ("source_fingerprint", base)):
+        said = masks.metadata.get(made_of)
+        if said in (None, weights.fingerprint):
+            continue
+        what = f"the masks {file.path} were made from other weights ({said}, not {weights.fingerprint})"
+        if not foreign:
+            raise UserError(f"{what}: a study compares only masks of its own models. Make them anew (compute_masks).")
+        result.tags["warning"] = what
     result.metrics.update({"sparsity/target": file.sparsity, "sparsity/achieved": masks.sparsity})
     return masks
 
 
-def _log_untuned(result: CellResult, scores: _Scores, model: PreTrainedModel, masks: MaskSet | None) -> None:
+def _log_untuned(
+    result: CellResult, scores: _Scores, model: PreTrainedModel, start: Checkpoint, masks: MaskSet | None
+) -> None:
     pruned = masks is not None and masks.n_pruned > 0  # masks that keep all leave the model as it is
-    measured_by, evaluation = scores.untuned(model, masks.checksum if pruned else "")
+    measured_by, evaluation = scores.untuned(model, start, masks.checksum if pruned else "")
     result.tags["untuned_measured_by"] = measured_by
     _log_scores(result, evaluation, "_untuned")
 

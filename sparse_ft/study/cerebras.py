@@ -142,7 +142,7 @@ def run_cerebras_cell(
         plan = trainer_plan(cell, checkpoint.config, settings.device, settings.cluster)
         task = bench.task(cell.task, cell.data_dir, count(cell.num_fewshot))
         start = checkpoint if mask_file is None or mask_file.checkpoint is None else Checkpoint(mask_file.checkpoint)
-        masks = _masks(mask_file, start, result)
+        masks = _masks(mask_file, start, checkpoint, False, result)
         needed = training_settings(cell).examples_needed
         examples = training_examples(task, tokenizer, cell.max_seq_len, needed, cell.seed)
     scores = _Scores(cell, name or cell.title, bench, tokenizer, task, folder)
@@ -153,7 +153,7 @@ def run_cerebras_cell(
             if masks is not None:
                 apply_masks(model, masks)
             with clock("eval_untuned"):
-                _log_untuned(result, scores, model, masks)
+                _log_untuned(result, scores, model, start, masks)
 
     config = _prepare(cell, plan, start, masks, examples, tokenizer.pad_token_id, folder, settings, bench, clock)
     _require(preflight(settings.python, settings.device, yaml.safe_load(config.read_text(encoding="utf-8"))))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from sparse_ft.levels import level_label, mode_label, parse_levels
@@ -181,19 +181,38 @@ class CellConfig:
         """Whether masks are applied at all."""
         return self.mode != "dense"
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether the masks depend on calibration text."""
+        read = self.importance not in ("magnitude", "none") or self.allocation != "uniform"
+        return read and self.method != "random"
+
     def canonical(self) -> dict[str, Any]:
-        """Everything that the result depends on; pruning fields of a dense cell are none."""
+        """Everything that the result depends on, by the names it was asked for with. Fields that cannot matter under
+        the others (the pruning of a dense cell, the pattern of masks that have none) are none or their default, so
+        that two cells which compute the same say the same."""
         values = {key: value for key, value in asdict(self).items() if key not in _NO_PART_OF_THE_RESULT}
+        blank = []
         if not self.pruned:
             values.update(masks="none", method="none", importance="none", scope="none", sparsity=0.0)
+            blank += ["pattern", "allocation", "calibration_samples", "calibration_seq_len", "force"]
         elif self.method == "random":
-            values.update(importance="none")
-        return values
+            values.update(importance="none", scope="none")
+            blank += ["allocation"]
+        elif self.method == "semi_structured":
+            values.update(scope="layer")
+        if self.method != "semi_structured":
+            blank += ["pattern"]
+        if not self.reads_text:
+            blank += ["calibration_samples", "calibration_seq_len"]
+        if self.mode == "full":
+            blank += ["lora_r", "lora_alpha", "lora_dropout", "target_modules"]
+        return values | {entry.name: entry.default for entry in fields(self) if entry.name in blank}
 
-    def key(self, mask_checksum: str = "", code_version: str = "") -> str:
-        """Identity of the cell: SHA-256 (16 hex digits) of its canonical form, masks and code version."""
-        text = json.dumps([self.canonical(), mask_checksum, code_version], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+    def key(self) -> str:
+        """What the cell asks for, by name: SHA-256 (16 hex digits) of its canonical form. What it computes also
+        depends on what the names stand for: see `sparse_ft.study.identity.cell_key`."""
+        return hashlib.sha256(json.dumps(self.canonical(), sort_keys=True).encode()).hexdigest()[:16]
 
     @property
     def title(self) -> str:

@@ -19,6 +19,7 @@ from sparse_ft.study.display import shown_display
 from sparse_ft.study.estimate import estimate_time
 from sparse_ft.study.executors import executor_problems, make_executor, worker_count
 from sparse_ft.study.failures import RETRIED, classify
+from sparse_ft.study.identity import cell_identity, mask_key
 from sparse_ft.study.keeping import keep_models
 from sparse_ft.study.life import close_open_runs, interruptible, resume_command, signs_of_life
 from sparse_ft.study.phases import Phases, holes_table
@@ -61,14 +62,16 @@ def sweep(config: SweepConfig) -> int:
         problems = check_resources(plan, bench, Path(config.output_dir), artifacts, workers)
     if problems:
         raise UserError(f"The study {study.name} cannot start. " + " | ".join(problems))
+    identities = [cell_identity(cell, bench) for cell in plan.cells]
+    mask_keys = [mask_key(item.config, bench) for item in plan.mask_sets]
 
     with interruptible():
         tracker = Tracker()
-        start = start_study(tracker, plan, config, console)
+        start = start_study(tracker, plan, config, console, identities)
         began = time.monotonic()
         with tracker.ending(start.parent), signs_of_life(tracker, start.parent):
             try:
-                phases = _run(tracker, start, plan, config, workers)
+                phases = _run(tracker, start, plan, config, workers, identities, mask_keys)
             except BaseException as error:
                 close_open_runs(tracker, start.parent)
                 if isinstance(error, KeyboardInterrupt):
@@ -94,8 +97,18 @@ def sweep(config: SweepConfig) -> int:
     return 1 if phases.holes or not complete else 0
 
 
-def _run(tracker: Tracker, start: Start, plan: Plan, config: SweepConfig, workers: int) -> Phases:
-    phases = Phases(plan, start.ledger, start.folder, tracker, start.parent, config.max_retries)
+def _run(
+    tracker: Tracker,
+    start: Start,
+    plan: Plan,
+    config: SweepConfig,
+    workers: int,
+    identities: list[dict[str, str]],
+    mask_keys: list[str],
+) -> Phases:
+    phases = Phases(
+        plan, identities, mask_keys, start.ledger, start.folder, tracker, start.parent, config.max_retries
+    )  # fmt: skip
     setup = WorkerSetup(tracker.uri, start.parent, start.folder.absolute() / "untuned")
     with shown_display(len(plan.cells)) as display, tracker.system_metrics(start.parent):
         display.workers = workers

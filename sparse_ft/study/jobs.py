@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
-import sparse_ft
 from sparse_ft.pruning.output import MaskFile
 from sparse_ft.study.config import CellConfig, MaskConfig
 from sparse_ft.study.failures import RETRIED_AT_ONCE, Failure
@@ -23,26 +22,25 @@ class Job:
         cell: as it runs; after running out of memory its batch is smaller than the plan's.
         masks: None for a dense cell, and the failure to report where its masks could not be made.
         folder: for what the cell writes; removed when the run holds it.
-        key: identity of the planned cell with its masks and the version of this program.
+        key: identity of the planned cell with its masks; see `sparse_ft.study.identity.cell_key`.
         attempt: 1 for the first.
         tags: more tags for the run.
         allowed: attempts that it may come to; None leaves that to the `Queue`.
         name: in its study; by default the cell's own.
+        identity: what the cell's names stood for when it was planned; empty where nobody planned it.
+        planned: the cell as the plan has it, where it runs otherwise.
     """
 
     cell: CellConfig
     masks: MaskFile | Failure | None
     folder: Path
-    key: str = ""
+    key: str
     attempt: int = 1
     tags: Mapping[str, str] = field(default_factory=dict)
     allowed: int | None = None
     name: str = ""
-
-    def __post_init__(self) -> None:
-        if not self.key:
-            checksum = self.masks.checksum if isinstance(self.masks, MaskFile) else ""
-            object.__setattr__(self, "key", self.cell.key(checksum, sparse_ft.__version__))
+    identity: Mapping[str, str] = field(default_factory=dict)
+    planned: CellConfig | None = None
 
     @property
     def model(self) -> str:
@@ -208,7 +206,7 @@ def halved(job: Job) -> Job | None:
         eval_batch_size=max(1, scored // 2) if isinstance(scored, int) else scored,
     )
     tags = {**job.tags, "reduced_batch": f"{size} -> {smaller}"}
-    return replace(job, cell=cell, attempt=job.attempt + 1, tags=tags)
+    return replace(job, cell=cell, planned=job.planned or job.cell, attempt=job.attempt + 1, tags=tags)
 
 
 def _checksum(job: Work) -> str | None:

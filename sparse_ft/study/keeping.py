@@ -16,6 +16,7 @@ import yaml
 from peft import PeftModel
 
 from sparse_ft.errors import UserError
+from sparse_ft.files import atomic_folder
 from sparse_ft.levels import level_label
 from sparse_ft.lora.model import load_sparse_lora, merge_all_lora_weights
 from sparse_ft.models.checkpoint import Checkpoint
@@ -61,6 +62,9 @@ def rebuild(tracker: Tracker, run_id: str, target: Path, bench: Workbench) -> Pa
             raise UserError(f"run {run_id} holds no adapter (mode {cell.mode}, keep: none); run the cell again.")
         adapter = tracker.fetch(run["run_id"], "adapter", scratch)
         masks = _masks(tracker, run, cell, Path(scratch))
+        base, found = run["tags"].get("base_fingerprint"), bench.checkpoint(cell.model).fingerprint
+        if base != found:
+            raise UserError(f"{cell.model} has other weights now ({found}) than run {run['run_id']} used ({base}).")
         with bench.borrow(cell) as model:
             if masks is not None and masks.checkpoint is not None:
                 start = Checkpoint(masks.checkpoint)
@@ -69,14 +73,23 @@ def rebuild(tracker: Tracker, run_id: str, target: Path, bench: Workbench) -> Pa
                 adapted = PeftModel.from_pretrained(model, str(adapter))
             else:
                 adapted = load_sparse_lora(model, adapter, masks.load())
-            save_model(merge_all_lora_weights(adapted), bench.tokenizer(cell.model), target)
-    expected, found = run["tags"].get("merged_fingerprint"), Checkpoint(target).fingerprint
-    if expected not in (None, found):
-        raise UserError(
-            f"{target}: the rebuilt weights are not those of run {run_id} (fingerprint {found}, not {expected}); "
-            "rebuild on the kind of device that the cell ran on."
-        )
+            with atomic_folder(target) as made:
+                save_model(merge_all_lora_weights(adapted), bench.tokenizer(cell.model), made)
+                if (problem := _not_of(run, made)) is not None:
+                    raise UserError(f"{problem}; rebuild on the kind of device that the cell ran on. Nothing is kept.")
     return target
+
+
+def _not_of(run: Run, folder: Path) -> str | None:
+    """Why a checkpoint is not the merged model of a run; None where it is."""
+    expected = run["tags"].get("merged_fingerprint")
+    try:
+        found = Checkpoint(folder).fingerprint
+    except UserError as error:
+        return str(error)
+    if expected == found:
+        return None
+    return f"the weights are not those of run {run['run_id']} (fingerprint {found}, not {expected})"
 
 
 def pareto_front(runs: Sequence[Run]) -> list[Run]:
@@ -121,7 +134,8 @@ def keep_models(
     """
     groups: dict[tuple[str, str], list[Run]] = defaultdict(list)
     for run in tracker.children(parent):
-        if run["tags"].get("kind") == "cell" and run["status"] == "FINISHED" and "same_as" not in run["tags"]:
+        own = not {"same_as", "superseded"} & run["tags"].keys()
+        if run["tags"].get("kind") == "cell" and run["status"] == "FINISHED" and own:
             groups[run["params"].get("cfg/model", ""), run["params"].get("cfg/task", "")].append(run)
     fronts = {key: pareto_front(runs) if front_only else runs for key, runs in groups.items()}
     kept: list[Path] = []
@@ -148,8 +162,9 @@ def _keep(tracker: Tracker, run: Run, folder: Path, register: bool, bench: Workb
     name = re.sub(r"[^\w.-]+", "-", run["name"])
     target = folder / "models" / f"{name}-{run['run_id'][:8]}"
     whole = folder / "cells" / tags["cell_key"] / "merged"
-    if not (target / "config.json").is_file():
-        if (whole / "config.json").is_file():
+    if _not_of(run, target) is not None:  # absent, or left there by a start that was stopped or refused
+        if _not_of(run, whole) is None:
+            shutil.rmtree(target, ignore_errors=True)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.move(whole, target)
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -133,10 +133,21 @@ def mask_file(path: str | Path) -> GivenMasks:
         metadata=about,
         checkpoint=checkpoint,
     )
+    return GivenMasks(given, _described(about) | {"sparsity": given.sparsity})
+
+
+def _described(about: Mapping[str, Any]) -> dict[str, Any]:
+    """The cell fields that the metadata of masks settle: what made them, whatever the cell says beside their name."""
+    blank, calibration = MaskConfig(), about.get("calibration") or {}
     described = {key: about[key] for key in ("method", "importance", "scope") if key in about}
     if described.get("method") == "random":
         described.update(importance="none", scope="none")
-    return GivenMasks(given, {**described, "sparsity": given.sparsity})
+    return described | {
+        "pattern": about.get("pattern", blank.pattern),
+        "allocation": about.get("allocation", blank.allocation),
+        "calibration_samples": calibration.get("samples", blank.calibration_samples),
+        "calibration_seq_len": calibration.get("length", blank.calibration_seq_len),
+    }
 
 
 def write_manifest(folder: Path, files: Sequence[MaskFile]) -> Path:

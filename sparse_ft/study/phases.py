@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,17 +10,18 @@ from typing import Any, Protocol
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-import sparse_ft
 from sparse_ft.errors import UserError
 from sparse_ft.pruning.output import MaskFile
-from sparse_ft.study.config import CellConfig, MaskConfig
+from sparse_ft.study.config import CellConfig
 from sparse_ft.study.display import Display
 from sparse_ft.study.failures import Failure, classify
+from sparse_ft.study.identity import cell_key
 from sparse_ft.study.jobs import Job, MaskJob, Outcome, Queue, halved
 from sparse_ft.study.mask_sets import mask_file, read_manifest
 from sparse_ft.study.plan import Plan
-from sparse_ft.study.recording import log_cell_inputs
+from sparse_ft.study.recording import log_cell_inputs, log_identity
 from sparse_ft.study.resume import Ledger
+from sparse_ft.tracking.parameters import flatten_config
 from sparse_ft.tracking.runs import Tracker
 
 __all__ = ["Executor", "Hole", "Phases", "holes_table"]
@@ -57,6 +57,8 @@ class Phases:
 
     Attributes:
         plan: what is to be run.
+        identities: of each cell, what its names stand for; see `sparse_ft.study.identity.cell_identity`.
+        mask_keys: of each mask set, its identity.
         ledger: what was done before this start.
         folder: the study's.
         tracker, parent: where it is logged.
@@ -66,6 +68,8 @@ class Phases:
     """
 
     plan: Plan
+    identities: list[dict[str, str]]
+    mask_keys: list[str]
     ledger: Ledger
     folder: Path
     tracker: Tracker
@@ -78,11 +82,12 @@ class Phases:
     def make_masks(self, executor: Executor) -> None:
         """Makes the mask sets that are not there yet, each once for all its cells."""
         jobs = []
-        for item in self.plan.mask_sets:
-            key = mask_key(item.config)
-            jobs.append(MaskJob(item.config, item.name, self.folder / "masks" / item.name, key))
+        for item, key in zip(self.plan.mask_sets, self.mask_keys, strict=True):
+            name = f"{item.name}-{key}"  # the identity in the folder's name: no two sets share one
+            jobs.append(MaskJob(item.config, name, self.folder / "masks" / name, key))
         found = {job.key: self._found(job) for job in jobs}
-        queue = Queue([job for job in jobs if found[job.key] is None], self.max_retries)
+        wanted = {job.key: job for job in jobs if found[job.key] is None}  # two names may stand for one set
+        queue = Queue(wanted.values(), self.max_retries)
         executor.run(queue)
         for outcome in queue.outcomes:
             found[outcome.job.key] = outcome.failure or _by_level(outcome.masks)
@@ -91,7 +96,9 @@ class Phases:
     def run_cells(self, executor: Executor, display: Display) -> None:
         """Runs every cell that has no result and may get one."""
         jobs = [self._job(number) for number in range(len(self.plan.cells))]
-        first = [job for job, same in zip(jobs, self.plan.same_as, strict=True) if same is None]
+        self._supersede(jobs)
+        same_as = self._same_as(jobs)
+        first = [job for job, same in zip(jobs, same_as, strict=True) if same is None]
         display.finished = sum(job.key in self.ledger.finished for job in jobs)
         waiting = []
         for job in first:
@@ -110,7 +117,27 @@ class Phases:
         finally:
             self.outcomes += queue.outcomes
         self.holes += [_hole(outcome) for outcome in queue.outcomes if outcome.failure is not None]
-        self._record_same(jobs, display)
+        self._record_same(jobs, same_as, display)
+
+    def _same_as(self, jobs: list[Job]) -> list[int | None]:
+        """The plan's twins, and the cells under two names (``auto`` and the device it is) that are one computation."""
+        first: dict[str, int] = {}
+        return [
+            same if same is not None else (first[job.key] if first.setdefault(job.key, number) != number else None)
+            for number, (job, same) in enumerate(zip(jobs, self.plan.same_as, strict=True))
+        ]
+
+    def _supersede(self, jobs: list[Job]) -> None:
+        """Marks the runs of earlier starts whose names are those of a cell of this plan, and whose weights, rows or
+        program were others: they stay to be read, and are no part of this study's results any more."""
+        keys: dict[frozenset, set[str]] = {}
+        for job in jobs:
+            if not isinstance(job.masks, Failure):
+                keys.setdefault(_named(flatten_config(job.cell.canonical())), set()).add(job.key)
+        for run in self.ledger.cells:
+            wanted = keys.get(_named(run["params"]))
+            if wanted and run["tags"].get("cell_key") not in wanted:
+                self.tracker.log(run["run_id"], tags={"superseded": ",".join(sorted(wanted))})
 
     def _again(self, job: Job) -> Job | None:
         """The job as it is to be run after what earlier starts say of it; None: it is not tried again.
@@ -150,14 +177,16 @@ class Phases:
             masks = of_set[cell.sparsity] if isinstance(of_set, dict) else of_set
         elif cell.pruned and cell.masks != "none":
             masks = _given(cell)
-        job = Job(cell, masks, self.folder, name=self.plan.titles[number])
-        return replace(job, folder=self.folder / "cells" / job.key)
+        identity = self.identities[number]
+        key = cell_key(cell, identity, masks.checksum if isinstance(masks, MaskFile) else "")
+        folder = self.folder / "cells" / key
+        return Job(cell, masks, folder, key, name=self.plan.titles[number], identity=identity)
 
-    def _record_same(self, jobs: list[Job], display: Display) -> None:
+    def _record_same(self, jobs: list[Job], same_as: list[int | None], display: Display) -> None:
         """Runs of the cells that compute the same as another, tagged with its run: nothing is measured twice."""
         ended = {outcome.job.key: outcome for outcome in self.outcomes}
-        for job, same in zip(jobs, self.plan.same_as, strict=True):
-            if same is None or job.key in self.ledger.finished:
+        for job, same in zip(jobs, same_as, strict=True):
+            if same is None or self.ledger.has(job.key, flatten_config(job.cell.canonical())):
                 continue
             outcome, before = ended.get(jobs[same].key), self.ledger.finished.get(jobs[same].key)
             if outcome is None and before is None:  # not run now, not finished then
@@ -174,6 +203,7 @@ class Phases:
                 tags |= {"failure_class": failure.kind, "failure_message": failure.message}
             run_id = self.tracker.start_child(self.parent, job.title, tags)
             log_cell_inputs(self.tracker, run_id, job.cell)
+            log_identity(self.tracker, run_id, job.identity)
             self.tracker.finish(run_id, "FINISHED" if failure is None else "FAILED")
             display.recorded(failed=failure is not None)
             if failure is not None:
@@ -188,11 +218,9 @@ def holes_table(holes: list[Hole]) -> Table:
     return table
 
 
-def mask_key(config: MaskConfig) -> str:
-    """Identity of a mask set: SHA-256 (16 hex digits) of its configuration and the version of this program."""
-    values = {key: value for key, value in vars(config).items() if key != "output_dir"}
-    text = json.dumps([values, sparse_ft.__version__], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def _named(params: Mapping[str, str]) -> frozenset:
+    """A cell's configuration as its run holds it."""
+    return frozenset(pair for pair in params.items() if pair[0].startswith("cfg/"))
 
 
 def _by_level(files) -> dict[float, MaskFile]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import yaml
 from sparse_ft.errors import UserError
 from sparse_ft.levels import levels_text, parse_levels
 from sparse_ft.study.config import CellConfig, MaskConfig
+from sparse_ft.study.mask_sets import mask_file
 from sparse_ft.study.parsing import Parser
 from sparse_ft.study.settings import pruning_settings
 
@@ -65,12 +66,15 @@ class MaskSetPlan:
 
     @property
     def name(self) -> str:
-        """Folder and run name."""
-        what = self.config.method
-        if what != "random":
-            what += f"_{self.config.importance}_{self.config.scope}"
-        seed = "" if self.config.seed == 0 else f"_seed{self.config.seed}"
-        return f"{self.config.model.rstrip('/').split('/')[-1]}_{what}{seed}"
+        """For people. The folder's name carries the identity too: see `sparse_ft.study.identity.mask_key`."""
+        config, settings = self.config, pruning_settings(self.config)
+        parts = [config.model.rstrip("/").split("/")[-1], settings.label]
+        if config.method != "random":
+            parts += [config.importance, config.scope]
+        parts += [config.allocation] if config.allocation != "uniform" else []
+        parts += [config.task] if settings.needs_calibration else []
+        parts += [f"seed{config.seed}"] if config.seed != 0 else []
+        return "_".join(parts)
 
 
 @dataclass(frozen=True)
@@ -144,7 +148,7 @@ def make_plan(study: Study) -> Plan:
         UserError: a field or value that no cell has.
     """
     where, parser = f"Study {study.name}", Parser(CellConfig)
-    common = parser.values(study.cell, where)
+    common, described = parser.values(study.cell, where), cache(lambda path: mask_file(path).described)
     # Every axis value is checked once, not once a cell.
     axes = [[getattr(parser.values({axis: v}, where), axis) for v in values] for axis, values in study.grid.items()]
     points = [replace(common, **dict(zip(study.grid, values, strict=True))) for values in itertools.product(*axes)]
@@ -156,6 +160,8 @@ def make_plan(study: Study) -> Plan:
         # Of a model trained without an adapter the whole is all there is to keep.
         whole = study.kept == "all" or (study.kept == "pareto" and cell.mode == "full")
         kept = "none" if study.kept == "none" else "all" if whole else "adapter"
+        if cell.pruned and cell.masks != "none":
+            cell = replace(cell, **described(cell.masks))
         cells.setdefault(cell.key(), replace(cell, keep=kept, register_as="none"))
 
     sets: dict[MaskConfig, list[float]] = {}
@@ -196,25 +202,26 @@ def _same_as(cells: list[CellConfig]) -> tuple[int | None, ...]:
 def mask_set_of(cell: CellConfig) -> MaskConfig | None:
     """The mask set that a cell needs, without levels; cells with equal ones share it. None: it needs none.
 
-    Fields that cannot change the masks are set to one value: the task for data-free importances, the seed
-    where nothing is drawn.
+    Fields that cannot change the masks are set to one value: task and device for data-free importances, the seed
+    where nothing is drawn, the pattern where there is none.
     """
     if not cell.pruned or cell.masks != "none":
         return None
     kind = cell.mask_config("0", "")
-    if pruning_settings(kind).needs_calibration:
+    kind = replace(kind, scope="layer") if kind.method in ("random", "semi_structured") else kind
+    kind = replace(kind, pattern=MaskConfig.pattern) if kind.method != "semi_structured" else kind
+    if cell.reads_text:
         return kind
-    blank = MaskConfig()
     kind = replace(
         kind,
         task="",
         data_dir="none",
-        calibration_samples=blank.calibration_samples,
-        calibration_seq_len=blank.calibration_seq_len,
+        calibration_samples=MaskConfig.calibration_samples,
+        calibration_seq_len=MaskConfig.calibration_seq_len,
+        device="auto",
+        dtype="auto",
     )
-    if kind.method == "random":
-        return replace(kind, importance="magnitude", scope="layer")
-    return replace(kind, seed=0)
+    return replace(kind, importance="magnitude") if kind.method == "random" else replace(kind, seed=0)
 
 
 def _axis(path: Path, axis: str, values: Any) -> list[Any]:

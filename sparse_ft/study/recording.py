@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from sparse_ft.levels import level_label
 from sparse_ft.masks.statistics import block_sparsities
@@ -15,16 +14,32 @@ from sparse_ft.study.failures import Failure
 from sparse_ft.tracking.parameters import flatten_config
 from sparse_ft.tracking.runs import Tracker
 
-__all__ = ["log_cell_inputs", "log_cell_result", "log_failure", "log_mask_inputs", "log_masks", "mask_tags"]
+__all__ = [
+    "log_cell_inputs",
+    "log_cell_result",
+    "log_failure",
+    "log_identity",
+    "log_mask_inputs",
+    "log_masks",
+    "mask_tags",
+]
 
 _TAG_ROOM = 1000  # characters; all remarks are in the mask files' metadata
 
 
-def log_cell_inputs(tracker: Tracker, run_id: str, cell: CellConfig) -> None:
-    """The cell's configuration, as parameters ``cfg/...`` and as ``config.yaml``."""
-    values: dict[str, Any] = cell.canonical()
-    tracker.log(run_id, params=flatten_config(values))
-    tracker.log_dict(run_id, values, "config.yaml")
+def log_cell_inputs(tracker: Tracker, run_id: str, cell: CellConfig, planned: CellConfig | None = None) -> None:
+    """The cell's configuration, as parameters ``cfg/...`` and as ``config.yaml``.
+
+    A cell that runs with a smaller batch than ``planned`` is the planned one in the parameters, by which results are
+    compared, and the one that ran in the file, from which it can be repeated.
+    """
+    tracker.log(run_id, params=flatten_config((planned or cell).canonical()))
+    tracker.log_dict(run_id, cell.canonical(), "config.yaml")
+
+
+def log_identity(tracker: Tracker, run_id: str, identity: Mapping[str, str]) -> None:
+    """What the cell's names stand for, as parameters ``identity/...``; see `sparse_ft.study.identity`."""
+    tracker.log(run_id, params=flatten_config(dict(identity), "identity"))
 
 
 def log_cell_result(tracker: Tracker, run_id: str, result: CellResult) -> None:

@@ -8,7 +8,7 @@ import os
 import platform
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from rich.console import Console
 from sparse_ft.errors import UserError
 from sparse_ft.study.config import SweepConfig
 from sparse_ft.study.failures import RETRIED
+from sparse_ft.study.identity import plan_identity
 from sparse_ft.study.plan import Plan, Study
 from sparse_ft.study.worker import process_name
 from sparse_ft.tracking.parameters import flatten_config
@@ -27,6 +28,7 @@ from sparse_ft.tracking.runs import Tracker
 
 __all__ = [
     "HEARTBEAT_SECONDS",
+    "IDENTITY_FILE",
     "STUDY_FILE",
     "Ledger",
     "changes",
@@ -38,7 +40,7 @@ __all__ = [
 
 HEARTBEAT_SECONDS = 30  # how often a driver says on its run that it lives
 _PATIENCE = 30  # seconds that workers have to end after their driver
-STUDY_FILE = "study.yaml"
+STUDY_FILE, IDENTITY_FILE = "study.yaml", "identity.yaml"
 
 Run = dict[str, Any]
 
@@ -52,12 +54,19 @@ class Ledger:
         failed: cell key -> its FAILED runs, oldest first, where none is FINISHED.
         masks: mask key -> its FINISHED run.
         closed: runs that nobody worked at any more and that were set KILLED.
+        cells: every run of a cell that has ended.
     """
 
     finished: dict[str, Run] = field(default_factory=dict)
     failed: dict[str, list[Run]] = field(default_factory=dict)
     masks: dict[str, Run] = field(default_factory=dict)
     closed: list[Run] = field(default_factory=list)
+    cells: list[Run] = field(default_factory=list)
+
+    def has(self, key: str, params: Mapping[str, str]) -> bool:
+        """Whether a cell of this key has a FINISHED run under these very names."""
+        done = [run for run in self.cells if run["status"] == "FINISHED" and run["tags"].get("cell_key") == key]
+        return any(params.items() <= run["params"].items() for run in done)
 
     def settled(self, key: str) -> bool:
         """Whether another try could not end differently: FINISHED, or failed in a class that is not tried again."""
@@ -83,8 +92,12 @@ class Start:
     ledger: Ledger
 
 
-def start_study(tracker: Tracker, plan: Plan, config: SweepConfig, console: Console) -> Start:
-    """A new study's run, or that of the one to go on with."""
+def start_study(
+    tracker: Tracker, plan: Plan, config: SweepConfig, console: Console, identities: Sequence[Mapping[str, str]]
+) -> Start:
+    """A new study's run, or that of the one to go on with. ``identities``: of each cell, what its names stand for;
+    see `sparse_ft.study.identity.cell_identity`."""
+    identity = plan_identity(plan, identities)
     name = plan.study.name
     found = find_unfinished(tracker, plan) if config.resume == "none" else None
     parent = found if config.resume in ("none", "new") else config.resume
@@ -99,30 +112,38 @@ def start_study(tracker: Tracker, plan: Plan, config: SweepConfig, console: Cons
         ledger = take_over(tracker, parent)
         run = tracker.run(parent)
         folder = Path(run["tags"].get("folder") or Path(config.output_dir) / f"{name}-{parent[:8]}")
-        said = f"going on with the study {name} ({parent}): {_done(plan, ledger)} of {len(plan.cells)} cells are done"
+        done = _done(plan, identities, ledger)
+        said = f"going on with the study {name} ({parent}): {done} of {len(plan.cells)} cells are done"
         console.print(said, soft_wrap=True)
         if ledger.closed:
             console.print(f"  {len(ledger.closed)} runs were open that nobody worked at; they are now KILLED")
-        for line in changes(tracker, parent, plan.study):
+        for line in changes(tracker, parent, STUDY_FILE, describe(plan.study)):
             console.print(f"  the configuration has changed: {line}", highlight=False, soft_wrap=True)
+        for line in changes(tracker, parent, IDENTITY_FILE, identity):
+            said = f"  behind its name has changed: {line}; the cells that use it run again"
+            console.print(said, highlight=False, soft_wrap=True)
         tracker.reopen(parent)
         if adopted := os.environ.get("MLFLOW_RUN_ID"):  # the run that `mlflow run` made for this start
             tracker.log(adopted, tags={"kind": "resume", "resumes": parent})
         tracker.log_dict(parent, describe(plan.study), STUDY_FILE)
+    tracker.log_dict(parent, identity, IDENTITY_FILE)
     tags = {"plan_key": plan_key(plan), "driver": process_name(), "heartbeat": time.time(), "complete": False}
     tracker.log(parent, tags={**tags, "folder": str(folder.absolute())})
     return Start(parent, folder, ledger)
 
 
-def _done(plan: Plan, ledger: Ledger) -> int:
+def _done(plan: Plan, identities: Sequence[Mapping[str, str]], ledger: Ledger) -> int:
     """How many cells of the plan have a FINISHED run. Their keys are not known before the masks are: told apart by
-    their parameters."""
+    their parameters, and by what those stood for."""
 
     def parameters(values: Mapping[str, str]) -> frozenset:
-        return frozenset(pair for pair in values.items() if pair[0].startswith("cfg/"))
+        return frozenset(pair for pair in values.items() if pair[0].startswith(("cfg/", "identity/")))
 
-    finished = {parameters(run["params"]) for run in ledger.finished.values()}
-    return sum(parameters(flatten_config(cell.canonical())) in finished for cell in plan.cells)
+    finished = {parameters(run["params"]) for run in ledger.cells if run["status"] == "FINISHED"}
+    return sum(
+        parameters(flatten_config(cell.canonical()) | flatten_config(dict(identity), "identity")) in finished
+        for cell, identity in zip(plan.cells, identities, strict=True)
+    )
 
 
 def plan_key(plan: Plan) -> str:
@@ -138,13 +159,13 @@ def describe(study: Study) -> dict[str, Any]:
     return json.loads(json.dumps(values))
 
 
-def changes(tracker: Tracker, parent: str, study: Study) -> list[str]:
-    """What differs between the configuration that a study was started with and this one, a line each."""
+def changes(tracker: Tracker, parent: str, file: str, now: Mapping[str, Any]) -> list[str]:
+    """What differs between what a study was started with, in ``file`` among its artifacts, and ``now``, a line each."""
     try:
-        before = yaml.safe_load(tracker.fetch_text(parent, STUDY_FILE))
+        before = yaml.safe_load(tracker.fetch_text(parent, file))
     except UserError:  # killed before it was written
         return []
-    old, new = dict(_leaves(before)), dict(_leaves(describe(study)))
+    old, new = dict(_leaves(before)), dict(_leaves(now))
     lines = []
     for name in sorted(old.keys() | new.keys()):
         if name not in new:
@@ -183,6 +204,8 @@ def take_over(tracker: Tracker, parent: str) -> Ledger:
     failed: dict[str, list[Run]] = defaultdict(list)
     for child in tracker.children(parent):
         tags, status = child["tags"], child["status"]
+        if "superseded" in tags:
+            continue
         if status not in ("FINISHED", "FAILED", "KILLED"):
             _wait_for_end(tags.get("worker", ""))
             child = tracker.run(child["run_id"])  # it may have come to its end in this moment
@@ -193,10 +216,12 @@ def take_over(tracker: Tracker, parent: str) -> Ledger:
             ledger.closed.append(child)
         elif status == "FINISHED" and tags.get("kind") == "cell":
             ledger.finished[tags["cell_key"]] = child
+            ledger.cells.append(child)
         elif status == "FINISHED" and tags.get("kind") == "masks":
             ledger.masks[tags.get("mask_key", "")] = child
         elif status == "FAILED" and tags.get("kind") == "cell":
             failed[tags["cell_key"]].append(child)
+            ledger.cells.append(child)
     ledger.failed = {key: runs for key, runs in failed.items() if key not in ledger.finished}
     return ledger
 

@@ -24,6 +24,7 @@ from sparse_ft.study.config import SweepConfig
 from sparse_ft.study.display import shown_display
 from sparse_ft.study.executors import executor_problems, make_executor, worker_count
 from sparse_ft.study.failures import Failure
+from sparse_ft.study.identity import cell_identity, mask_key
 from sparse_ft.study.jobs import Queue
 from sparse_ft.study.life import close_open_runs, interruptible, resume_command, signs_of_life
 from sparse_ft.study.phases import Hole, Phases, holes_table
@@ -76,10 +77,12 @@ def search(config: SweepConfig, study: Study) -> int:
         return 0
     with interruptible():
         tracker = Tracker()
-        start = start_study(tracker, plan, config, console)
+        identities = [cell_identity(cell, bench) for cell in plan.cells]
+        mask_keys = [mask_key(item.config, bench) for item in plan.mask_sets]
+        start = start_study(tracker, plan, config, console, identities)
         with tracker.ending(start.parent), signs_of_life(tracker, start.parent):
             try:
-                trials, holes = _run(tracker, start, plan, settings, config, workers)
+                trials, holes = _run(tracker, start, plan, settings, config, workers, identities, mask_keys)
             except BaseException as error:
                 close_open_runs(tracker, start.parent)
                 if isinstance(error, KeyboardInterrupt):
@@ -97,9 +100,18 @@ def search(config: SweepConfig, study: Study) -> int:
 
 
 def _run(
-    tracker: Tracker, start: Start, plan: Plan, settings: SearchSettings, config: SweepConfig, workers: int
+    tracker: Tracker,
+    start: Start,
+    plan: Plan,
+    settings: SearchSettings,
+    config: SweepConfig,
+    workers: int,
+    identities: list[dict[str, str]],
+    mask_keys: list[str],
 ) -> tuple[list[FrozenTrial], list[Hole]]:
-    phases = Phases(plan, start.ledger, start.folder, tracker, start.parent, config.max_retries)
+    phases = Phases(
+        plan, identities, mask_keys, start.ledger, start.folder, tracker, start.parent, config.max_retries
+    )  # fmt: skip
     setup = WorkerSetup(tracker.uri, start.parent, start.folder.absolute() / "untuned")
     start.folder.mkdir(parents=True, exist_ok=True)
     storage = settings.storage

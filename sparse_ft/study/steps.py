@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import sparse_ft
 from sparse_ft.analysis.terminal import print_table, terminal_table
 from sparse_ft.analysis.write import write_analysis
 from sparse_ft.errors import UserError
@@ -21,6 +20,7 @@ from sparse_ft.study.cell import run_cell
 from sparse_ft.study.cell_settings import check_cell
 from sparse_ft.study.config import AnalyzeConfig, CellConfig, MaskConfig, RebuildConfig, ValidateConfig
 from sparse_ft.study.failures import classify
+from sparse_ft.study.identity import cell_identity, cell_key
 from sparse_ft.study.keeping import rebuild as rebuild_checkpoint
 from sparse_ft.study.mask_sets import check_mask_set, check_shrink, make_masks, mask_file, shrink
 from sparse_ft.study.plan import mask_set_of
@@ -29,6 +29,7 @@ from sparse_ft.study.recording import (
     log_cell_inputs,
     log_cell_result,
     log_failure,
+    log_identity,
     log_mask_inputs,
     log_masks,
     mask_tags,
@@ -98,9 +99,10 @@ def train(config: CellConfig) -> int:
             (masks,) = make_masks(kind, bench, folder / "masks")
             tracker.log_folder(run_id, folder / "masks", "masks")
             tracker.log(run_id, tags=mask_tags([masks]))
-        checksum = masks.checksum if masks else ""
-        tracker.log(run_id, tags={"cell_key": config.key(checksum, sparse_ft.__version__)})
-        result = run_cell(config, masks, bench, folder)
+        identity = cell_identity(config, bench)
+        log_identity(tracker, run_id, identity)
+        tracker.log(run_id, tags={"cell_key": cell_key(config, identity, masks.checksum if masks else "")})
+        result = run_cell(config, masks, bench, folder, foreign_masks=True)
         log_cell_result(tracker, run_id, result)
         address = None
         if config.register_as != "none":

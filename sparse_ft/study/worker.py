@@ -17,9 +17,17 @@ from sparse_ft.memory import release_memory
 from sparse_ft.progress import SILENT, Progress
 from sparse_ft.study.cell import Judge, StoppedEarly, run_cell
 from sparse_ft.study.failures import Failure, classify
+from sparse_ft.study.identity import cell_identity, check_identity
 from sparse_ft.study.jobs import Job, MaskJob, Outcome, Work
 from sparse_ft.study.mask_sets import make_masks, write_manifest
-from sparse_ft.study.recording import log_cell_inputs, log_cell_result, log_failure, log_mask_inputs, log_masks
+from sparse_ft.study.recording import (
+    log_cell_inputs,
+    log_cell_result,
+    log_failure,
+    log_identity,
+    log_mask_inputs,
+    log_masks,
+)
 from sparse_ft.study.trials import TrialJob, run_trial
 from sparse_ft.study.workbench import Workbench
 from sparse_ft.tracking.runs import Tracker
@@ -105,9 +113,8 @@ class Worker:
             progress.stop()
 
     def _cell(self, job: Job, run_id: str, began: float, judge: Judge | None) -> Outcome:
-        log_cell_inputs(self._tracker, run_id, job.cell)
-        if isinstance(job.masks, Failure):
-            return self._failed(job, run_id, began, job.masks)
+        if (failed := self._begin(job, run_id, began)) is not None:
+            return failed
         result = run_cell(job.cell, job.masks, self._bench, job.folder, judge, job.title)
         log_cell_result(self._tracker, run_id, result)
         _clear(job.folder, result.merged)
@@ -116,6 +123,17 @@ class Worker:
         self._tracker.log(run_id, metrics={"time/overhead_seconds": overhead})
         metrics = result.metrics | {"time/overhead_seconds": overhead}
         return Outcome(job, run_id, "FINISHED", time.monotonic() - began, metrics)
+
+    def _begin(self, job: Job, run_id: str, began: float) -> Outcome | None:
+        """Logs what the cell is given, under its names and behind them; the outcome where that is not to be run."""
+        log_cell_inputs(self._tracker, run_id, job.cell, job.planned)
+        if isinstance(job.masks, Failure):
+            log_identity(self._tracker, run_id, job.identity)
+            return self._failed(job, run_id, began, job.masks)
+        identity = cell_identity(job.cell, self._bench)
+        log_identity(self._tracker, run_id, identity)
+        check_identity(job.identity, identity, job.title)
+        return None
 
     def _masks(self, job: MaskJob, run_id: str, began: float) -> Outcome:
         log_mask_inputs(self._tracker, run_id, job.config)
@@ -160,7 +178,8 @@ def close_lost(tracker: Tracker, parent: str, job: Work, run_id: str, failure: F
         kind = {"kind": "cell", "cell_key": job.key} if isinstance(job, Job) else {"kind": "masks", "mask_key": job.key}
         run_id = tracker.start_child(parent, job.title, {**kind, "attempt": job.attempt})
         if isinstance(job, Job):
-            log_cell_inputs(tracker, run_id, job.cell)
+            log_cell_inputs(tracker, run_id, job.cell, job.planned)
+            log_identity(tracker, run_id, job.identity)
     _close(tracker, run_id, failure)
     if isinstance(job, Job):
         shutil.rmtree(job.folder, ignore_errors=True)

@@ -92,14 +92,16 @@ def test_what_stays_on_disk(run, keep, left):
     assert (result.merged is not None) == (keep == "all")
 
 
-def test_masks_of_other_weights_warn_and_of_other_shapes_are_refused(run, bench, small, tmp_path):
+def test_masks_of_other_weights_are_refused_or_warned_of_and_of_other_shapes_always_refused(run, bench, tmp_path):
     cell, masks, _, _ = run()
     altered = masks.load()
     altered.metadata["fingerprint"] = "0" * 16
     from sparse_ft.masks.files import save_masks
 
     path = save_masks(altered, tmp_path / "altered.safetensors")
-    result = run_cell(cell, mask_file(path).file, bench, tmp_path / "other")
+    with pytest.raises(UserError, match="made from other weights"):
+        run_cell(cell, mask_file(path).file, bench, tmp_path / "refused")
+    result = run_cell(cell, mask_file(path).file, bench, tmp_path / "other", foreign_masks=True)
     assert "other weights" in result.tags["warning"]
     foreign = save_masks(MaskSet.from_bool({"w": torch.ones(2, 2) > 0}), tmp_path / "foreign.safetensors")
     with pytest.raises(UserError, match="do not fit"):

@@ -10,9 +10,8 @@ from sparse_ft.cerebras.logs import Step
 from sparse_ft.study.cell import Judge
 from sparse_ft.study.cerebras import CerebrasSettings, run_cerebras_cell
 from sparse_ft.study.executors.serial import SerialExecutor
-from sparse_ft.study.failures import Failure
 from sparse_ft.study.jobs import Job, Outcome
-from sparse_ft.study.recording import log_cell_inputs, log_cell_result
+from sparse_ft.study.recording import log_cell_result
 from sparse_ft.study.workbench import Workbench
 from sparse_ft.study.worker import Worker, WorkerSetup
 
@@ -38,9 +37,8 @@ class CerebrasWorker(Worker):
 
     def _cell(self, job: Job, run_id: str, began: float, judge: Judge | None) -> Outcome:
         assert judge is None, "search refuses this executor"
-        log_cell_inputs(self._tracker, run_id, job.cell)
-        if isinstance(job.masks, Failure):
-            return self._failed(job, run_id, began, job.masks)
+        if (failed := self._begin(job, run_id, began)) is not None:
+            return failed
         labels = (*self._settings.cluster.job_labels, f"mlflow_run={run_id}")
 
         def follow(step: Step) -> None:

@@ -1,0 +1,38 @@
+"""What the rows of a task are, as opposed to what they are called: digests of its splits."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+from lm_eval.api.task import Task
+
+from sparse_ft.tasks.definitions import eval_split, quiet
+
+__all__ = ["data_digests"]
+
+_ROWS = 1000  # read at a time
+
+
+def data_digests(task: Task) -> dict[str, str]:
+    """16 hex digits for the rows of each role a split of the task has: ``training_data``, ``scored_data``, and
+    ``fewshot_data`` where examples stand before the questions. A role without a split is left out.
+
+    SHA-256 over every row of the split in its order, as lm-eval reads them, whatever file or hub they came from.
+    """
+    splits = {"training_data": task.config.training_split, "scored_data": eval_split(task)}
+    if task.config.num_fewshot:
+        splits["fewshot_data"] = task.config.fewshot_split or task.config.training_split or splits["scored_data"]
+    known = {split: _digest(task.dataset[split]) for split in set(splits.values()) if split in task.dataset}
+    return {role: known[split] for role, split in splits.items() if split in known}
+
+
+def _digest(rows) -> str:
+    identity = hashlib.sha256()
+    with quiet():
+        for batch in rows.iter(_ROWS):
+            columns = sorted(batch)
+            for row in zip(*(batch[name] for name in columns), strict=True):
+                pairs = dict(zip(columns, row, strict=True))
+                identity.update(json.dumps(pairs, sort_keys=True, default=str).encode() + b"\n")
+    return identity.hexdigest()[:16]
