@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from sparse_ft.analysis.table import IDENTITY, NO_METHOD
+from sparse_ft.tracking.parameters import text_of
 
 __all__ = ["holes", "protocols"]
 
@@ -19,9 +20,9 @@ def holes(cells: pd.DataFrame, expected: Iterable[Mapping[str, Any]] | None = No
     """Cells without a result: failed, killed, running, finished without a score, or never started.
 
     ``reason`` is the failure class where the run names one. ``expected`` lists the cells of the plan
-    (dicts with the identity columns; fewer are a pattern); without it every (method, importance, scope)
-    is expected at each of its own levels and modes on every model, task and seed of the study, and what
-    is absent is called ``not_run``.
+    (their whole configuration, or the identity columns; fewer are a pattern); without it every (method,
+    importance, scope) is expected at each of its own levels and modes on every model, task and seed of the
+    study, and what is absent is called ``not_run``.
     """
     records = []
     for cell in cells.to_dict("records"):
@@ -31,9 +32,14 @@ def holes(cells: pd.DataFrame, expected: Iterable[Mapping[str, Any]] | None = No
             records.append(known | {"reason": reason, "message": message})
     wanted = list(expected) if expected is not None else _grid(cells)
     said = "in the plan" if expected is not None else "the other models, tasks or seeds have it"
-    present = {_key(cell) for cell in cells.to_dict("records")}
+    run = cells.to_dict("records")
+    present = {_key(cell) for cell in run}
+    told_apart = sorted({name for cell in wanted for name in cell if f"cfg_{name}" in cells})
+    configured = {(_key(cell), *(str(cell[f"cfg_{name}"]) for name in told_apart)) for cell in run}
     for cell in wanted:
-        if not _is_present(cell, present):
+        rest = {name: text_of(cell[name]) for name in told_apart if name in cell}
+        whole = len(rest) == len(told_apart) > 0  # the cells of a plan differ in more than their identity
+        if (_key(cell), *rest.values()) not in configured if whole else not _is_present(cell, present):
             record = {name: cell.get(name) for name in IDENTITY}
             records.append(record | {"variant": "", "reason": "not_run", "message": f"no run: {said}"})
     return pd.DataFrame(records, columns=HOLE_COLUMNS)

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from sparse_ft.analysis.alike import ways_of_points, why_not_comparable
 from sparse_ft.analysis.style import COLOURS
-from sparse_ft.analysis.table import EVALUATION_PROTOCOL, GROUP, grouped_table
+from sparse_ft.analysis.table import GROUP, grouped_table
 from sparse_ft.levels import mode_label
 
 __all__ = ["CHANCE", "chance_level", "curves", "dense_baseline", "majority_level", "pareto_front", "performance_table"]
@@ -88,8 +89,9 @@ def dense_baseline(grouped: pd.DataFrame, model: str, task: str, variant: str = 
 def performance_table(cells: pd.DataFrame, grouped: pd.DataFrame) -> pd.DataFrame:
     """One row a (line, level): scores beside recovery, what tuning gained and what re-masking costs.
 
-    ``recovery``: accuracy over the dense fine-tuned accuracy of the same model and task, only where both
-    were scored under one protocol. ``accuracy_gained``: accuracy - accuracy_untuned.
+    ``recovery``: accuracy over the dense fine-tuned accuracy of the same model and task, only where both were
+    fine-tuned in the same way and scored under one protocol; where it is not known ``recovery_reason`` says why.
+    ``accuracy_gained``: accuracy - accuracy_untuned.
     ``accuracy_remask_gap``: accuracy - accuracy_remasked, and likewise for perplexity as ratios (before /
     after, remasked / merged). ``X_error`` are standard errors that take both scores as independent (they
     share their questions, so the true error is rather smaller).
@@ -98,14 +100,16 @@ def performance_table(cells: pd.DataFrame, grouped: pd.DataFrame) -> pd.DataFram
     for name in POINT_MEASURES:
         if name not in table:
             table[name] = math.nan
-    protocols = _protocols(cells)
+    table["recovery_reason"] = ""
+    ways = ways_of_points(cells)
     bases: dict[tuple[str, str, str], pd.Series | None] = {}
     for index, row in zip(table.index, table.to_dict("records"), strict=True):
         panel = (row["model"], row["task"], row["variant"])
         if panel not in bases:
             bases[panel] = dense_baseline(grouped, *panel)
         base = bases[panel]
-        if base is None or not base["accuracy"] > 0 or protocols.get(_point(row)) != protocols.get(_point(base)):
+        if reason := why_not_comparable(row, base, ways):
+            table.at[index, "recovery_reason"] = reason
             continue
         ratio = row["accuracy"] / base["accuracy"]
         table.at[index, "recovery"] = ratio
@@ -121,7 +125,7 @@ def performance_table(cells: pd.DataFrame, grouped: pd.DataFrame) -> pd.DataFram
     table["perplexity_ratio_remask"] = table["perplexity_remasked"] / table["perplexity"]
     table["perplexity_ratio_remask_error"] = table["perplexity_ratio_remask"] * _relative(table, "_remasked")
     table["sparsity_percent"] = (table["sparsity"] * 100).round(6)
-    return table[[*GROUP, "sparsity_percent", "n", "seeds", *POINT_MEASURES]]
+    return table[[*GROUP, "sparsity_percent", "n", "seeds", *POINT_MEASURES, "recovery_reason"]]
 
 
 def curves(cells: pd.DataFrame, table: pd.DataFrame | None = None) -> list[dict[str, Any]]:
@@ -170,21 +174,7 @@ def pareto_front(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.array(front, dtype=int)
 
 
-def _protocols(cells: pd.DataFrame) -> dict[tuple[Any, ...], set[tuple[str, ...]]]:
-    """The protocols that the accuracies of a point were measured under (one, unless runs were mixed)."""
-    columns = [f"protocol_{name}" for name in EVALUATION_PROTOCOL if f"protocol_{name}" in cells]
-    columns = [name for name in columns if not name.startswith("protocol_perplexity")]
-    found: dict[tuple[Any, ...], set[tuple[str, ...]]] = {}
-    for cell in cells[cells["status"] == "FINISHED"].to_dict("records"):
-        found.setdefault(_point(cell), set()).add(tuple(str(cell[name]) for name in columns))
-    return found
-
-
 def _relative(table: pd.DataFrame, suffix: str) -> pd.Series:
     """Relative standard error of the ratio of two perplexities."""
     parts = [table[f"perplexity_error{end}"] / table[f"perplexity{end}"] for end in ("", suffix)]
     return np.hypot(*parts)
-
-
-def _point(row: Mapping[str, Any] | pd.Series) -> tuple[Any, ...]:
-    return tuple(row[name] for name in GROUP)

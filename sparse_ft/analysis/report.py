@@ -186,6 +186,8 @@ def _points(points: pd.DataFrame) -> str:
         Column("training tokens/s", number("train_tokens_per_second", ",.0f"), _value("train_tokens_per_second")),
         Column("scoring samples/s", number("eval_samples_per_second"), _value("eval_samples_per_second")),
     ]  # fmt: skip
+    if "recovery_reason" in points and points["recovery_reason"].fillna("").ne("").any():
+        columns.append(Column("why no recovery", text("recovery_reason"), wide=True))
     return (
         "<p>Means over seeds. ± is one standard error; recovery is the share of the dense fine-tuned accuracy, "
         f"measured under the same protocol.</p>{table(points, columns)}"

@@ -77,7 +77,8 @@ def _answer(cells: pd.DataFrame, table: pd.DataFrame, model: str, task: str, nam
             f"({_score(base)}) is not clearly above {guess[1]} ({guess[0]:.3f}); read loss and perplexity instead."
         )
     elif not (compared := scored[scored["mode"] != "dense"])["recovery"].notna().any() and len(compared):
-        parts.append(f"{subject}: the dense baseline was scored under another protocol, so recovery is not known.")
+        reasons = compared["recovery_reason"].drop_duplicates().tolist()
+        parts.append(f"{subject}: what sparsity costs is not known, because {' and '.join(reasons)}.")
     else:
         parts.append(_kept_sentence(subject, own, here, base, share))
     parts += [text for text in (_perplexity_sentence(here, base),) if text]

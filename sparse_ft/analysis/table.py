@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from sparse_ft.errors import UserError
+
 __all__ = [
     "EVALUATION_PROTOCOL",
     "GROUP",
@@ -37,7 +39,7 @@ RESULTS = (
     "train_loss", "train_tokens_per_second", "train_samples_per_second", "eval_samples_per_second",
     "peak_bytes", "minutes",
 )  # fmt: skip
-TAGS = ("failure_class", "failure_message", "same_as", "mask_checksum", "cell_key")
+TAGS = ("failure_class", "failure_message", "same_as", "mask_checksum", "cell_key", "reduced_batch")
 # Averaged over seeds by grouped_table.
 MEASURES = tuple(name for name in RESULTS if "stderr" not in name)
 # Scores that come with a standard error, each as it was measured: of the tuned model, before tuning, re-masked.
@@ -50,13 +52,12 @@ EVALUATION_PROTOCOL = (
     "accuracy_metric", "fewshot_seed", "chat_template", "lm_eval_version",
     "perplexity_corpus", "perplexity_seq_len", "perplexity_tokens",
 )  # fmt: skip
-# Configuration that may differ between two runs of one cell: where it ran, and what a retry after
-# running out of memory changes.
-_INCIDENTAL = {
-    "output_dir", "data_dir", "device", "executor", "max_workers", "resume", "register_as", "masks",
-    "batch_size", "eval_batch_size", "gradient_accumulation", "gradient_checkpointing", "format", "keep",
-    "name", "experiment", "parent_run_id", "run_id", "config", "timeout", "max_retries", "cell_key",
-    "keep_samples",
+# Parameters of runs that no result depends on.
+_INCIDENTAL = {"output_dir", "register_as", "keep", "keep_samples"}
+# Names that say nothing by themselves: a run that says what was behind them (``identity/...``) is told by that.
+_BEHIND = {
+    "data_dir": "scored_data", "device": "device", "dtype": "dtype", "masks": "versions", "num_fewshot": "num_fewshot",
+    "perplexity_corpus": "versions",
 }  # fmt: skip
 
 
@@ -64,15 +65,16 @@ def cell_table(rows: Iterable[Row]) -> pd.DataFrame:
     """One row a cell from run records; runs that are no cells are left out.
 
     ``rows``: dicts with run_id, parent_run_id, name, status, start_time and end_time (ms), tags, params,
-    metrics; cells are those tagged ``kind=cell``. Of several attempts at a cell (equal ``cell_key``, else
-    equal configuration) the finished one counts, else the latest. Sparsities are fractions, accuracies
+    metrics; cells are those tagged ``kind=cell``, without those ``superseded`` by a later start of their study. Of
+    several attempts at a cell (equal configuration, and equal weights, rows, precision and code behind it) the
+    finished one counts, else the latest. Sparsities are fractions, accuracies
     fractions, losses nats, ``minutes`` the run's wall time, ``peak_bytes`` bytes. What a run did not
     measure is NaN. A run tagged ``same_as`` that carries no result of its own shows the scores of the run
     it names: the same computation under another name, so its times stay empty. ``series`` is the label of
-    a line in a figure, ``variant`` what else tells cells of equal identity apart (a search over learning
-    rates, another evaluation limit).
+    a line in a figure, ``variant`` what else tells cells of equal identity apart: whatever the study varied, and
+    whatever differs in weights, rows, precision, masks, code or protocol.
     """
-    runs = [row for row in rows if _tags(row).get("kind") == "cell"]
+    runs = [row for row in rows if _tags(row).get("kind") == "cell" and "superseded" not in _tags(row)]
     records = _resolve_same([_record(row) for row in _latest(runs)])
     names = dict.fromkeys([*IDENTITY, *RESULTS, *TAGS, "status", "run_id", "parent_run_id", "name"])
     names |= dict.fromkeys(name for record in records for name in record)
@@ -92,8 +94,12 @@ def grouped_table(cells: pd.DataFrame) -> pd.DataFrame:
     and perplexity is one standard error: of the questions scored or windows read, and where there are several
     seeds also of the mean over them (the seeds share the questions, so the first part does not shrink with
     their number).
+
+    Raises:
+        UserError: two results of one seed at one point, which nothing that was logged tells apart.
     """
     done = cells[cells["status"] == "FINISHED"]
+    _check_seeds(done)
     names = [name for name in MEASURES if name in cells and done[name].notna().any()]
     columns = [*GROUP, "n", "seeds"]
     for name in names:
@@ -127,24 +133,27 @@ def _params(row: Row) -> Mapping[str, str]:
 
 
 def _latest(runs: Sequence[Row]) -> list[Row]:
-    """Of the attempts at a cell the finished one, else the latest."""
-    best: dict[Any, Row] = {}
+    """Of the attempts at a cell the finished one, else the latest.
+
+    Two finished runs are attempts at one cell only where their keys agree too. An attempt that ended before it knew
+    what was behind its names gives way to any that came further.
+    """
+    attempts: dict[Any, list[Row]] = {}
     for row in runs:
-        key = _tags(row).get("cell_key") or _configuration(row)
-        if key not in best or _rank(row) >= _rank(best[key]):
-            best[key] = row
-    # An attempt that died early may carry another key (no mask yet) than the one that succeeded.
-    finished = {_configuration(row) for row in best.values() if row.get("status") == "FINISHED"}
-    latest: dict[Any, Row] = {}
-    for key, row in best.items():
-        configuration = _configuration(row)
-        if row.get("status") == "FINISHED":
-            latest[("finished", key)] = row
-        elif configuration not in finished:
-            held = latest.get(configuration)
-            if held is None or _rank(row) >= _rank(held):
-                latest[configuration] = row
-    return list(latest.values())
+        attempts.setdefault(_configuration(row), []).append(row)
+    latest = []
+    for same in attempts.values():
+        behind: dict[Any, list[Row]] = {}
+        for row in same:
+            behind.setdefault(_parameters(row, "identity/"), []).append(row)
+        if len(behind) > 1:
+            behind.pop((), None)
+        for alike in behind.values():
+            done = [row for row in alike if row.get("status") == "FINISHED"]
+            keys = dict.fromkeys(_tags(row).get("cell_key") for row in done) or {None: None}
+            for key in keys:
+                latest.append(max([r for r in done if _tags(r).get("cell_key") == key] or alike, key=_rank))
+    return latest
 
 
 def _rank(row: Row) -> tuple[bool, bool, float]:
@@ -153,8 +162,28 @@ def _rank(row: Row) -> tuple[bool, bool, float]:
 
 
 def _configuration(row: Row) -> tuple[tuple[str, str], ...]:
-    keys = (key for key in _params(row) if key.startswith("cfg/") and key[4:] not in _INCIDENTAL)
-    return tuple((key, str(_params(row)[key])) for key in sorted(keys))
+    return tuple(pair for pair in _parameters(row, "cfg/") if pair[0][4:] not in _INCIDENTAL)
+
+
+def _parameters(row: Row, prefix: str) -> tuple[tuple[str, str], ...]:
+    return tuple((key, str(value)) for key, value in sorted(_params(row).items()) if key.startswith(prefix))
+
+
+def _check_seeds(done: pd.DataFrame) -> None:
+    """Refuses to average what is no set of seeds. The same computation under another name is no second result."""
+    measured = done[done["same_as"].isna()] if "same_as" in done else done
+    doubled = measured[measured.duplicated([*GROUP, "seed"], keep=False)]
+    if len(doubled):
+        first = doubled.iloc[0]
+        same = doubled[(doubled[[*GROUP, "seed"]].astype(str) == first[[*GROUP, "seed"]].astype(str)).all(axis=1)]
+        what = (
+            f"{first['mode']} {first['series']} at {100 * first['sparsity']:g} %, {first['task']} on {first['model']}"
+        )
+        raise UserError(
+            f"the runs {' and '.join(same['run_id'].astype(str))} are two results of one seed ({first['seed']}) at one "
+            f"point ({what}), and nothing that they logged tells them apart. Analyse one study (parent_run_id), or "
+            "delete the run that is wrong."
+        )
 
 
 def _record(row: Row) -> dict[str, Any]:
@@ -168,7 +197,7 @@ def _record(row: Row) -> dict[str, Any]:
         record[name] = record[name] or NO_METHOD
     for key, value in params.items():
         group, _, name = key.partition("/")
-        if group in ("cfg", "protocol") and not (group == "cfg" and name in IDENTITY):
+        if group in ("cfg", "protocol", "identity") and not (group == "cfg" and name in IDENTITY):
             record[f"{group}_{name}".replace("/", "_")] = _value(value)
     for key, value in (row.get("metrics") or {}).items():
         record[_metric_name(key)] = _number(value)
@@ -247,15 +276,25 @@ def _variants(table: pd.DataFrame) -> pd.Series:
     """What tells apart the cells of one point and one seed: ``"lora_r=8, limit=100"``, or ``""``."""
     if table.empty:
         return pd.Series(dtype=object)
-    watched = [c for c in table.columns if str(c).startswith("cfg_") and str(c)[4:] not in _INCIDENTAL]
+    watched = [c for c in map(str, table.columns) if c.startswith("cfg_") and not _says_nothing(table, c[4:])]
+    watched += [c for c in map(str, table.columns) if c.startswith("identity_")]
     watched += [f"protocol_{name}" for name in EVALUATION_PROTOCOL if f"protocol_{name}" in table]
     point = [name for name in IDENTITY if name != "seed"]
+    # A cell without a result has not said how it was measured: what it lacks is no difference.
+    done = table[table["status"] == "FINISHED"]
+    results = done if len(done) else table
     many = [c for c in watched if (table.groupby(point, dropna=False)[c].nunique() > 1).any()]
+    many += [c for c in watched if c not in many and (results.groupby(point)[c].nunique(dropna=False) > 1).any()]
     texts = []
     for _, row in table[many].iterrows():
         parts = [f"{str(c).split('_', 1)[1]}={row[c]}" for c in many if not _missing(row[c])]
-        texts.append(", ".join(parts))
+        texts.append(", ".join(dict.fromkeys(parts)))
     return pd.Series(texts, index=table.index, dtype=object)
+
+
+def _says_nothing(table: pd.DataFrame, name: str) -> bool:
+    behind = f"identity_{_BEHIND.get(name)}"
+    return name in _INCIDENTAL or (behind in table and bool(table[behind].notna().all()))
 
 
 def _mean_and_deviation(values: list[float]) -> tuple[float, float]:

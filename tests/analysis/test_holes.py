@@ -61,3 +61,12 @@ def test_protocols_sort_what_is_shared_from_what_differs():
     mixed = protocols(cell_table([cell(), cell(seed=1, params={"protocol/limit": "100"})]))
     assert mixed["varies"] == {"limit": ["100", "500"]}
     assert protocols(cell_table([])) == {"shared": {}, "by_task": {}, "by_model": {}, "varies": {}}
+
+
+def test_a_planned_cell_is_not_hidden_by_one_that_differs_in_an_axis():
+    ran = cell(params={"cfg/batch_size": "1"})
+    plan = [{"model": "synthetic-a", "task": "boolq", "method": "unstructured", "importance": "magnitude",
+             "scope": "layer", "sparsity": 0.5, "mode": "sparse_to_sparse", "seed": 0, "lora_r": 8,
+             "learning_rate": 0.0002, "batch_size": size} for size in (1, 16)]  # fmt: skip
+    assert holes(cell_table([ran]), plan)["reason"].tolist() == ["not_run"]
+    assert holes(cell_table([ran]), plan[:1]).empty

@@ -53,6 +53,38 @@ def test_another_protocol_is_no_baseline():
     assert math.isnan(table.loc[table["mode"] != "dense", "recovery"].item())
 
 
+@pytest.mark.parametrize(
+    ("params", "reason"),
+    [
+        ({"protocol/limit": "100"}, "scored under another protocol (limit 500, the baseline's 100)"),
+        ({"cfg/max_steps": "5000"}, "fine-tuned in another way (max_steps unknown, the baseline's 5000)"),
+        ({"cfg/lora_r": "64"}, "fine-tuned in another way (lora_r 8, the baseline's 64)"),
+        ({"protocol/dtype": "bfloat16"}, "scored under another protocol (dtype float32, the baseline's bfloat16)"),
+        ({"protocol/device": "NVIDIA H100"}, "scored under another protocol (device cpu, the baseline's gpu)"),
+        ({"identity/weights": "other"}, "made of something else (weights unknown, the baseline's other)"),
+        ({"identity/training_data": "d"}, "made of something else (training_data unknown, the baseline's d)"),
+    ],
+)
+def test_what_was_made_in_another_way_is_not_divided(params, reason):
+    table = points([scored(0.8, mode="dense", sparsity=0.0, params=params), scored(0.4)])
+    pruned = table[table["mode"] != "dense"].iloc[0]
+    assert math.isnan(pruned["recovery"]) and pruned["recovery_reason"] == f"the dense baseline was {reason}"
+
+
+def test_recovery_of_nothing_is_not_known():
+    for rows, reason in [
+        ([scored(0.4)], "there is no dense fine-tuned baseline"),
+        ([scored(0.0, mode="dense", sparsity=0.0), scored(0.0)], "the accuracy of the dense baseline is 0.000"),
+    ]:
+        pruned = points(rows).set_index("mode").loc["sparse_to_sparse"]
+        assert math.isnan(pruned["recovery"]) and pruned["recovery_reason"] == reason
+
+
+def test_full_fine_tuning_has_no_adapter_to_compare():
+    dense = scored(0.8, mode="dense", sparsity=0.0, params={"cfg/lora_r": "64"})
+    assert points([dense, scored(0.4, mode="full")]).set_index("mode").loc["full", "recovery"] == pytest.approx(0.5)
+
+
 def test_gains_and_remasking_gaps():
     row = cell(mode="sparse_to_dense", metrics={
         "eval/accuracy": 0.7, "eval/accuracy_untuned": 0.5, "eval/accuracy_remasked": 0.6,

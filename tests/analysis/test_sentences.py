@@ -107,3 +107,22 @@ def test_perplexity_that_tuning_left_alone_or_that_was_not_measured_before():
 def test_one_sentence_a_model_and_task():
     assert len(said(study())) == 6
     assert said([]) == []
+
+
+@pytest.mark.parametrize(
+    ("dense", "reason"),
+    [
+        ({"accuracy": 0.0, "task": "gsm8k"}, "the accuracy of the dense baseline is 0.000"),
+        ({"accuracy": 0.8, "params": {"protocol/limit": "7"}}, "the dense baseline was scored under another protocol"),
+        ({"accuracy": 0.8, "params": {"cfg/lora_r": "64"}}, "the dense baseline was fine-tuned in another way"),
+        ({"accuracy": 0.8, "params": {"identity/weights": "x"}}, "the dense baseline was made of something else"),
+    ],
+)
+def test_each_reason_is_the_one_that_holds(dense, reason):
+    """GSM8K's zero accuracy was once called another protocol."""
+    values = dict(dense)
+    task = values.get("task", "boolq")
+    rows = [scored(values.pop("accuracy"), mode="dense", sparsity=0.0, **values), scored(0.0, task=task)]
+    (text,) = said(rows)
+    assert f"what sparsity costs is not known, because {reason}" in text
+    assert sum(other in text for other in ("protocol", "another way", "something else", "is 0.000")) == 1

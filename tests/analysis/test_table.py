@@ -6,6 +6,7 @@ import pytest
 from synthetic import cell, demo, study
 
 from sparse_ft.analysis.table import cell_table, grouped_table
+from sparse_ft.errors import UserError
 
 
 def test_one_row_a_cell_and_only_cells():
@@ -76,9 +77,60 @@ def test_two_evaluation_limits_are_not_averaged_either():
     assert sorted(grouped_table(cell_table(rows))["variant"]) == ["limit=100", "limit=500"]
 
 
-def test_a_halved_batch_is_the_same_cell():
-    rows = [cell(seed=0), cell(seed=1, params={"cfg/batch_size": "4"})]
+def test_a_batch_halved_for_want_of_memory_is_the_same_cell():
+    """Its run holds the batch that the plan asks for, and says by a tag that it ran otherwise."""
+    rows = [cell(seed=seed, params={"cfg/batch_size": "8"}) for seed in (0, 1)]
+    rows[1]["tags"]["reduced_batch"] = "8 -> 4"
+    table = cell_table(rows)
+    assert grouped_table(table)["n"].tolist() == [2] and table["reduced_batch"].tolist() == [None, "8 -> 4"]
+
+
+@pytest.mark.parametrize(
+    "param",
+    ["cfg/batch_size", "cfg/gradient_accumulation", "cfg/device", "cfg/masks", "cfg/data_dir", "cfg/eval_batch_size",
+     "identity/weights", "identity/training_data", "identity/scored_data", "identity/dtype", "identity/device",
+     "identity/masks", "identity/versions", "protocol/questions_sha256"],
+)  # fmt: skip
+def test_what_differs_in_anything_but_the_seed_is_no_seed(param):
+    rows = [cell(params={param: value}, tags={"cell_key": value}) for value in ("a", "b")]
+    rows += [cell(seed=1, params={param: value}, tags={"cell_key": f"{value}1"}) for value in ("a", "b")]
+    grouped = grouped_table(cell_table(rows))
+    name = param.split("/")[1]
+    assert sorted(grouped["variant"]) == [f"{name}=a", f"{name}=b"]
+    assert grouped["n"].tolist() == grouped["seeds"].tolist() == [2, 2]
+
+
+@pytest.mark.parametrize(("name", "behind"), [("device", "device"), ("dtype", "dtype"), ("data_dir", "scored_data")])
+def test_two_names_of_one_thing_are_no_difference(name, behind):
+    rows = [cell(seed=s, params={f"cfg/{name}": f"name {s}", f"identity/{behind}": "same"}) for s in (0, 1)]
     assert grouped_table(cell_table(rows))["n"].tolist() == [2]
+
+
+def test_a_failed_cell_does_not_vanish_behind_a_finished_one():
+    rows = [cell(params={"cfg/batch_size": "1"}, tags={"cell_key": "one"})]
+    rows.append(cell(params={"cfg/batch_size": "16"}, tags={"cell_key": "many"}, status="FAILED", start=2_000))
+    assert sorted(cell_table(rows)["status"]) == ["FAILED", "FINISHED"]
+    changed = [cell(params={"identity/weights": "old"}, tags={"cell_key": "old"}),
+               cell(params={"identity/weights": "new"}, tags={"cell_key": "new"}, status="FAILED")]  # fmt: skip
+    assert sorted(cell_table(changed)["status"]) == ["FAILED", "FINISHED"]
+
+
+def test_a_failure_before_anything_was_known_gives_way_to_a_result():
+    rows = [cell(status="FAILED", tags={"cell_key": "early"}), cell(params={"identity/weights": "w"}, start=2_000)]
+    assert cell_table(rows)["status"].tolist() == ["FINISHED"]
+
+
+def test_results_that_a_later_start_replaced_are_left_out():
+    rows = [cell(tags={"superseded": "new"}), cell(tags={"cell_key": "new"}, params={"identity/weights": "new"})]
+    assert len(cell_table(rows)) == 1
+
+
+def test_two_results_of_one_seed_are_an_error_that_names_both_runs():
+    rows = [cell(start=1_000, tags={"cell_key": "a"}), cell(start=2_000, tags={"cell_key": "b"})]
+    with pytest.raises(UserError, match=f"{rows[0]['run_id']} and {rows[1]['run_id']}.*seed \\(0\\)"):
+        grouped_table(cell_table(rows))
+    again = [cell(start=1_000), cell(start=2_000)]  # one key: the same result, twice
+    assert grouped_table(cell_table(again))["n"].tolist() == [1]
 
 
 def test_scope_and_importance_name_the_line_where_they_tell_apart():
