@@ -28,6 +28,7 @@ from sparse_ft.study.cell_settings import check_cell, count, evaluation_settings
 from sparse_ft.study.config import CellConfig
 from sparse_ft.study.failures import ValidationFailedError
 from sparse_ft.study.identity import cell_identity, untuned_key
+from sparse_ft.study.mask_sets import foreign_masks
 from sparse_ft.study.workbench import Workbench
 from sparse_ft.tasks.examples import training_examples
 from sparse_ft.training import TrainingResult, train
@@ -64,7 +65,7 @@ def run_cell(
     folder: Path,
     judge: Judge | None = None,
     name: str = "",
-    foreign_masks: bool = False,
+    warn_foreign: bool = False,
 ) -> CellResult:
     """Runs a cell on this machine.
 
@@ -76,7 +77,7 @@ def run_cell(
         folder: the cell's own folder; what ``cell.keep`` names stays there.
         judge: of a search: decides at some steps whether the cell goes on, from the loss on the task's answers.
         name: of its run, for the cells that take over what this one measured; by default the cell's title.
-        foreign_masks: take masks that were made of other weights of these shapes, with a warning; in a study they
+        warn_foreign: take masks that were made of other weights of these shapes, with a warning; in a study they
             are refused.
 
     Raises:
@@ -94,7 +95,7 @@ def run_cell(
         result.tags.update(bench.identity(cell.model))
         task = bench.task(cell.task, cell.data_dir, count(cell.num_fewshot))
         start = checkpoint if mask_file is None or mask_file.checkpoint is None else Checkpoint(mask_file.checkpoint)
-        masks = _masks(mask_file, start, checkpoint, foreign_masks, result)
+        masks = _masks(mask_file, start, checkpoint, warn_foreign, result)
         examples = training_examples(task, tokenizer, cell.max_seq_len, settings.examples_needed, cell.seed)
     scores = _Scores(cell, name or cell.title, bench, tokenizer, task, folder)
 
@@ -275,14 +276,10 @@ def _masks(
     masks = file.load()
     check_masks(masks, start.prunable_shapes(), str(start.folder.name))
     result.tags["mask_checksum"] = masks.checksum
-    for made_of, weights in (("fingerprint", start), ("source_fingerprint", base)):
-        said = masks.metadata.get(made_of)
-        if said in (None, weights.fingerprint):
-            continue
-        what = f"the masks {file.path} were made from other weights ({said}, not {weights.fingerprint})"
+    if problem := foreign_masks(file, start, base):
         if not foreign:
-            raise UserError(f"{what}: a study compares only masks of its own models. Make them anew (compute_masks).")
-        result.tags["warning"] = what
+            raise UserError(f"{problem}; a study compares only masks of its own models.")
+        result.tags["warning"] = problem
     result.metrics.update({"sparsity/target": file.sparsity, "sparsity/achieved": masks.sparsity})
     return masks
 

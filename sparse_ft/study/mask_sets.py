@@ -10,21 +10,25 @@ from typing import Any
 
 from sparse_ft.errors import UserError
 from sparse_ft.files import write_json
+from sparse_ft.masks.checks import check_masks
 from sparse_ft.masks.files import load_masks
+from sparse_ft.models.checkpoint import Checkpoint, open_checkpoint
 from sparse_ft.models.loading import resolve_device
 from sparse_ft.pruning.generator import MaskGenerator
 from sparse_ft.pruning.output import MaskFile
 from sparse_ft.pruning.settings import Calibration
 from sparse_ft.pruning.shrink import shrink_checkpoint
-from sparse_ft.study.config import MaskConfig
+from sparse_ft.study.config import CellConfig, MaskConfig
 from sparse_ft.study.settings import pruning_settings
 from sparse_ft.study.workbench import Workbench
 from sparse_ft.tasks.examples import calibration_tokens
 
 __all__ = [
     "GivenMasks",
+    "check_given",
     "check_mask_set",
     "check_shrink",
+    "foreign_masks",
     "make_masks",
     "mask_file",
     "read_manifest",
@@ -74,6 +78,28 @@ def _generator(config: MaskConfig, bench: Workbench) -> MaskGenerator:
         about = {"task": config.task, "samples": samples, "length": length, "seed": config.seed}
         calibration = Calibration(tokens, about)
     return MaskGenerator(checkpoint.folder, settings, calibration, config.model, bench.progress)
+
+
+def check_given(cell: CellConfig, bench: Workbench) -> None:
+    """Whether a cell's mask file is there, fits its model, and was made of its weights.
+
+    Raises:
+        UserError: it is not; a study compares only masks of its own models.
+    """
+    given, base = mask_file(cell.masks).file, bench.checkpoint(cell.model)
+    start = base if given.checkpoint is None else open_checkpoint(given.checkpoint)
+    check_masks(given.load(), start.prunable_shapes(), f"{cell.model}: {cell.masks}")
+    if problem := foreign_masks(given, start, base):
+        raise UserError(f"{problem}: a study compares only masks of its own models. Make them anew (compute_masks).")
+
+
+def foreign_masks(file: MaskFile, start: Checkpoint, base: Checkpoint) -> str | None:
+    """What says that masks were made of other weights than ``start``, which they come with, and the model ``base``."""
+    for made_of, weights in (("fingerprint", start), ("source_fingerprint", base)):
+        said = file.metadata.get(made_of)
+        if said not in (None, weights.fingerprint):
+            return f"the masks {file.path} were made from other weights ({said}, not {weights.fingerprint})"
+    return None
 
 
 def check_shrink(config: MaskConfig) -> None:

@@ -21,7 +21,7 @@ from sparse_ft.models.loading import resolve_device, resolve_dtype
 from sparse_ft.models.names import role
 from sparse_ft.study.cell_settings import check_cell, count
 from sparse_ft.study.config import CellConfig
-from sparse_ft.study.mask_sets import check_mask_set
+from sparse_ft.study.mask_sets import check_given, check_mask_set
 from sparse_ft.study.plan import Plan
 from sparse_ft.study.workbench import Workbench
 from sparse_ft.tasks.examples import training_examples
@@ -69,6 +69,10 @@ def check_plan(plan: Plan, bench: Workbench) -> list[str]:
         _note(problems, lambda model=model: (bench.checkpoint(model).prunable_shapes(), bench.tokenizer(model)))
     for item in plan.mask_sets:
         _note(problems, check_mask_set, item.config, bench)
+    for cell in {
+        (cell.model, cell.masks): cell for cell in plan.cells if cell.pruned and cell.masks != "none"
+    }.values():
+        _note(problems, check_given, cell, bench)
     for task, data_dir, shots in dict.fromkeys((cell.task, cell.data_dir, cell.num_fewshot) for cell in plan.cells):
         _note(problems, bench.task, task, data_dir, count(shots))
     same = {(cell.model, cell.task, cell.data_dir, cell.num_fewshot, cell.max_seq_len): cell for cell in plan.cells}

@@ -102,7 +102,7 @@ def train(config: CellConfig) -> int:
         identity = cell_identity(config, bench)
         log_identity(tracker, run_id, identity)
         tracker.log(run_id, tags={"cell_key": cell_key(config, identity, masks.checksum if masks else "")})
-        result = run_cell(config, masks, bench, folder, foreign_masks=True)
+        result = run_cell(config, masks, bench, folder, warn_foreign=True)
         log_cell_result(tracker, run_id, result)
         address = None
         if config.register_as != "none":

@@ -17,6 +17,7 @@ from sparse_ft.pruning.output import MaskFile
 from sparse_ft.study.config import CellConfig
 from sparse_ft.study.failures import Failure
 from sparse_ft.study.jobs import Job, Outcome
+from sparse_ft.study.mask_sets import mask_file
 from sparse_ft.study.parsing import Parser
 from sparse_ft.study.plan import mask_set_of
 
@@ -219,8 +220,12 @@ def run_trial(job: TrialJob, run: Callable[[Job, Judge], Outcome]) -> Outcome:
 
     def objective(trial: optuna.Trial) -> Sequence[float]:
         cell = propose(trial, job.settings, job.cell)
-        kind = mask_set_of(cell)
-        masks = None if kind is None else job.masks[kind, cell.sparsity]
+        kind, masks = mask_set_of(cell), None
+        if kind is not None:
+            masks = job.masks[kind, cell.sparsity]
+        elif cell.pruned:
+            given = mask_file(cell.masks)
+            cell, masks = replace(cell, **given.described), given.file
         tags = {"trial": str(trial.number), "search": job.name}
         key = f"{job.name}-{trial.number}"
         work = Job(cell, masks, job.folder / key, key=key, attempt=job.attempt, tags=tags)

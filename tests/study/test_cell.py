@@ -101,7 +101,7 @@ def test_masks_of_other_weights_are_refused_or_warned_of_and_of_other_shapes_alw
     path = save_masks(altered, tmp_path / "altered.safetensors")
     with pytest.raises(UserError, match="made from other weights"):
         run_cell(cell, mask_file(path).file, bench, tmp_path / "refused")
-    result = run_cell(cell, mask_file(path).file, bench, tmp_path / "other", foreign_masks=True)
+    result = run_cell(cell, mask_file(path).file, bench, tmp_path / "other", warn_foreign=True)
     assert "other weights" in result.tags["warning"]
     foreign = save_masks(MaskSet.from_bool({"w": torch.ones(2, 2) > 0}), tmp_path / "foreign.safetensors")
     with pytest.raises(UserError, match="do not fit"):
