@@ -122,6 +122,7 @@ def validate_checkpoint(
     if not tolerance >= 0:
         raise UserError(f"tolerance is {tolerance}; it must be 0 or more.")
     checkpoint = open_checkpoint(folder)
+    checkpoint.check()
     whole = _check_fit(checkpoint, masks)
     origin = None if base is None else open_checkpoint(base)
     problems = _asked_problems(masks)

@@ -49,7 +49,7 @@ def to_modelzoo(folder: str | Path, target: str | Path, python: str = sys.execut
         index = staged / "model.safetensors.index.json"
         _convert(source.config["model_type"], "hf", FORMAT, staged / "config.json", out, index, python, run)
         os.replace(out / f"model_to_{FORMAT}.mdl", target)
-    shutil.copy2(source.folder / "config.json", target.parent / "config.json")
+    write_json(target.parent / "config.json", source.config)  # its defaults too: who reads it may have others
     return target
 
 
@@ -83,7 +83,7 @@ def to_hugging_face(
         with atomic_folder(folder) as target:
             _copy_companions(source.folder, target)
             found = _write_shards(shards, source, target, dtype)
-            write_json(target / "config.json", {**source.config, "dtype": str(found).removeprefix("torch.")})
+            write_json(target / "config.json", {**source.stored_config, "dtype": str(found).removeprefix("torch.")})
     return Path(folder)
 
 

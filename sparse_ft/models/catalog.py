@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from sparse_ft.cache import cache_dir, cache_lock, wheel_file
 from sparse_ft.errors import UserError
+from sparse_ft.models.folder import weight_files
 from sparse_ft.progress import SILENT, Progress
 
 if TYPE_CHECKING:
@@ -223,19 +223,10 @@ def _hub_errors(name: str, revision: str | None) -> Iterator[None]:
 
 def _checked(folder: Path, what: str) -> Path:
     """The folder, if everything a checkpoint needs is in it."""
+    try:
+        weight_files(folder)
+    except UserError as error:
+        raise UserError(f"{what} cannot be used: {error}") from None
     if not (folder / "config.json").is_file():
-        if (folder / "adapter_config.json").is_file():
-            raise UserError(f"{what} holds an adapter and not a model; merge it into its base model first")
         raise UserError(f"{what} has no config.json, so it is not a Hugging Face checkpoint")
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError) as error:
-            raise UserError(f"{what} has a damaged {index.name}: {error}") from error
-        missing = sorted(shard for shard in shards if not (folder / shard).is_file())
-        if missing:
-            raise UserError(f"{what} is incomplete: {len(missing)} of {len(shards)} shards are missing ({missing[0]})")
-    elif not any(folder.glob("model*.safetensors")):
-        raise UserError(f"{what} has no model*.safetensors; convert other weights with transformers' save_pretrained")
     return folder.resolve()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from sparse_ft.errors import UserError
 from sparse_ft.models.cerebras_names import Place, places, strip_prefix
 from sparse_ft.models.checkpoint import Checkpoint, Entry
 from sparse_ft.models.mdl import MdlFile
+from sparse_ft.models.skeleton import config_values, model_config
 
 __all__ = ["CerebrasCheckpoint"]
 
@@ -38,6 +38,7 @@ class CerebrasCheckpoint(Checkpoint):
         self.file = MdlFile(path)
         self.folder = Path(path)
         self.__dict__["config"] = dict(config) if config is not None else _find_config(Path(path))
+        self.__dict__["stored_config"] = self.config
         own = strip_prefix(self.file.entries)
         if any(name.endswith((".lora_A", ".lora_B")) for name in own):
             raise UserError(
@@ -55,6 +56,20 @@ class CerebrasCheckpoint(Checkpoint):
             )
         self._keys = {name: own[place.name] for name, place in self._places.items()}
         self._entries = {name: self._make_entry(name) for name in self._places}
+
+    @property
+    def names(self) -> list[str]:
+        """All tensors: the file's others are ModelZoo's own."""
+        return sorted(self._entries)
+
+    @property
+    def carried(self) -> list[str]:
+        return []
+
+    def _check_plain(self) -> None:
+        """Done on opening, as far as ModelZoo needs it."""
+
+    _check_whole = _check_plain
 
     def _make_entry(self, name: str) -> Entry:
         entry, place = self.file.entries[self._keys[name]], self._places[name]
@@ -87,10 +102,7 @@ def _find_config(path: Path) -> dict[str, Any]:
     for folder in (path.parent, path.parent.parent):
         file = folder / "config.json"
         if file.is_file():
-            try:
-                return json.loads(file.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise UserError(f"{file} is not valid JSON: {error}") from None
+            return config_values(model_config(file))
     raise UserError(
         f"There is no config.json beside {path} or one folder up: copy the one of the Hugging Face model there, it"
         " tells the architecture."

@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint folder, read tensor by tensor without building the model."""
+"""A Hugging Face checkpoint folder, read tensor by tensor without loading the model."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,25 +14,31 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from sparse_ft.errors import UserError
-from sparse_ft.files import atomic_folder
-from sparse_ft.models.names import prunable_names
+from sparse_ft.files import atomic_folder, write_json
+from sparse_ft.models.folder import WeightFiles, read_json, weight_files
+from sparse_ft.models.names import place, prunable_names
+from sparse_ft.models.skeleton import Skeleton, build_skeleton, config_values, model_config
 from sparse_ft.progress import SILENT, Progress
 
-__all__ = ["Checkpoint", "Entry", "copy_checkpoint", "open_checkpoint"]
+__all__ = ["Checkpoint", "Entry", "copy_checkpoint", "copy_other_files", "open_checkpoint"]
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-    "BOOL": torch.bool,
+    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
+_PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+# What quantised weights have beside them; scales of activations and of the key/value cache are none of these.
+_SCALES = re.compile(
+    r"weight_(scale|zero_point|packed|shape|global_scale).*|weight\..+|scales?|qweight|qzeros|SCB|absmax"
+)
 
 
 @dataclass(frozen=True)
@@ -39,52 +46,144 @@ class Entry:
     """Where a tensor is: its file, and the bytes there."""
 
     file: Path
-    dtype: torch.dtype
+    dtype: torch.dtype | None  # None: one that is not read
     shape: tuple[int, ...]
     begin: int  # bytes from the start of the file
     end: int
+    stored: str = ""  # the type's name in the file
 
 
 class Checkpoint:
-    """A folder with ``config.json`` and ``*.safetensors``, one file or shards.
+    """A folder with ``config.json`` and the safetensors files that transformers loads, one file or shards.
 
-    Nothing but the files' headers is read on opening; tensors are memory-mapped.
+    Nothing but the files' headers is read on opening; tensors are memory-mapped. Which of the tensors are the
+    model's own is what transformers' model of that configuration says (`names`); the rest is `carried`.
 
     Raises:
-        UserError: no such folder, no config, no safetensors, a missing or truncated shard.
+        UserError: what `weight_files` raises, or a truncated file.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        if not self.folder.is_dir():
-            raise UserError(f"Checkpoint {folder}: there is no such folder.")
+        self.weights: WeightFiles = weight_files(self.folder)
         self._entries: dict[str, Entry] = {}
-        for file in self._files():
+        for file in self.weights.files:
             self._entries.update(_read_entries(file))
-        missing = sorted(set(self._index()) - set(self._entries))
+        missing = sorted(self.weights.indexed - set(self._entries))
         if missing:
             raise UserError(f"Checkpoint {folder}: its index names {missing[0]}, which no file holds.")
 
     @cached_property
-    def config(self) -> dict[str, Any]:
-        """The content of ``config.json``."""
+    def stored_config(self) -> dict[str, Any]:
+        """The content of ``config.json``, which may leave values out: for writing it again."""
         path = self.folder / "config.json"
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise UserError(f"Checkpoint {self.folder} has no config.json.") from None
-        except ValueError as error:
-            raise UserError(f"{path} is not valid JSON: {error}") from None
+        if not path.is_file():
+            raise UserError(f"Checkpoint {self.folder} has no config.json.")
+        return read_json(path)
 
-    @property
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The configuration's values as transformers has them, its defaults included."""
+        return config_values(model_config(self.folder))
+
+    @cached_property
     def names(self) -> list[str]:
-        """All tensor names, in name order."""
-        return sorted(self._entries)
+        """The tensors that the model has a place for, in name order."""
+        return sorted(name for name in self._entries if place({}, name).parameter in self._skeleton.tensors)
+
+    @cached_property
+    def carried(self) -> list[str]:
+        """The other tensors, in name order: transformers ignores them, and copies of the checkpoint keep them.
+
+        Rotary frequencies in LLaMA-2's own files, scales of the key/value cache, and the like.
+        """
+        return sorted(set(self._entries).difference(self.names))
 
     @cached_property
     def prunable(self) -> list[str]:
-        """Names of the prunable tensors, in name order."""
-        return prunable_names(self.config, self._entries.keys())
+        """Names of the prunable tensors, in name order.
+
+        Raises:
+            UserError: some are missing, of another shape than the model's, or not plain floating-point weights:
+                a quantised checkpoint, or one dequantised by half.
+        """
+        with self._named_as_quantised():
+            self._check_plain()
+            return prunable_names(self.config, self.names)
+
+    def check(self) -> None:
+        """Checks that the tensors are the whole model and plain, so that whatever comes after can be made.
+
+        Raises:
+            UserError: as `prunable`, for every tensor of the model.
+        """
+        with self._named_as_quantised():
+            self._check_whole()
+        _ = self.prunable
+
+    @cached_property
+    def _skeleton(self) -> Skeleton:
+        try:
+            return build_skeleton(self.config)
+        except UserError as error:
+            raise UserError(f"Checkpoint {self.folder}: {error}") from error
+
+    @contextmanager
+    def _named_as_quantised(self) -> Iterator[None]:
+        """Says of weights that do not fit that they are quantised, where config.json does."""
+        try:
+            yield
+        except UserError as error:
+            quantised = self.stored_config.get("quantization_config")
+            if quantised is None:
+                raise
+            method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+            raise UserError(
+                f"Checkpoint {self.folder} is quantised (quantization_config in config.json, method {method}) and not"
+                f" the plain weights that can be pruned; dequantise it first. {error}"
+            ) from None
+
+    def _check_plain(self) -> None:
+        for name in self.names:
+            if self._entries[name].dtype not in _PLAIN:
+                raise UserError(
+                    f"Checkpoint {self.folder}: {name} is stored as {self._entries[name].stored}, and only plain"
+                    " weights of 16, 32 or 64 bits (F16, BF16, F32, F64) can be pruned."
+                )
+            wanted, found = self._expected_shape(name), self.shape(name)
+            if wanted != found:
+                raise UserError(
+                    f"Checkpoint {self.folder}: {name} is {list(found)}, and the model of its config.json has"
+                    f" {list(wanted)} there. Do config.json and the weights belong together?"
+                )
+        own = set(self.names)
+        for name in self.carried:
+            module, dot, _ = name.partition(".weight.")
+            if not dot:
+                module, _, last = name.rpartition(".")
+                module = module if _SCALES.fullmatch(last) else ""
+            if f"{module}.weight" in own:
+                raise UserError(
+                    f"Checkpoint {self.folder}: {name} lies beside {module}.weight, as quantised weights have it, and"
+                    " nothing says whether it is already multiplied in. Dequantise the checkpoint, or where that is"
+                    " done remove what is left of the quantisation."
+                )
+
+    def _check_whole(self) -> None:
+        filled = {place({}, name).parameter for name in self.names}
+        lost = sorted(set(self._skeleton.tensors) - self._skeleton.tied - filled)
+        if lost:
+            raise UserError(
+                f"Checkpoint {self.folder} does not hold the whole model: {len(lost)} tensors are missing, the first"
+                f" is {lost[0]}. Is it an adapter that was not merged, or one of another configuration?"
+            )
+
+    def _expected_shape(self, name: str) -> tuple[int, ...]:
+        slot = place(self.config, name)
+        try:
+            return tuple(slot.view(self._skeleton.tensors[slot.parameter]).shape)
+        except IndexError:  # more experts than the model has
+            return ()
 
     @property
     def files(self) -> list[Path]:
@@ -99,7 +198,14 @@ class Checkpoint:
         return self._entry(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._entry(name).dtype
+        entry = self._entry(name)
+        if entry.dtype is None:
+            raise UserError(f"{entry.file}: {name} has the type {entry.stored}, which sparse_ft does not read.")
+        return entry.dtype
+
+    def is_readable(self, name: str) -> bool:
+        """Whether the tensor is of a type that torch has."""
+        return self._entry(name).dtype is not None
 
     def nbytes(self, name: str) -> int:
         entry = self._entry(name)
@@ -139,7 +245,7 @@ class Checkpoint:
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor, in memory of its own."""
         entry = self._entry(name)
-        return torch.from_numpy(np.array(self.raw(name))).view(entry.dtype).reshape(entry.shape)
+        return torch.from_numpy(np.array(self.raw(name))).view(self.dtype(name)).reshape(entry.shape)
 
     def prunable_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every prunable tensor, by name."""
@@ -169,23 +275,6 @@ class Checkpoint:
         except KeyError:
             raise UserError(f"Checkpoint {self.folder} has no tensor {name}.") from None
 
-    def _index(self) -> dict[str, str]:
-        path = self.folder / "model.safetensors.index.json"
-        return json.loads(path.read_text(encoding="utf-8"))["weight_map"] if path.is_file() else {}
-
-    def _files(self) -> list[Path]:
-        listed = sorted({self.folder / file for file in self._index().values()})
-        files = listed or sorted(self.folder.glob("model*.safetensors"))
-        if not files:
-            raise UserError(
-                f"Checkpoint {self.folder} has no model*.safetensors. Pickled .bin weights are not read: convert"
-                " them with transformers' save_pretrained."
-            )
-        for file in files:
-            if not file.is_file():
-                raise UserError(f"Checkpoint {self.folder}: the shard {file.name} is missing.")
-        return files
-
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """The checkpoint at ``path``: a Hugging Face folder, or a Cerebras ``.mdl`` file seen as one.
@@ -206,33 +295,56 @@ def copy_checkpoint(
     change: Callable[[str, torch.Tensor], torch.Tensor],
     progress: Progress = SILENT,
 ) -> Path:
-    """Writes a copy of a checkpoint with ``change(name, tensor)`` applied to every tensor.
+    """Writes a copy of a checkpoint with ``change(name, tensor)`` applied to each of the model's own tensors.
 
-    Goes file by file, so memory holds one shard. Config, tokenizer and index are copied; the folder appears
-    when it is complete. Names, shapes and dtypes must stay.
+    Goes tensor by tensor; what the checkpoint carries besides is copied byte for byte. Config, tokenizer and
+    index are copied; the folder appears when it is complete. Names, shapes and dtypes must stay.
 
     Raises:
         ValueError: ``change`` returned another shape or dtype.
     """
     progress.start("write checkpoint", sum(source.nbytes(name) for name in source.names), "B")
     with atomic_folder(target) as folder:
-        for other in source.folder.iterdir():
-            if other.is_file() and other.suffix not in (".safetensors", ".bin", ".pt", ".gguf"):
-                shutil.copy2(other, folder / other.name)
-        for file in source.files:
-            tensors = {}
-            for name in (name for name in source.names if source.shard(name) == file):
-                tensor = source.tensor(name)
-                changed = change(name, tensor)
-                if changed.shape != tensor.shape or changed.dtype != tensor.dtype:
-                    raise ValueError(f"{name}: {changed.dtype} {tuple(changed.shape)} instead of {tensor.dtype}")
-                tensors[name] = changed.contiguous()
-                progress.advance(source.nbytes(name))
-            save_file(tensors, folder / file.name, metadata={"format": "pt"})
-            # safetensors writes for the owner's eyes only
-            (folder / file.name).chmod((folder / "config.json").stat().st_mode)
+        copy_other_files(source, folder)
+        for file in source.weights.files:
+            own = [name for name in source.names if source.shard(name) == file]
+            with open(file, "rb") as original, open(folder / file.name, "wb") as written:
+                for name in sorted(own, key=source.offset):
+                    tensor = source.tensor(name)
+                    changed = change(name, tensor)
+                    if changed.shape != tensor.shape or changed.dtype != tensor.dtype:
+                        raise ValueError(f"{name}: {changed.dtype} {tuple(changed.shape)} instead of {tensor.dtype}")
+                    _copy_bytes(original, written, source.offset(name) - written.tell())
+                    written.write(memoryview(changed.contiguous().view(-1).view(torch.uint8).numpy()))
+                    original.seek(written.tell())
+                    progress.advance(source.nbytes(name))
+                _copy_bytes(original, written, file.stat().st_size - written.tell())
     progress.stop()
     return Path(target)
+
+
+def copy_other_files(source: Checkpoint, folder: Path) -> None:
+    """Copies what lies beside the weights: the tokenizer, the index, and a config.json of plain weights.
+
+    Weights in other files or formats stay behind, and so do their indices and ``quantization_config``.
+    """
+    for other in source.folder.iterdir():
+        weights = other.suffix in (".safetensors", ".bin", ".pt", ".gguf")
+        stray = other.name.endswith(".index.json") and other != source.weights.index
+        if other.is_file() and not weights and not stray:
+            shutil.copy2(other, folder / other.name)
+    if "quantization_config" in source.stored_config:
+        plain = {key: value for key, value in source.stored_config.items() if key != "quantization_config"}
+        write_json(folder / "config.json", plain)
+
+
+def _copy_bytes(source: BinaryIO, target: BinaryIO, count: int) -> None:
+    while count > 0:
+        block = source.read(min(count, 1 << 24))
+        if not block:
+            raise UserError(f"{source.name} ends too early; it is truncated.")
+        target.write(block)
+        count -= len(block)
 
 
 def _read_entries(file: Path) -> dict[str, Entry]:
@@ -247,10 +359,8 @@ def _read_entries(file: Path) -> dict[str, Entry]:
     header.pop("__metadata__", None)
     entries = {}
     for name, info in header.items():
-        if info["dtype"] not in _DTYPES:
-            raise UserError(f"{file}: {name} has the type {info['dtype']}, which sparse_ft does not read.")
         begin, end = (8 + length + offset for offset in info["data_offsets"])
-        dtype, shape = _DTYPES[info["dtype"]], tuple(info["shape"])
-        assert math.prod(shape) * dtype.itemsize == end - begin
-        entries[name] = Entry(file, dtype, shape, begin, end)
+        dtype, shape = _DTYPES.get(info["dtype"]), tuple(info["shape"])
+        assert dtype is None or math.prod(shape) * dtype.itemsize == end - begin
+        entries[name] = Entry(file, dtype, shape, begin, end, info["dtype"])
     return entries

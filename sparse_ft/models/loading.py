@@ -17,7 +17,8 @@ from sparse_ft.files import atomic_folder
 from sparse_ft.masks.checks import check_masks
 from sparse_ft.masks.mask_set import MaskSet
 from sparse_ft.models.checkpoint import Checkpoint
-from sparse_ft.models.names import Slot, prunable_names, role, slots
+from sparse_ft.models.names import place, prunable_names, role, slots
+from sparse_ft.models.skeleton import model_config
 
 __all__ = [
     "apply_masks",
@@ -90,11 +91,12 @@ def load_model(
     """
     device = resolve_device(device) if isinstance(device, str) else device
     dtype = resolve_dtype(dtype, device) if isinstance(dtype, str) else dtype
-    Checkpoint(folder)  # says in one line what transformers says in a page: absent, truncated, pickled
+    Checkpoint(folder).check()  # says in one line what transformers says in a page, or a traceback
     with quiet_transformers():
         try:
             model, report = AutoModelForCausalLM.from_pretrained(
                 str(folder),
+                config=model_config(folder),
                 dtype=dtype,
                 attn_implementation="sdpa",
                 use_safetensors=True,
@@ -103,7 +105,7 @@ def load_model(
                 device_map={"": device} if device.type != "cpu" else None,
                 output_loading_info=True,
             )
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, ImportError) as error:
             raise UserError(f"{folder} cannot be loaded as a language model: {error}") from error
     for problem in ("missing_keys", "mismatched_keys"):
         if report[problem]:
@@ -206,7 +208,7 @@ def load_state_into(
     Args:
         model: a plain (not wrapped) model; its dtype and device stay, values are rounded to that dtype.
         checkpoint: where the weights are.
-        names: the checkpoint tensors to restore; all by default.
+        names: the checkpoint tensors to restore; by default all that the model has a place for.
 
     Raises:
         UserError: a tensor that the checkpoint or the model does not have, or of another shape.
@@ -214,12 +216,10 @@ def load_state_into(
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = Checkpoint(checkpoint)
     wanted = set(checkpoint.names) if names is None else set(names)
-    known = slots(checkpoint.config, wanted.intersection(checkpoint.prunable))
     parameters = dict(model.named_parameters(remove_duplicate=False))
     targets: dict[Path, dict[str, torch.Tensor]] = defaultdict(dict)
     for name in sorted(wanted):
-        # The router is the one tensor that is not prunable and yet goes by another name in the model.
-        slot = known.get(name) or Slot(name.replace(".block_sparse_moe.", ".mlp."))
+        slot = place(checkpoint.config, name)
         shape = checkpoint.shape(name)
         if slot.parameter not in parameters:
             raise UserError(f"the model has no parameter for {name} of {checkpoint.folder}")

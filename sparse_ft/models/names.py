@@ -17,7 +17,17 @@ import torch
 
 from sparse_ft.errors import UserError
 
-__all__ = ["ARCHITECTURES", "Role", "Slot", "parameter_masks", "prunable_names", "role", "slots"]
+__all__ = [
+    "ARCHITECTURES",
+    "Role",
+    "Slot",
+    "check_architecture",
+    "parameter_masks",
+    "place",
+    "prunable_names",
+    "role",
+    "slots",
+]
 
 ARCHITECTURES = ("llama", "mistral", "mixtral")
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -54,6 +64,20 @@ class Slot:
         return tensor[self.index] if self.index else tensor
 
 
+def check_architecture(config: Mapping[str, Any]) -> str:
+    """The model's type, one of ``ARCHITECTURES``.
+
+    Raises:
+        UserError: any other.
+    """
+    kind = config.get("model_type")
+    if kind not in ARCHITECTURES:
+        raise UserError(
+            f"Models of type '{kind}' are not supported; sparse_ft prunes {', '.join(ARCHITECTURES)} models."
+        )
+    return kind
+
+
 def prunable_names(config: Mapping[str, Any], names: Collection[str]) -> list[str]:
     """Names of the prunable tensors of a checkpoint, in name order.
 
@@ -61,13 +85,13 @@ def prunable_names(config: Mapping[str, Any], names: Collection[str]) -> list[st
     noticed and one it should not have is never pruned by accident.
 
     Args:
-        config: the content of ``config.json``.
+        config: the model's configuration, with transformers' defaults.
         names: all tensor names of the checkpoint.
 
     Raises:
         UserError: an architecture that is not llama, mistral or mixtral, or missing tensors.
     """
-    kind = _kind(config)
+    kind = check_architecture(config)
     present, found, missing = set(names), [], []
     for block in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{block}"
@@ -104,6 +128,13 @@ def role(name: str) -> Role:
     if attention or mlp:
         return Role(int(block), attention or mlp)
     return Role(int(block), matrix, int(expert)) if matrix else Role(int(block), fused, -1)
+
+
+def place(config: Mapping[str, Any], name: str) -> Slot:
+    """Where any checkpoint tensor lives in the loaded model, prunable or not, or would if it had a place there."""
+    if _NAME.fullmatch(name):
+        return _slot(name, role(name), config.get("intermediate_size", 0))
+    return Slot(name.replace(".block_sparse_moe.", ".mlp."))  # the router of a mixture, which is not prunable
 
 
 def slots(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Slot]:
@@ -143,15 +174,6 @@ _NAME = re.compile(
     r"|block_sparse_moe\.experts\.(\d+)\.(w[123])\.weight"
     r"|(?:mlp|block_sparse_moe)\.experts\.(gate_up_proj|down_proj))"
 )
-
-
-def _kind(config: Mapping[str, Any]) -> str:
-    kind = config.get("model_type")
-    if kind not in ARCHITECTURES:
-        raise UserError(
-            f"Models of type '{kind}' are not supported; sparse_ft prunes {', '.join(ARCHITECTURES)} models."
-        )
-    return kind
 
 
 def _fused_names(prefix: str) -> list[str]:

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch.overrides import TorchFunctionMode
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from sparse_ft.models.checkpoint import Checkpoint
 from sparse_ft.models.loading import load_state_into, quiet_transformers
 from sparse_ft.models.names import Slot, role, slots
+from sparse_ft.models.skeleton import model_config
 
 __all__ = ["BlockModel", "HiddenStates", "InputWatch", "sample_batches"]
 
@@ -61,7 +62,7 @@ class BlockModel:
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device):
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
-        config = AutoConfig.from_pretrained(str(checkpoint.folder), local_files_only=True)
+        config = model_config(checkpoint.folder)
         with quiet_transformers(), init_empty_weights(include_buffers=False):
             # eager experts: one matrix product per expert, which is what InputWatch can tell apart
             self.model = AutoModelForCausalLM.from_config(

@@ -23,7 +23,8 @@ def coverage_report(checkpoint: Checkpoint) -> dict[str, Any]:
 
     Returns:
         ``parameters``, ``prunable``, ``prunable_fraction``; ``tensors_covered`` (name -> weights);
-        ``tensors_left`` (reason -> ``{"tensors": count, "parameters": n, "names": [...]}``). JSON-able.
+        ``tensors_left`` (reason -> ``{"tensors": count, "parameters": n, "names": [...]}``); ``tensors_carried``,
+        the names that the model has no place for, which count nowhere. JSON-able.
     """
     sizes = {name: math.prod(checkpoint.shape(name)) for name in checkpoint.names}
     covered = set(checkpoint.prunable)
@@ -41,6 +42,7 @@ def coverage_report(checkpoint: Checkpoint) -> dict[str, Any]:
         "prunable_fraction": prunable / total if total else 0.0,
         "tensors_covered": {name: sizes[name] for name in sorted(covered)},
         "tensors_left": left,
+        "tensors_carried": checkpoint.carried,
     }
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,8 @@ from sparse_ft.errors import UserError
 from sparse_ft.files import atomic_folder, write_json
 from sparse_ft.masks.checks import check_masks
 from sparse_ft.masks.mask_set import MaskSet
-from sparse_ft.models.checkpoint import Checkpoint
+from sparse_ft.models.checkpoint import Checkpoint, copy_other_files
+from sparse_ft.models.folder import read_json
 from sparse_ft.progress import SILENT, Progress
 from sparse_ft.pruning.structure import Family, Part, families
 
@@ -52,23 +51,25 @@ def shrink_checkpoint(
         _check_masked(family, units, masks)
     progress.start("write smaller checkpoint", sum(checkpoint.nbytes(name) for name in checkpoint.names), "B")
     with atomic_folder(target) as folder:
-        for other in checkpoint.folder.iterdir():
-            if other.is_file() and other.suffix not in (".safetensors", ".bin", ".pt", ".gguf"):
-                shutil.copy2(other, folder / other.name)
+        copy_other_files(checkpoint, folder)
         write_json(folder / "config.json", _smaller_config(checkpoint, groups, channels))
         sizes = {}
+        written = checkpoint.names + [name for name in checkpoint.carried if checkpoint.is_readable(name)]
         for file in checkpoint.files:
             tensors = {}
-            for name in (name for name in checkpoint.names if checkpoint.shard(name) == file):
-                tensor = _select(checkpoint.tensor(name), selections.get(name) or _bias_selection(name, selections))
+            for name in (name for name in written if checkpoint.shard(name) == file):
+                tensor = checkpoint.tensor(name)
+                if name not in checkpoint.carried:
+                    tensor = _select(tensor, selections.get(name) or _bias_selection(name, selections))
                 tensors[name] = tensor.contiguous()
                 sizes[name] = tensor.numel() * tensor.element_size()
                 progress.advance(checkpoint.nbytes(name))
             save_file(tensors, folder / file.name, metadata={"format": "pt"})
-        index = folder / "model.safetensors.index.json"
-        if index.is_file():
-            content = json.loads(index.read_text(encoding="utf-8"))
-            content.setdefault("metadata", {})["total_size"] = sum(sizes.values())
+        if checkpoint.weights.index is not None:
+            index = folder / checkpoint.weights.index.name
+            content = read_json(index)
+            content["metadata"]["total_size"] = sum(sizes.values())
+            content["weight_map"] = {name: file for name, file in content["weight_map"].items() if name in sizes}
             write_json(index, content)
     progress.stop()
     return Path(target)
@@ -115,14 +116,17 @@ def _uniform(members: list[Family], kept: list[torch.Tensor], kind: str, what: s
 
 
 def _smaller_config(checkpoint: Checkpoint, groups: int, channels: int) -> dict[str, Any]:
-    config = dict(checkpoint.config)
-    heads = config["num_attention_heads"]
-    old_groups = config.get("num_key_value_heads") or heads
-    config["head_dim"] = config.get("head_dim") or config["hidden_size"] // heads
-    config["num_attention_heads"] = heads // old_groups * groups
-    config["num_key_value_heads"] = groups
-    config["intermediate_size"] = channels
-    return config
+    values = checkpoint.config
+    heads = values["num_attention_heads"]
+    old_groups = values.get("num_key_value_heads") or heads
+    sizes = {
+        "head_dim": values.get("head_dim") or values["hidden_size"] // heads,
+        "num_attention_heads": heads // old_groups * groups,
+        "num_key_value_heads": groups,
+        "intermediate_size": channels,
+    }
+    stored = {key: value for key, value in checkpoint.stored_config.items() if key != "quantization_config"}
+    return stored | sizes
 
 
 def _bias_selection(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from sparse_ft.errors import UserError
 from sparse_ft.files import write_json
 from sparse_ft.levels import level_label
 from sparse_ft.models.catalog import locate_config
+from sparse_ft.models.skeleton import config_values, model_config
 from sparse_ft.study.cell_settings import check_cell
 from sparse_ft.study.cerebras import CerebrasSettings, check_trainable, load_settings, trainer_plan
 from sparse_ft.study.config import CellConfig
@@ -121,4 +121,4 @@ def _slug(title: str) -> str:
 
 @cache
 def _model_config(model: str) -> Mapping[str, Any]:
-    return json.loads(locate_config(model).read_text(encoding="utf-8"))
+    return config_values(model_config(locate_config(model)))

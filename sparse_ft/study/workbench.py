@@ -65,7 +65,9 @@ class Workbench:
         """
         if name not in self._checkpoints:
             try:
-                checkpoint = self._checkpoints[name] = open_checkpoint(locate(name, self.progress))
+                checkpoint = open_checkpoint(locate(name, self.progress))
+                checkpoint.check()  # whole and plain, before anything is made of it
+                self._checkpoints[name] = checkpoint
                 self._stamps[name] = _stamps(checkpoint)
             except UserError as error:
                 raise ModelUnavailableError(str(error)) from error

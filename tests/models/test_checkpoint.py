@@ -114,10 +114,7 @@ def test_a_name_that_only_the_index_has_is_noticed(model, tmp_path):
         Checkpoint(tmp_path)
 
 
-def test_unknown_dtypes_and_missing_config_are_named(tmp_path):
-    save_file({"w": torch.zeros(2, dtype=torch.complex64)}, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match="w has the type C64"):
-        Checkpoint(tmp_path)
+def test_a_missing_config_is_named(tmp_path):
     save_file({"w": torch.zeros(2)}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=r"no config\.json"):
         _ = Checkpoint(tmp_path).config
