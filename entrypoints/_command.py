@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from typing import TypeVar
 
 from sparse_ft.errors import UserError
+from sparse_ft.study.failures import ValidationFailedError
 from sparse_ft.study.parsing import Parser
 
 __all__ = ["command"]
 
 T = TypeVar("T")
+_SOFTWARE = 70  # EX_SOFTWARE of sysexits.h
 
 
 def command(name: str, kind: type[T], work: Callable[[T], int]) -> None:
     """Parses the command line into ``kind``, does the work, and ends the process with its exit status.
 
-    Wrong input ends with one line on stderr and exit status 2; Ctrl-C with 130.
+    Wrong input ends with one line on stderr and exit status 2; Ctrl-C with 130. Anything unexpected ends with
+    its traceback and 70, and not with Python's own 1, which is an answer: that of a checkpoint that violates its
+    masks, or of a study with cells that failed.
     """
     # What libraries deprecate among themselves is no news for whoever runs a study.
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -27,6 +32,12 @@ def command(name: str, kind: type[T], work: Callable[[T], int]) -> None:
     except UserError as error:
         print(f"{name}: {error}", file=sys.stderr)
         status = 2
+    except ValidationFailedError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        status = 1
+    except Exception:
+        traceback.print_exc()
+        status = _SOFTWARE
     except KeyboardInterrupt:
         print(f"{name}: stopped", file=sys.stderr)
         status = 130

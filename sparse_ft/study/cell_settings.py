@@ -11,6 +11,7 @@ from sparse_ft.lora.config import LoraSettings
 from sparse_ft.study.config import CellConfig
 from sparse_ft.study.plan import mask_set_of
 from sparse_ft.study.settings import pruning_settings
+from sparse_ft.tracking.models import check_registered_name
 from sparse_ft.training import TrainingSettings
 
 __all__ = ["check_cell", "count", "evaluation_settings", "lora_settings", "training_settings"]
@@ -30,6 +31,8 @@ def check_cell(cell: CellConfig) -> None:
             raise UserError(f"{name} is {value}; it must be at least 1.")
     if cell.max_seq_len < 2:
         raise UserError(f"max_seq_len is {cell.max_seq_len}; it must be at least 2.")
+    if cell.register_as not in ("none", "auto"):
+        check_registered_name(cell.register_as)
     training_settings(cell).check()
     lora_settings(cell)
     evaluation_settings(cell).check()

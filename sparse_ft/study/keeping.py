@@ -127,7 +127,7 @@ def keep_models(
         bench: rebuilds them.
         front_only: keep the front; else every cell's model.
         progress: told how many.
-        said: told why a model could not be kept.
+        said: told why a model could not be kept, and of an alias that moved from another kind of model.
 
     Returns:
         the folders or addresses of the models kept.
@@ -147,7 +147,7 @@ def keep_models(
                 _let_go(tracker, run, folder)
                 continue
             try:
-                kept.append(_keep(tracker, run, folder, register, bench))
+                kept.append(_keep(tracker, run, folder, register, bench, said))
             except (UserError, OSError) as error:
                 said(f"{run['name']} is on the Pareto front, but its model could not be kept: {error}")
             progress.advance(note=run["name"])
@@ -155,7 +155,9 @@ def keep_models(
     return kept
 
 
-def _keep(tracker: Tracker, run: Run, folder: Path, register: bool, bench: Workbench) -> Path:
+def _keep(
+    tracker: Tracker, run: Run, folder: Path, register: bool, bench: Workbench, said: Callable[[str], None]
+) -> Path:
     tags = run["tags"]
     if tags.get("registered_as"):
         return Path(tags["registered_as"])
@@ -175,7 +177,7 @@ def _keep(tracker: Tracker, run: Run, folder: Path, register: bool, bench: Workb
     cell = replace(_cell(tracker, run), register_as="auto")
     protocol = {k.removeprefix("protocol/"): v for k, v in run["params"].items() if k.startswith("protocol/")}
     result = CellResult(metrics=run["metrics"], protocol=protocol, tags=tags, merged=target)
-    address = register_cell(tracker, run["run_id"], cell, result)
+    address = register_cell(tracker, run["run_id"], cell, result, said=said)
     shutil.rmtree(target)
     tracker.log(run["run_id"], tags={"model_folder": ""})
     return Path(address)

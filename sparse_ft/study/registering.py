@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from sparse_ft.levels import level_label
 from sparse_ft.models.catalog import without_revision
 from sparse_ft.progress import SILENT, Progress
@@ -16,12 +18,17 @@ _KEEPS_ZEROS = ("sparse_to_sparse", "full")
 
 
 def register_cell(
-    tracker: Tracker, run_id: str, cell: CellConfig, result: CellResult, progress: Progress = SILENT
+    tracker: Tracker,
+    run_id: str,
+    cell: CellConfig,
+    result: CellResult,
+    progress: Progress = SILENT,
+    said: Callable[[str], None] = print,
 ) -> str:
     """Logs the merged checkpoint as a model of the run and registers it under ``cell.register_as``.
 
     ``auto`` stands for ``MODEL-TASK-sparse``. A model that keeps its zeros gets the alias of its level, such
-    as ``sparse70``.
+    as ``sparse70``; ``said`` is told where a model of another kind had it.
 
     Returns:
         the address to load it from: ``models:/NAME@sparse70``, or ``models:/NAME/VERSION`` without alias.
@@ -31,12 +38,13 @@ def register_cell(
     card = _card(cell, result, f"models:/{name}@{alias}" if alias else None)
     tags = {
         "mode": cell.mode,
+        "model": cell.model,
         **{key: cell.canonical()[key] for key in ("method", "importance", "scope", "sparsity")},
         "accuracy": result.metrics.get("eval/accuracy"),
         "mask_checksum": result.tags.get("mask_checksum"),
     }
     logged = log_model(tracker, run_id, result.merged, "model", card=card, tags=tags, progress=progress)
-    version = register_model(tracker, logged, name, alias=alias, tags=tags, description=card)
+    version = register_model(tracker, logged, name, alias=alias, tags=tags, description=card, said=said)
     address = f"models:/{name}@{alias}" if alias else f"models:/{name}/{version}"
     tracker.log(run_id, tags={"registered_as": f"{name}/{version}"})
     return address

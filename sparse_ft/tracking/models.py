@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,11 +24,13 @@ from transformers.utils import logging as transformers_logging
 
 from sparse_ft.errors import UserError
 from sparse_ft.levels import level_label
+from sparse_ft.models.folder import weight_files
 from sparse_ft.progress import SILENT, Progress
 from sparse_ft.tracking.runs import Tracker
 from sparse_ft.tracking.stores import is_server, quiet_mlflow, reachable, store_lock, tracking_uri
 
 __all__ = [
+    "check_registered_name",
     "is_model_uri",
     "log_model",
     "model_card",
@@ -40,11 +42,10 @@ __all__ = [
 
 _TASK = "text-generation"
 _WEIGHTS = "model"  # mlflow's name for the folder of the checkpoint inside a model
-_STAND_IN = {
-    "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1,
-    "num_key_value_heads": 1, "head_dim": 8, "vocab_size": 8, "num_local_experts": 1, "num_experts_per_tok": 1,
-    "pad_token_id": 0,
-}  # fmt: skip
+_IN_ADDRESSES = "/:@#?%\\"  # what models:/NAME@ALIAS gives a meaning to
+_NAME_LENGTH = 250
+# What tells models of one name and level apart: an alias that goes from one kind to another leaves a second behind.
+_KIND = ("method", "importance", "scope", "mode", "model")
 _NOT_COPIED = (".bin", ".pt", ".pth", ".safetensors", ".gguf")
 
 
@@ -55,6 +56,20 @@ def registered_name(model: str, task: str) -> str:
     """
     base = re.sub(r"[^\w.-]", "-", str(model).rstrip("/").rsplit("/", 1)[-1])
     return f"{base}-{task}-sparse"
+
+
+def check_registered_name(name: str) -> None:
+    """Checks a name of `register_model` beforehand.
+
+    Raises:
+        UserError: one that the registry refuses, or that no address could hold.
+    """
+    bad = [character for character in name if character in _IN_ADDRESSES or not character.isprintable()]
+    if bad or name != name.strip() or name in ("", ".", "..") or len(name) > _NAME_LENGTH:
+        raise UserError(
+            f"register_as is {name!r}: a registered model's name has 1 to {_NAME_LENGTH} characters, none of them "
+            f"{' '.join(_IN_ADDRESSES)} or a line break, and no space at either end; or take 'auto'"
+        )
 
 
 def sparsity_alias(sparsity: float) -> str:
@@ -177,16 +192,22 @@ def register_model(
     alias: str | None = None,
     tags: Mapping[str, Any] | None = None,
     description: str | None = None,
+    said: Callable[[str], None] = print,
 ) -> str:
     """Makes a logged model the newest version of a registered one, and points an alias at it.
+
+    Where the alias belonged to a model of another kind (method, importance, scope, mode or base model), that
+    version keeps a second alias, with its own kind in it (``sparse70_unstructured_magnitude``), and a tag
+    ``alias_before``.
 
     Args:
         tracker: where.
         model_uri: what `log_model` returned.
         name: see `registered_name`; it is created if need be.
         alias: see `sparsity_alias`; it moves here if another version has it.
-        tags: on the version.
+        tags: on the version; they tell its kind.
         description: Markdown on the version's page, such as the model card.
+        said: told in one line about an alias that moved from another kind.
 
     Returns:
         The version's number.
@@ -207,8 +228,31 @@ def register_model(
             name, source, logged.source_run_id, texts, description=description, model_id=logged.model_id
         )
     if alias:
+        _keep_reachable(client, name, alias, texts, said)
         client.set_registered_model_alias(name, alias, made.version)
     return str(made.version)
+
+
+def _keep_reachable(
+    client: MlflowClient, name: str, alias: str, kind: Mapping[str, str], said: Callable[[str], None]
+) -> None:
+    """Gives the version that has the alias another one, if it is of another kind than the one that comes."""
+    try:
+        before = client.get_model_version_by_alias(name, alias)
+    except MlflowException:  # nobody has it
+        return
+    differ = [key for key in _KIND if before.tags.get(key) != kind.get(key)]
+    if not differ:
+        return
+    own = [before.tags[key] for key in _KIND if key in before.tags and (key in differ or key in _KIND[:2])]
+    second = re.sub(r"[^\w-]+", "-", "_".join([alias, *own]))[:_NAME_LENGTH]
+    client.set_registered_model_alias(name, second, before.version)
+    client.set_model_version_tag(name, before.version, "alias_before", alias)
+    changes = ", ".join(f"{key} {before.tags.get(key, 'none')} -> {kind.get(key, 'none')}" for key in differ)
+    said(
+        f"the alias {alias} of {name} moves to another kind of model ({changes}); version {before.version}, which"
+        f" had it, is models:/{name}@{second} from now on"
+    )
 
 
 def is_model_uri(text: str) -> bool:
@@ -264,20 +308,17 @@ def _location(client: MlflowClient, uri: str) -> str:
 
 
 def _weights(folder: Path) -> list[Path]:
-    if (folder / "adapter_config.json").is_file():
-        raise UserError(f"{folder} holds an adapter; merge it before logging, an adapter loads with other weights")
-    weights = sorted(folder.glob("model*.safetensors"))
-    if not weights or not (folder / "config.json").is_file():
-        raise UserError(f"{folder} is not a checkpoint to log: it needs config.json and model*.safetensors")
-    return weights
+    if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
+        raise UserError(f"{folder} is not a checkpoint to log: it has no config.json")
+    return list(weight_files(folder).files)
 
 
 def _describe(folder: Path, weights: list[Path], target: Path, model: Model, card: str | None) -> None:
     """Writes an mlflow model of the checkpoint to ``target``, complete but for the weights.
 
-    mlflow writes its own format, of a stand-in with the checkpoint's class and tokenizer and a few hundred
-    weights, whose files then give way to the checkpoint's. (Its own way to take a folder unloaded does not
-    work with transformers 5.23, where a pipeline's class is known by name only.)
+    mlflow writes its own format, of a model without weights, whose configuration then gives way to the
+    checkpoint's files. (Its own way to take a folder unloaded does not work with transformers 5.23, where a
+    pipeline's class is known by name only.)
     """
     stand_in, tokenizer, dtype = _stand_in(folder)
     bars = transformers_logging.is_progress_bar_enabled()
@@ -311,18 +352,18 @@ def _describe(folder: Path, weights: list[Path], target: Path, model: Model, car
 
 
 def _stand_in(folder: Path) -> tuple[Any, Any, Any]:
-    """A model of the checkpoint's class with next to no weights, the checkpoint's tokenizer and its dtype."""
+    """The checkpoint's model without weights, its tokenizer and its dtype: whatever it is, nothing is computed."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    for name, size in _STAND_IN.items():
-        if getattr(config, name, None) is not None:
-            setattr(config, name, size)
-    with torch.random.fork_rng(devices=[]):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype), tokenizer, dtype
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.hf_device_map = {"": "meta"}  # else a pipeline moves it to a device, which needs weights
+    model.save_pretrained = lambda save_directory, **_: config.save_pretrained(save_directory)
+    return model, tokenizer, dtype
 
 
 def _requirements() -> list[str]:
