@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from sparse_ft.errors import UserError
-from sparse_ft.study.failures import ValidationFailedError
 from sparse_ft.study.parsing import Parser
 
 __all__ = ["command"]
@@ -32,13 +31,19 @@ def command(name: str, kind: type[T], work: Callable[[T], int]) -> None:
     except UserError as error:
         print(f"{name}: {error}", file=sys.stderr)
         status = 2
-    except ValidationFailedError as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        status = 1
-    except Exception:
-        traceback.print_exc()
-        status = _SOFTWARE
+    except Exception as error:
+        status = _failed(name, error)
     except KeyboardInterrupt:
         print(f"{name}: stopped", file=sys.stderr)
         status = 130
     sys.exit(status)
+
+
+def _failed(name: str, error: Exception) -> int:
+    from sparse_ft.study.failures import ValidationFailedError  # late: --help comes without torch
+
+    if isinstance(error, ValidationFailedError):  # of a cell's own model: the answer that 1 stands for
+        print(f"{name}: {error}", file=sys.stderr)
+        return 1
+    traceback.print_exception(error)
+    return _SOFTWARE

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from sparse_ft.cache import cache_dir, cache_lock, wheel_file
 from sparse_ft.errors import UserError
-from sparse_ft.models.folder import weight_files
+from sparse_ft.models.checkpoint import Checkpoint
 from sparse_ft.progress import SILENT, Progress
 
 if TYPE_CHECKING:
@@ -224,7 +224,7 @@ def _hub_errors(name: str, revision: str | None) -> Iterator[None]:
 def _checked(folder: Path, what: str) -> Path:
     """The folder, if everything a checkpoint needs is in it."""
     try:
-        weight_files(folder)
+        Checkpoint(folder)
     except UserError as error:
         raise UserError(f"{what} cannot be used: {error}") from None
     if not (folder / "config.json").is_file():

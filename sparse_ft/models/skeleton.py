@@ -58,9 +58,8 @@ def model_config(path: str | Path) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(str(file.parent), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # each config class has its own ways to refuse a value
         raise UserError(f"transformers cannot read {file}: {type(error).__name__}: {error}") from error
-    for name in ("quantization_config", "transformers_weights"):
-        if hasattr(config, name):
-            delattr(config, name)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
     return config
 
 

@@ -1,6 +1,5 @@
 import json
 import os
-import runpy
 import shutil
 import subprocess
 import sys
@@ -21,21 +20,6 @@ from sparse_ft.pruning import MaskGenerator, PruningSettings
 from sparse_ft.tracking.runs import Tracker
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """Runs an entry point as ``python -m entrypoints.NAME`` does; returns (exit status, stdout, stderr)."""
-
-    def run(name, **values):
-        argv = [part for key, value in values.items() for part in (f"--{key}", str(value))]
-        monkeypatch.setattr(sys, "argv", [f"entrypoints.{name}", *argv])
-        with pytest.raises(SystemExit) as stop:
-            runpy.run_module(f"entrypoints.{name}", run_name="__main__")
-        captured = capsys.readouterr()
-        return stop.value.code, captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture
