@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from sparse_ft.environment import arithmetic_variables, one_process
 from sparse_ft.errors import UserError
 from sparse_ft.memory import peak_bytes, reset_peak
 from sparse_ft.progress import SILENT, Progress
-from sparse_ft.tasks.examples import Example
+from sparse_ft.tasks.examples import Example, check_ids
 
 __all__ = ["AnswerCollator", "NonFiniteLossError", "TrainingResult", "TrainingSettings", "train"]
 
@@ -125,6 +126,7 @@ class AnswerCollator:
         }
 
 
+@one_process()
 def train(
     model: torch.nn.Module,
     examples: Sequence[Example],
@@ -136,6 +138,10 @@ def train(
     callbacks: Sequence[TrainerCallback] = (),
 ) -> TrainingResult:
     """Trains the parameters of ``model`` that require gradients, in place, and leaves it in eval mode.
+
+    In one process, whatever a launcher left in the environment (see `sparse_ft.environment`). The learning rate
+    climbs to its peak in ceil(``warmup_fraction`` * ``max_steps``) equal stairs and then falls in a line that reaches
+    0 after the last step: no step has a learning rate of 0.
 
     Args:
         model: a causal language model or a PEFT model around one, on its device.
@@ -156,11 +162,12 @@ def train(
     if resume_from is not None:
         _check_masks(model, Path(resume_from))
     rows = [{"input_ids": example.input_ids, "answer_start": example.answer_start} for example in examples]
+    check_ids((max(example.input_ids) for example in examples), model)
     device = next(model.parameters()).device
     watch = _Watch(settings, progress)
     if settings.gradient_checkpointing != "none":
         model.enable_input_require_grads()  # reentrant checkpoints need an input that requires a gradient
-    trainer = Trainer(
+    trainer = _Trainer(
         model=model,
         args=_arguments(settings, output_dir, device),
         train_dataset=rows,
@@ -189,6 +196,24 @@ def train(
             model.disable_input_require_grads()
         model.eval()
     return watch.result(peak_bytes(device), _protocol(settings, model, rows, device))
+
+
+class _Trainer(Trainer):
+    """The Trainer with a schedule of our own: in its warmup the first step has learning rate 0 and changes nothing."""
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        """Linear up, linear down; step k of n has a factor above 0."""
+        if self.lr_scheduler is None:
+            up = self.args.get_warmup_steps(num_training_steps)
+
+            def factor(step: int) -> float:
+                if step < up:
+                    return (step + 1) / up
+                return max(0, num_training_steps - step) / max(1, num_training_steps - up)
+
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
 
 
 class _Arguments(TrainingArguments):
@@ -221,7 +246,6 @@ def _arguments(settings: TrainingSettings, output_dir: str | Path, device: torch
         warmup_steps=math.ceil(settings.warmup_fraction * settings.max_steps),
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
-        lr_scheduler_type="linear",
         seed=settings.seed,
         use_cpu=device.type == "cpu",
         activation_checkpointing=checkpointing != "none",
@@ -323,4 +347,5 @@ def _protocol(settings: TrainingSettings, model, rows: list[dict[str, Any]], dev
         "device": name,
         "threads": torch.get_num_threads(),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        **arithmetic_variables(),
     }

@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.nn import functional
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from sparse_ft.errors import UserError
 from sparse_ft.lora import LoraSettings, apply_sparse_lora
@@ -193,3 +193,29 @@ def test_a_batch_is_the_batch_asked_for_however_many_gpus_there_are(tmp_path):
     arguments._n_gpu = 8  # what transformers counts on such a machine, to put a whole batch on each
     assert (arguments.n_gpu, arguments.train_batch_size) == (1, 3)
     assert arguments.device == torch.device("cuda:1")  # the model's, not the first
+
+
+@pytest.mark.parametrize("steps", [1, 2, 12])
+@pytest.mark.parametrize("warmup", [0.0, 0.1, 0.5, 0.99])
+def test_every_step_has_a_learning_rate(steps, warmup, model, examples, tmp_path):
+    """Against the formula: up to the peak in ceil(warmup * steps) equal stairs, then down in a line, nowhere 0."""
+    rates = []
+
+    class Rates(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+            rates.append(optimizer.param_groups[0]["lr"])
+
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    settings = TrainingSettings(learning_rate=0.01, max_steps=steps, batch_size=1, warmup_fraction=warmup)
+    train(model, examples, settings, tmp_path, callbacks=[Rates()])
+    up = math.ceil(warmup * steps)
+    expected = [(k + 1) / up if k < up else (steps - k) / (steps - up) for k in range(steps)]
+    assert rates == pytest.approx([0.01 * factor for factor in expected])
+    assert min(rates) > 0
+    assert any(not torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_ids_that_the_model_does_not_have_are_one_line(model, examples, tmp_path):
+    outside = [*examples, Example([1, 2, model.config.vocab_size], 2)]
+    with pytest.raises(UserError, match="belong together"):
+        train(model, outside, TrainingSettings(max_steps=1), tmp_path)

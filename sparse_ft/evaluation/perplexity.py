@@ -15,10 +15,11 @@ from torch.nn import functional
 
 from sparse_ft.errors import UserError
 from sparse_ft.evaluation.batches import rows_that_fit
+from sparse_ft.evaluation.finite import NonFiniteScoresError
 from sparse_ft.evaluation.standard_errors import ratio_standard_error
 from sparse_ft.progress import SILENT, Progress
 from sparse_ft.tasks.definitions import eval_split, quiet
-from sparse_ft.tasks.examples import held_out_texts, token_stream
+from sparse_ft.tasks.examples import check_ids, held_out_texts, token_stream
 
 __all__ = ["Perplexity", "corpus_texts", "perplexity"]
 
@@ -29,7 +30,7 @@ WIKITEXT = "wikitext2"
 class Perplexity:
     """A perplexity with what it was measured on; the value means nothing without the rest."""
 
-    value: float
+    value: float  # infinity where the exp of a finite loss is above every float
     loss: float  # mean negative log-likelihood of a token, in nats
     seq_len: int  # tokens of a window; the first of each is context only
     windows: int
@@ -68,7 +69,12 @@ def corpus_texts(corpus: str, task: Task) -> tuple[str, Iterable[str]]:
     path = Path(corpus).expanduser()
     if not path.is_file():
         raise UserError(f"perplexity_corpus {corpus} is neither task, {WIKITEXT} nor a text file")
-    return path.name, [path.read_text(encoding="utf-8")]
+    try:
+        return path.name, [path.read_text(encoding="utf-8-sig")]
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"perplexity_corpus {corpus} is not UTF-8 text (byte {error.start}); save it as UTF-8"
+        ) from None
 
 
 @torch.inference_mode()
@@ -98,12 +104,14 @@ def perplexity(
         progress: told the windows done.
 
     Raises:
-        UserError: ``seq_len`` is under 2, or the corpus has fewer than 2 tokens.
+        UserError: ``seq_len`` is under 2, the corpus has fewer than 2 tokens, or a token is outside the embedding.
+        NonFiniteScoresError: the loss is NaN or infinite.
     """
     if seq_len < 2:
         raise UserError(f"perplexity_seq_len is {seq_len}; it must be 2 or more")
     wanted = None if max_tokens is None else -(-max_tokens // seq_len) * seq_len
     tokens = token_stream(texts, tokenizer, wanted)
+    check_ids(tokens, model)
     windows = _windows(tokens if wanted is None else tokens[:wanted], seq_len)
     device = next(model.parameters()).device
     rows = batch_size or rows_that_fit(model, windows.shape[1])
@@ -119,6 +127,8 @@ def perplexity(
     scored = windows.shape[1] - 1
     count = windows.shape[0] * scored
     loss = sum(losses) / count
+    if not math.isfinite(loss):
+        raise NonFiniteScoresError(f"the loss on running text is {loss}; the model has no perplexity")
     value = math.exp(loss) if loss < 700 else math.inf
     error = ratio_standard_error(losses, [scored] * len(losses))
     return Perplexity(value, loss, windows.shape[1], windows.shape[0], count, error)

@@ -17,9 +17,10 @@ from transformers import PreTrainedTokenizerBase
 
 from sparse_ft.errors import UserError
 from sparse_ft.evaluation.batches import rows_that_fit
+from sparse_ft.evaluation.finite import check_likelihoods, watched_logits
 from sparse_ft.evaluation.rows import Request, Row, branched_rows, model_inputs, single_rows
 from sparse_ft.progress import SILENT, Progress
-from sparse_ft.tasks.examples import PairEncoder
+from sparse_ft.tasks.examples import PairEncoder, check_ids
 
 __all__ = ["Scorer"]
 
@@ -66,7 +67,9 @@ class Scorer(HFLM):
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
         self.batch_size_per_gpu = self._fitting(self.max_length)
         call = super().loglikelihood_rolling
-        return self._timed(lambda: call(requests, disable_tqdm=True), requests)
+        likelihoods = self._timed(lambda: call(requests, disable_tqdm=True), requests)
+        check_likelihoods(likelihoods, self.stage)
+        return likelihoods
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         if self.max_length <= self.max_gen_toks:
@@ -74,10 +77,15 @@ class Scorer(HFLM):
                 f"the task generates {self.max_gen_toks} tokens, but the model reads {self.max_length} in all; "
                 "it needs a model of longer context"
             )
-        longest = max(len(self.tok_encode(request.args[0])) for request in requests) + self.max_gen_toks
+        if self.tokenizer.eos_token_id is None:
+            raise UserError("the task generates text: it needs a tokenizer with an end token (eos_token)")
+        contexts = [self.tok_encode(request.args[0]) for request in requests]
+        check_ids((token for context in contexts for token in context), self.model)
+        longest = max(map(len, contexts)) + self.max_gen_toks
         self.batch_size_per_gpu = self._fitting(longest, positions=1, tokens_at_once=1)
         call = super().generate_until
-        return self._timed(lambda: self._shrinking(lambda: call(requests, disable_tqdm=True)), requests)
+        with watched_logits(self.model, self.stage):
+            return self._timed(lambda: self._shrinking(lambda: call(requests, disable_tqdm=True)), requests)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = True, **kwargs: Any
@@ -90,8 +98,17 @@ class Scorer(HFLM):
         rows are others, and the last digits too.
 
         Raises:
-            UserError: an answer is longer than the model's context.
+            UserError: an answer is longer than the model's context, or a token is outside its embedding.
+            NonFiniteScoresError: a log-likelihood is NaN or infinite.
         """
+        check_ids(
+            (token for _, context, answer in requests for part in (context, answer) for token in part), self.model
+        )
+        results = self._likelihoods(requests, **kwargs)
+        check_likelihoods((likelihood for likelihood, _ in results), self.stage)
+        return results
+
+    def _likelihoods(self, requests: Sequence[Request], **kwargs: Any) -> list[tuple[float, bool]]:
         longest_answer = max(len(answer) for *_, answer in requests)
         if longest_answer > self.max_length:
             raise UserError(f"an answer has {longest_answer} tokens, but the model reads {self.max_length} at most")

@@ -19,7 +19,9 @@ from lm_eval.api.task import Task
 from lm_eval.defaults import DEFAULT_OTHER_SEED
 from transformers import PreTrainedTokenizerBase
 
+from sparse_ft.environment import arithmetic_variables, one_process
 from sparse_ft.errors import UserError
+from sparse_ft.evaluation.finite import check_metrics
 from sparse_ft.evaluation.perplexity import corpus_texts, perplexity
 from sparse_ft.evaluation.scorer import Scorer
 from sparse_ft.evaluation.standard_errors import ratio_standard_error
@@ -83,7 +85,7 @@ class Evaluation:
             ``exact_match_strict_match``, ``exact_match_flexible_extract``), ``loss`` (nats per token of the
             right answers) with ``loss_stderr`` (over questions), ``perplexity`` and ``perplexity_loss`` with
             theirs (over windows), ``samples_per_second``. What could not be measured (a standard error of one
-            sample, say) is not there.
+            sample, a perplexity above every float) is not there, and no metric is NaN or infinite.
         protocol: what the numbers depend on, JSON-able.
         samples: lm-eval's record of every question, JSON-able; empty unless asked for.
     """
@@ -93,6 +95,7 @@ class Evaluation:
     samples: list[dict[str, Any]] = field(default_factory=list)
 
 
+@one_process()
 def evaluate(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -118,6 +121,7 @@ def evaluate(
 
     Raises:
         UserError: a setting is out of range, or the perplexity corpus cannot be had.
+        NonFiniteScoresError: the model's logits, or a score, are NaN or infinite.
     """
     settings = settings or EvaluationSettings()
     settings.check()
@@ -159,18 +163,21 @@ def evaluate(
             "chat_template": None,
             "device": _device_name(scorer.device),
             "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+            **arithmetic_variables(),
         }
         if settings.perplexity_tokens != 0:
             rows = None if settings.batch_size == "auto" else int(settings.batch_size)
             found = perplexity(
                 model, tokenizer, texts, settings.perplexity_seq_len, settings.perplexity_tokens, rows, progress
             )
-            metrics.update(perplexity=found.value, perplexity_stderr=found.stderr)
+            if math.isfinite(found.value):
+                metrics.update(perplexity=found.value, perplexity_stderr=found.stderr)
+            else:
+                protocol["perplexity_absent"] = "exp(perplexity_loss) is above every number"
             metrics.update(perplexity_loss=found.loss, perplexity_loss_stderr=found.loss_stderr)
             protocol.update(perplexity_corpus=corpus, perplexity_seq_len=found.seq_len)
             protocol.update(perplexity_windows=found.windows, perplexity_tokens=found.tokens)
-    metrics = {name: value for name, value in metrics.items() if not math.isnan(value) or "stderr" not in name}
-    return Evaluation(metrics, protocol, every if settings.keep_samples else [])
+    return Evaluation(check_metrics(metrics), protocol, every if settings.keep_samples else [])
 
 
 def _metrics(results: dict[str, Any]) -> dict[str, float]:

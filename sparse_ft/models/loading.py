@@ -19,6 +19,7 @@ from sparse_ft.masks.mask_set import MaskSet
 from sparse_ft.models.checkpoint import Checkpoint
 from sparse_ft.models.names import place, prunable_names, role, slots
 from sparse_ft.models.skeleton import model_config
+from sparse_ft.models.tokenizers import leave_open, pad_inside
 
 __all__ = [
     "apply_masks",
@@ -30,6 +31,7 @@ __all__ = [
     "resolve_device",
     "resolve_dtype",
     "save_model",
+    "saved_tokenizer",
 ]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -118,18 +120,30 @@ def load_model(
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a Hugging Face folder. Without a pad token (LLaMA-2) it pads with its end token.
+    """The tokenizer of a Hugging Face folder, as training, scoring, calibration and perplexity use it.
+
+    It puts nothing after a text (``add_eos_token`` or a template that closes every text is undone), and its pad
+    token is one that the model's embedding has: without such a token (LLaMA-2) it pads with its end token.
+
+    Raises:
+        UserError: there is none, it cannot be read, has no usable pad or end token, or is of another model.
+    """
+    tokenizer = saved_tokenizer(folder)
+    pad_inside(tokenizer, folder)
+    leave_open(tokenizer, folder)
+    return tokenizer
+
+
+def saved_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a Hugging Face folder as it is there, to be saved beside a model made of that folder.
 
     Raises:
         UserError: there is none, or it cannot be read.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exceptions
         raise UserError(f"{folder} has no tokenizer that transformers can read: {error}") from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: str | Path) -> Path:

@@ -12,7 +12,7 @@ import torch
 
 from sparse_ft.pruning.histogram import exact_count
 
-__all__ = ["outlier_share", "owl_deviations", "owl_sparsities", "tensor_counts"]
+__all__ = ["outlier_share", "owl_deviations", "owl_sparsities", "row_counts", "tensor_counts"]
 
 
 def outlier_share(scores: Sequence[torch.Tensor], times: float) -> float:
@@ -59,6 +59,14 @@ def owl_sparsities(level: float, deviations: np.ndarray, sizes: Sequence[int]) -
         middle = (low + high) / 2
         low, high = (low, middle) if excess(middle) > 0 else (middle, high)
     return np.clip(high - deviations, 0, 1) if level >= 1 else np.clip(low - deviations, 0, 1)
+
+
+def row_counts(total: int, rows: int) -> np.ndarray:
+    """``total`` weights shared out over rows: int64 ``[rows]``, alike but for one weight more in the first.
+
+    Each row's count grows with ``total``, so levels nest.
+    """
+    return (total + rows - 1 - np.arange(rows)) // rows
 
 
 def tensor_counts(

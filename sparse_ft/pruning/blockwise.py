@@ -125,7 +125,7 @@ class BlockPruner:
 
     model: BlockModel
     settings: PruningSettings
-    counts: Mapping[str, Sequence[int]]
+    counts: Mapping[str, Sequence[int | np.ndarray]]
     state: BlockState
 
     def run(self, token_ids: torch.Tensor, progress: Progress = SILENT) -> None:

@@ -21,7 +21,7 @@ from sparse_ft.models.checkpoint import copy_checkpoint, open_checkpoint
 from sparse_ft.models.loading import resolve_device, resolve_dtype
 from sparse_ft.models.names import role
 from sparse_ft.progress import SILENT, Progress
-from sparse_ft.pruning.allocation import owl_deviations, owl_sparsities, tensor_counts
+from sparse_ft.pruning.allocation import owl_deviations, owl_sparsities, row_counts, tensor_counts
 from sparse_ft.pruning.blocks import BlockModel
 from sparse_ft.pruning.blockstate import BlockState
 from sparse_ft.pruning.blockwise import BlockPruner, dense_scores, outlier_shares
@@ -37,7 +37,7 @@ from sparse_ft.pruning.structure import choose_units, families, family_scores, w
 
 __all__ = ["MaskGenerator"]
 
-Counts = Mapping[str, Sequence[int]]
+Counts = Mapping[str, Sequence[int | np.ndarray]]
 
 
 class MaskGenerator:
@@ -229,9 +229,10 @@ class MaskGenerator:
                 for name, shape in self.shapes.items()
             }
         shares = self._owl_shares(folder)
-        if rows:
-            return {n: [exact_count(share, s[-1]) for share in shares[n]] for n, s in self.shapes.items()}
-        return tensor_counts(levels, {name: math.prod(shape) for name, shape in self.shapes.items()}, shares)
+        counts = tensor_counts(levels, {name: math.prod(shape) for name, shape in self.shapes.items()}, shares)
+        if rows:  # each row rounded by itself would miss the whole
+            return {n: [row_counts(k, math.prod(self.shapes[n][:-1])) for k in ks] for n, ks in counts.items()}
+        return counts
 
     def _owl_shares(self, folder: Path) -> dict[str, list[float]]:
         """OWL's sparsity of each tensor at each level: that of its block."""

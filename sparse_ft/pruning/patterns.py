@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 
 from sparse_ft.errors import UserError
@@ -75,8 +76,8 @@ def layer_mask(scores: torch.Tensor, k: int, pruned: torch.Tensor | None = None)
     return _masks(scores, pruned, lambda source, sink: write_layers(source, {_ONE: [k]}, sink))
 
 
-def row_mask(scores: torch.Tensor, k: int, pruned: torch.Tensor | None = None) -> torch.Tensor:
-    """Prunes the ``k`` lowest scores of every row; arguments as `layer_mask`."""
+def row_mask(scores: torch.Tensor, k: int | np.ndarray, pruned: torch.Tensor | None = None) -> torch.Tensor:
+    """Prunes the ``k`` lowest scores of every row (one number, or one for each row); other arguments as `layer_mask`."""
     return _masks(scores, pruned, lambda source, sink: write_rows(source, {_ONE: [k]}, sink))
 
 

@@ -108,19 +108,23 @@ def write_layers(
 
 def write_rows(
     source: KeySource,
-    counts: Mapping[str, Sequence[int]],
+    counts: Mapping[str, Sequence[int | np.ndarray]],
     sink: MaskSink,
     threads: int = 1,
     progress: Progress = SILENT,
 ) -> None:
-    """``counts[name][level]`` weights of every row, ties by position."""
+    """``counts[name][level]`` weights of every row (one number, or ``[rows]`` of them), ties by position."""
 
     def task(name: str) -> None:
+        rows = int(np.prod(source.shapes[name][:-1], dtype=np.int64))
+        bounds = [np.broadcast_to(k, rows).astype(np.uint32) for k in counts[name]]
+        first = 0
         for keys in source.parts(name):
             ranks = np.empty(keys.shape, np.uint32)
             row_ranks(keys, ranks)
-            for level, k in enumerate(counts[name]):
-                sink.append(level, name, _pack(ranks, np.full(len(ranks), k, np.uint32)))
+            for level, bound in enumerate(bounds):
+                sink.append(level, name, _pack(ranks, bound[first : first + len(ranks)]))
+            first += len(ranks)
 
     Pool(source, threads, progress).run("make masks", {name: _call(task, name) for name in sorted(source.shapes)})
 

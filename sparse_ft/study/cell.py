@@ -21,7 +21,7 @@ from sparse_ft.lora.model import apply_sparse_lora, merge_all_lora_weights, rema
 from sparse_ft.masks.checks import check_masks
 from sparse_ft.masks.mask_set import MaskSet
 from sparse_ft.models.checkpoint import Checkpoint
-from sparse_ft.models.loading import apply_masks, load_state_into, save_model
+from sparse_ft.models.loading import apply_masks, load_state_into, save_model, saved_tokenizer
 from sparse_ft.progress import Progress
 from sparse_ft.pruning.output import MaskFile
 from sparse_ft.study.cell_settings import check_cell, count, evaluation_settings, lora_settings, training_settings
@@ -133,7 +133,7 @@ def run_cell(
         with clock("merge"):
             merged = merge_all_lora_weights(adapted)
         with clock("save"):
-            target = save_model(merged, tokenizer, folder / "merged")
+            target = save_model(merged, saved_tokenizer(checkpoint.folder), folder / "merged")
             result.tags["merged_fingerprint"] = Checkpoint(target).fingerprint
         with clock("validate"):
             obeyed = MaskSet.all_kept(checkpoint.prunable_shapes()) if masks is None else masks

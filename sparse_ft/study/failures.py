@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from sparse_ft.errors import DataMissingError, ModelUnavailableError, UserError
+from sparse_ft.evaluation import NonFiniteScoresError
 from sparse_ft.training import NonFiniteLossError
 
 __all__ = [
@@ -55,9 +56,9 @@ class Failure:
 
 
 def classify(error: BaseException) -> Failure:
-    """The failure class of an exception: out_of_memory, disk_full, non_finite_loss, data_missing,
-    model_unavailable, worker_lost, timeout, validation_failed, configuration or bug; of a Cerebras training also
-    those of `sparse_ft.cerebras.logs.classify_log`.
+    """The failure class of an exception: out_of_memory, disk_full, non_finite_loss, non_finite_scores,
+    data_missing, model_unavailable, worker_lost, timeout, validation_failed, configuration or bug; of a Cerebras
+    training also those of `sparse_ft.cerebras.logs.classify_log`.
     """
     text = "".join(traceback.format_exception(error))
     message = " ".join(f"{error}".split()) or type(error).__name__
@@ -72,6 +73,7 @@ def _kind(error: BaseException) -> str:
         DataMissingError: "data_missing",
         UserError: "configuration",
         NonFiniteLossError: "non_finite_loss",
+        NonFiniteScoresError: "non_finite_scores",
         ValidationFailedError: "validation_failed",
         WorkerLostError: "worker_lost",
         CellTimeoutError: "timeout",

@@ -20,7 +20,7 @@ from sparse_ft.files import atomic_folder
 from sparse_ft.levels import level_label
 from sparse_ft.lora.model import load_sparse_lora, merge_all_lora_weights
 from sparse_ft.models.checkpoint import Checkpoint
-from sparse_ft.models.loading import load_state_into, save_model
+from sparse_ft.models.loading import load_state_into, save_model, saved_tokenizer
 from sparse_ft.progress import SILENT, Progress
 from sparse_ft.pruning.output import MaskFile
 from sparse_ft.study.cell import CellResult
@@ -74,7 +74,7 @@ def rebuild(tracker: Tracker, run_id: str, target: Path, bench: Workbench) -> Pa
             else:
                 adapted = load_sparse_lora(model, adapter, masks.load())
             with atomic_folder(target) as made:
-                save_model(merge_all_lora_weights(adapted), bench.tokenizer(cell.model), made)
+                save_model(merge_all_lora_weights(adapted), saved_tokenizer(bench.checkpoint(cell.model).folder), made)
                 if (problem := _not_of(run, made)) is not None:
                     raise UserError(f"{problem}; rebuild on the kind of device that the cell ran on. Nothing is kept.")
     return target

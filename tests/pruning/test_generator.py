@@ -183,3 +183,25 @@ def test_the_bits_are_where_others_look_for_them(tiny_model, tmp_path):
 def test_an_unknown_format_is_refused(tiny_model, tmp_path):
     with pytest.raises(UserError, match="format 'csv' is none of"):
         MaskGenerator(tiny_model("tiny-llama"), PruningSettings()).generate(tmp_path, "csv")
+
+
+@pytest.mark.parametrize("importance", ["magnitude", "wanda"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_owl_by_rows_prunes_exactly_what_is_asked(tiny_model, tmp_path, text, kind, importance):
+    """Rows of a tensor differ by one weight at most, and the whole is round(sparsity * n)."""
+    levels = (0.3, 0.5, 0.777)
+    settings = PruningSettings(
+        sparsities=levels, scope="row", allocation="owl", importance=importance, dtype="float32", device="cpu"
+    )
+    generator = MaskGenerator(tiny_model(kind), settings, Calibration(text, {"task": "noise"}))
+    files = generator.generate(tmp_path, figures=False)
+    total = sum(torch.Size(shape).numel() for shape in generator.shapes.values())
+    before = None
+    for level, file in zip(levels, files, strict=True):
+        masks = file.load()
+        assert file.pruned == round(level * total)
+        for name in masks.shapes:
+            rows = (~masks[name]).flatten(0, -2).sum(-1)
+            assert rows.max() - rows.min() <= 1
+            assert before is None or not (masks[name] & ~before[name]).any()
+        before = masks

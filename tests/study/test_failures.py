@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sparse_ft.errors import DataMissingError, ModelUnavailableError, UserError
+from sparse_ft.evaluation import NonFiniteScoresError
 from sparse_ft.study.failures import CellTimeoutError, ValidationFailedError, WorkerLostError, classify
 from sparse_ft.training import NonFiniteLossError
 
@@ -25,6 +26,7 @@ def _too_much_memory():
         (sqlite3.OperationalError("database or disk is full"), "disk_full"),
         (OSError(errno.EACCES, "Permission denied"), "bug"),
         (NonFiniteLossError("the training loss is nan at step 3"), "non_finite_loss"),
+        (NonFiniteScoresError("the loss is nan"), "non_finite_scores"),
         (ModelUnavailableError("gated"), "model_unavailable"),
         (DataMissingError("no split"), "data_missing"),
         (UserError("lora_r is 0"), "configuration"),

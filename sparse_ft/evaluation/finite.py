@@ -1,0 +1,63 @@
+"""What is not finite is a failure, not a score."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+__all__ = ["NonFiniteScoresError", "check_likelihoods", "check_metrics", "watched_logits"]
+
+
+class NonFiniteScoresError(RuntimeError):
+    """A model's logits, or a score made of them, are NaN or infinite."""
+
+
+def check_likelihoods(likelihoods: Iterable[float], what: str) -> None:
+    """Raises NonFiniteScoresError where a log-likelihood is NaN or infinite: argmax would still name a token."""
+    values = list(likelihoods)
+    wrong = [value for value in values if not math.isfinite(value)]
+    if wrong:
+        raise NonFiniteScoresError(
+            f"{what}: {len(wrong)} of {len(values)} log-likelihoods are {wrong[0]}; the model's logits are NaN or"
+            " infinite, so it has no score"
+        )
+
+
+def check_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The metrics without standard errors that do not exist.
+
+    Raises:
+        NonFiniteScoresError: a score is NaN or infinite.
+    """
+    kept = {name: value for name, value in metrics.items() if math.isfinite(value) or "stderr" not in name}
+    for name, value in kept.items():
+        if not math.isfinite(value):
+            raise NonFiniteScoresError(f"{name} is {value}; the model has no such score")
+    return kept
+
+
+@contextmanager
+def watched_logits(model: torch.nn.Module, what: str) -> Iterator[None]:
+    """Looks at the last position's logits of every forward pass inside: greedy decoding of NaN gives token 0.
+
+    Raises:
+        NonFiniteScoresError: at the end, if any was NaN or +infinity (-infinity bars a token, and is no error).
+    """
+    seen: list[torch.Tensor] = []  # one flag, on the device: to read it at every token would wait for the device
+
+    def look(_module: torch.nn.Module, _inputs: Any, output: Any) -> None:
+        last = output.logits[:, -1]
+        wrong = (last.isnan() | last.isposinf()).any() | last.isneginf().all(dim=-1).any()
+        seen[:] = [wrong | seen[0]] if seen else [wrong]
+
+    hook = model.register_forward_hook(look)
+    try:
+        yield
+    finally:
+        hook.remove()
+    if seen and bool(seen[0]):
+        raise NonFiniteScoresError(f"{what}: the model's logits are NaN or infinite, so it has no score")
