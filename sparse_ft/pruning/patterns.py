@@ -77,7 +77,7 @@ def layer_mask(scores: torch.Tensor, k: int, pruned: torch.Tensor | None = None)
 
 
 def row_mask(scores: torch.Tensor, k: int | np.ndarray, pruned: torch.Tensor | None = None) -> torch.Tensor:
-    """Prunes the ``k`` lowest scores of every row (one number, or one for each row); other arguments as `layer_mask`."""
+    """Prunes the ``k`` lowest scores of every row (one number, or one for each row); the rest as `layer_mask`."""
     return _masks(scores, pruned, lambda source, sink: write_rows(source, {_ONE: [k]}, sink))
 
 
