@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,7 @@ def plan_identity(plan: Plan, identities: Sequence[Mapping[str, str]]) -> dict[s
     return {what: dict(sorted(parts.items())) for what, parts in sorted(told.items())}
 
 
+@cache
 def versions() -> str:
     """This program and the libraries whose arithmetic is in a result, without the builds' own suffixes."""
     return f"sparse_ft {sparse_ft.__version__}, " + ", ".join(
