@@ -136,7 +136,7 @@ def linear_steps(d: int, tokens: int, rank: int, dtype: torch.dtype, device: tor
     def sparse(kind: str) -> nn.Module:
         mask = random_mask(d, d, kind, 1)
         layer = SparseLoRALayer(base(mask), "default", config=SparseLoRAConfig(**common), **common)
-        layer.attach_mask(pack_bits(mask))
+        layer.attach_mask(pack_bits(mask), kind)
         return layer
 
     layers = {

@@ -15,7 +15,7 @@ _HOME = {
     "SparseLoRALayer": "layer",
     "apply_sparse_lora": "model",
     "load_sparse_lora": "model",
-    "merge_all_lora_weights": "model",
+    "merge_all_lora_weights": "merge",
     "remask": "model",
     "validate_sparsity_preserved": "model",
 }

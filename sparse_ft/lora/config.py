@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sparse_ft.errors import UserError
+from sparse_ft.lora.rounding import ROUNDINGS
 
 __all__ = ["MODES", "SPARSE_MODES", "LoraSettings"]
 
@@ -22,15 +23,18 @@ class LoraSettings:
         dropout: probability of dropping an input of the adapter while training. Experts (Mixtral) take none.
         target_modules: projections to adapt (``q_proj`` ... ``down_proj``, ``w1`` ``w2`` ``w3`` for experts);
             None adapts every prunable projection.
+        rounding: of ``W + s B A`` to bfloat16 or float16, in the sparse forward and in every merge: ``dithered``,
+            which keeps small updates in the mean, or ``nearest``. Without effect in float32.
 
     Raises:
-        UserError: a rank or alpha that is not positive, a dropout outside [0, 1).
+        UserError: a rank or alpha that is not positive, a dropout outside [0, 1), an unknown rounding.
     """
 
     r: int = 16
     alpha: float = 32.0
     dropout: float = 0.0
     target_modules: tuple[str, ...] | None = None
+    rounding: str = "dithered"
 
     def __post_init__(self) -> None:
         if self.r < 1:
@@ -39,5 +43,7 @@ class LoraSettings:
             raise UserError(f"lora_alpha is {self.alpha}: it must be positive.")
         if not 0 <= self.dropout < 1:
             raise UserError(f"lora_dropout is {self.dropout}: it lies in [0, 1).")
+        if self.rounding not in ROUNDINGS:
+            raise UserError(f"rounding is '{self.rounding}', it must be one of {', '.join(ROUNDINGS)}.")
         if self.target_modules is not None:
             object.__setattr__(self, "target_modules", tuple(self.target_modules))

@@ -11,22 +11,35 @@ from peft.tuners.lora import layer as peft_layer
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from sparse_ft.lora.function import effective_weight, masked_weight, prune_
+from sparse_ft.lora.function import masked_weight, prune_
 from sparse_ft.lora.layer import MaskedBase
 from sparse_ft.lora.peft_config import SparseLoRAConfig
 
-__all__ = ["ParamWrapper"]
+__all__ = ["ParamWrapper", "expert_factors"]
 
 
 class _MaskedProxy(nn.Module):
     """Stands in for the parameter while the experts run: W -> ``(W + s B A) . M``."""
 
-    def __init__(self, factor_a: Tensor, factor_b: Tensor, packed: Tensor, scaling: float) -> None:
+    def __init__(self, factors: tuple[Tensor, Tensor], packed: Tensor, scaling: float, key: int | None) -> None:
         super().__init__()
-        self.factors, self.packed, self.scaling = (factor_a, factor_b), packed, scaling
+        self.factors, self.packed, self.scaling, self.key = factors, packed, scaling, key
 
     def forward(self, weight: Tensor) -> Tensor:
-        return masked_weight(weight, *self.factors, self.packed, self.scaling)
+        return masked_weight(weight, *self.factors, self.packed, self.scaling, self.key)
+
+
+def expert_factors(layer: peft_layer.ParamWrapper, adapter_name: str) -> tuple[Tensor, Tensor]:
+    """``A [E, r, in]`` and ``B [E, out, r]`` of PEFT's adapter on a parameter, in their own dtype, as views that
+    autograd follows."""
+    weight_a, weight_b = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+    if layer.get_param().dim() == 2:
+        return weight_a, weight_b
+    factor_a = weight_a.reshape(layer.num_experts, -1, weight_a.shape[-1])
+    factor_b = weight_b.reshape(weight_b.shape[0], -1, layer.num_experts).permute(2, 0, 1)
+    if not layer._did_swap_in_out_features:  # the parameter is [E, in, out]
+        return factor_b.mT, factor_a.mT
+    return factor_a, factor_b
 
 
 class ParamWrapper(MaskedBase, peft_layer.ParamWrapper):
@@ -58,20 +71,8 @@ class ParamWrapper(MaskedBase, peft_layer.ParamWrapper):
     def masked_parameter(self) -> nn.Parameter:
         return self.get_param()
 
-    def _factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
-        """``A [E, r, in]`` and ``B [E, out, r]`` in their own dtype, as views that autograd follows."""
-        weight_a, weight_b = self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
-        if self.get_param().dim() == 2:
-            return weight_a, weight_b
-        factor_a = weight_a.reshape(self.num_experts, -1, weight_a.shape[-1])
-        factor_b = weight_b.reshape(weight_b.shape[0], -1, self.num_experts).permute(2, 0, 1)
-        if not self._did_swap_in_out_features:  # the parameter is [E, in, out]
-            return factor_b.mT, factor_a.mT
-        return factor_a, factor_b
-
-    def effective_weight(self, adapter_name: str) -> Tensor:
-        factors = self._factors(adapter_name)
-        return effective_weight(self.get_param(), *factors, self.required_mask(), self.scaling[adapter_name])
+    def factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        return expert_factors(self, adapter_name)
 
     def get_delta_weight(self, adapter_name: str, *args: Any, **kwargs: Any) -> Tensor:
         """``s (B A) . M`` (``s B A`` in ``sparse_to_dense``), in the parameter's shape and dtype."""
@@ -88,7 +89,7 @@ class ParamWrapper(MaskedBase, peft_layer.ParamWrapper):
             return
         module, name = self.get_base_layer(), self.parameter_name
         trainable = self.get_param().requires_grad
-        proxy = _MaskedProxy(*self._factors(adapter), packed, self.scaling[adapter])
+        proxy = _MaskedProxy(self.factors(adapter), packed, self.scaling[adapter], self.rounding_key(adapter))
         # unsafe: without it torch runs the whole proxy once more, only to compare shapes.
         parametrize.register_parametrization(module, name, proxy, unsafe=True)
         module.parametrizations[name].original.requires_grad_(trainable)

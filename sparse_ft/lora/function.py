@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from sparse_ft.lora.rounding import DITHERED_DTYPES, block_rows, dither_into
+
 __all__ = ["effective_weight", "masked_linear", "masked_weight", "prune_", "rank_one_factors"]
 
 _INTEGERS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.bfloat16: torch.int16,
@@ -74,26 +76,60 @@ def _byte_table(dtype: torch.dtype, device: torch.device) -> tuple[torch.dtype, 
 
 
 def effective_weight(
-    weight: Tensor | None, factor_a: Tensor, factor_b: Tensor, packed: Tensor | None, scaling: float
+    weight: Tensor | None,
+    factor_a: Tensor,
+    factor_b: Tensor,
+    packed: Tensor | None,
+    scaling: float,
+    key: int | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """``(W + s B A) . M`` as a new tensor in the dtype of ``W``: the one arithmetic of forward, backward and merge.
+    """``(W + s B A) . M`` in the dtype of ``W``: the one arithmetic of forward, backward and merge.
 
-    The sum is made by one ``addmm`` (``baddbmm`` for stacks), so it is rounded once. Adding a product that
-    was rounded before gives another weight in bfloat16.
+    With a key, and ``W`` in bfloat16 or float16, the sum is made in float32 and rounded by the key's noise, a block
+    of rows at a time: updates far below the weight's last bit survive in the mean. Otherwise it is made by one
+    ``addmm`` (``baddbmm`` for stacks) of factors in the dtype of ``W``, and rounded once to the nearest. Adding a
+    product that was rounded before gives another weight in bfloat16.
 
     Args:
         weight: ``W``; None stands for zero, the result then has the dtype of ``factor_a``.
         packed: bits of ``M``; None keeps everything.
+        key: of `sparse_ft.lora.rounding.noise_key`; None rounds to the nearest.
+        out: takes the result, in place of a new tensor; may be ``weight`` itself.
     """
     dtype = factor_a.dtype if weight is None else weight.dtype
-    factor_a, factor_b = factor_a.detach().to(dtype), factor_b.detach().to(dtype)
+    factor_a, factor_b = factor_a.detach(), factor_b.detach()
     with torch.no_grad(), torch.autocast(device_type=factor_a.device.type, enabled=False):
+        if weight is not None and key is not None and dtype in DITHERED_DTYPES:
+            return _dithered(weight.detach(), factor_a.float(), factor_b.float(), packed, scaling, key, out)
+        factor_a, factor_b = factor_a.to(dtype), factor_b.to(dtype)
         if weight is None:
             result = torch.matmul(factor_b, factor_a).mul_(scaling)
         else:
             add = torch.addmm if weight.dim() == 2 else torch.baddbmm
             result = add(weight.detach(), factor_b, factor_a, alpha=scaling)
-        return result if packed is None else prune_(result, packed)
+        result = result if packed is None else prune_(result, packed)
+        return result if out is None else out.copy_(result)
+
+
+def _dithered(
+    weight: Tensor, factor_a: Tensor, factor_b: Tensor, packed: Tensor | None, scaling: float, key: int,
+    out: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """`effective_weight` by dithered rounding; beside the result, memory for a block of rows."""
+    out = torch.empty_like(weight, memory_format=torch.contiguous_format) if out is None else out
+    for index in range(1 if weight.dim() == 2 else weight.shape[0]):
+        part = [tensor if tensor is None or weight.dim() == 2 else tensor[index]
+                for tensor in (weight, factor_a, factor_b, packed, out)]  # fmt: skip
+        base, a, b, bits, target = part
+        step = block_rows(base)
+        for begin in range(0, base.shape[0], step):
+            rows = slice(begin, begin + step)
+            total = torch.addmm(base[rows].float(), b[rows], a, alpha=scaling)
+            dither_into(target[rows], total, key, index * base.shape[0] + begin)
+            if bits is not None:
+                prune_(target[rows], bits[rows])
+    return out
 
 
 def masked_linear(
@@ -104,6 +140,7 @@ def masked_linear(
     packed: Tensor,
     scaling: float,
     bias: Tensor | None = None,
+    key: int | None = None,
 ) -> Tensor:
     """``y = x ((W + s B A) . M)^T + bias``, differentiable in ``x``, ``A``, ``B`` and ``bias``.
 
@@ -115,6 +152,7 @@ def masked_linear(
         x: ``[..., in]``.
         weight: ``W [out, in]``, a constant; None stands for zero (the adapter's part alone).
         packed: ``uint8 [out, ceil(in/8)]``.
+        key: of the dithered rounding, see `effective_weight`; its gradient is taken as that of the sum.
 
     Returns:
         ``[..., out]`` in the dtype of ``x`` (of autocast, where that is on).
@@ -122,15 +160,17 @@ def masked_linear(
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
         x = x.to(torch.get_autocast_dtype(kind))
-    return _MaskedLinear.apply(x, weight, factor_a, factor_b, packed, scaling, bias)
+    return _MaskedLinear.apply(x, weight, factor_a, factor_b, packed, scaling, bias, key)
 
 
-def masked_weight(weight: Tensor, factor_a: Tensor, factor_b: Tensor, packed: Tensor, scaling: float) -> Tensor:
+def masked_weight(
+    weight: Tensor, factor_a: Tensor, factor_b: Tensor, packed: Tensor, scaling: float, key: int | None = None
+) -> Tensor:
     """`effective_weight`, differentiable in ``A`` and ``B``: for modules that use a weight in their own way.
 
     Keeps A, B and the bits for backward; the effective weight lives as long as its user keeps it.
     """
-    return _MaskedWeight.apply(weight, factor_a, factor_b, packed, scaling)
+    return _MaskedWeight.apply(weight, factor_a, factor_b, packed, scaling, key)
 
 
 def rank_one_factors(mask: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -156,10 +196,10 @@ def _factor_gradients(
 
 class _MaskedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, factor_a, factor_b, packed, scaling, bias):
+    def forward(ctx, x, weight, factor_a, factor_b, packed, scaling, bias, key):
         ctx.save_for_backward(x, weight, factor_a, factor_b, packed)
-        ctx.scaling = scaling
-        effective = effective_weight(weight, factor_a, factor_b, packed, scaling).to(x.dtype)
+        ctx.scaling, ctx.key = scaling, key
+        effective = effective_weight(weight, factor_a, factor_b, packed, scaling, key).to(x.dtype)
         return F.linear(x, effective, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
@@ -169,7 +209,7 @@ class _MaskedLinear(torch.autograd.Function):
         grad = grad_output.reshape(-1, grad_output.shape[-1])
         grad_x = grad_a = grad_b = grad_bias = None
         if ctx.needs_input_grad[0]:
-            effective = effective_weight(weight, factor_a, factor_b, packed, ctx.scaling).to(grad.dtype)
+            effective = effective_weight(weight, factor_a, factor_b, packed, ctx.scaling, ctx.key).to(grad.dtype)
             grad_x = torch.mm(grad, effective).view(x.shape)
             del effective  # the weight gradient below is as large: never hold both
         needs = (ctx.needs_input_grad[2], ctx.needs_input_grad[3])
@@ -178,15 +218,15 @@ class _MaskedLinear(torch.autograd.Function):
             grad_a, grad_b = _factor_gradients(gradient, factor_a, factor_b, ctx.scaling, needs)
         if ctx.needs_input_grad[6]:
             grad_bias = grad.sum(0)
-        return grad_x, None, grad_a, grad_b, None, None, grad_bias
+        return grad_x, None, grad_a, grad_b, None, None, grad_bias, None
 
 
 class _MaskedWeight(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weight, factor_a, factor_b, packed, scaling):
+    def forward(ctx, weight, factor_a, factor_b, packed, scaling, key):
         ctx.save_for_backward(factor_a, factor_b, packed)
         ctx.scaling = scaling
-        return effective_weight(weight, factor_a, factor_b, packed, scaling)
+        return effective_weight(weight, factor_a, factor_b, packed, scaling, key)
 
     @staticmethod
     @once_differentiable
@@ -195,4 +235,4 @@ class _MaskedWeight(torch.autograd.Function):
         # Autograd may hand the same gradient to others: mask a copy.
         gradient = prune_(gradient.clone(memory_format=torch.contiguous_format), packed)
         needs = (ctx.needs_input_grad[1], ctx.needs_input_grad[2])
-        return None, *_factor_gradients(gradient, factor_a, factor_b, ctx.scaling, needs), None, None
+        return None, *_factor_gradients(gradient, factor_a, factor_b, ctx.scaling, needs), None, None, None

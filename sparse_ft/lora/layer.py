@@ -13,6 +13,7 @@ from sparse_ft.errors import UserError
 from sparse_ft.lora.config import SPARSE_MODES
 from sparse_ft.lora.function import effective_weight, masked_linear, prune_, rank_one_factors
 from sparse_ft.lora.peft_config import SparseLoRAConfig
+from sparse_ft.lora.rounding import noise_key
 from sparse_ft.masks.mask_set import unpack_bits
 
 __all__ = ["MaskedBase", "SparseLinearVariant", "SparseLoRALayer", "sparse_layer"]
@@ -44,6 +45,7 @@ class MaskedBase:
     """
 
     sparse_mask: Tensor | None
+    noise_name: str = ""
 
     def init_mask(self) -> None:
         """Declares the buffers; to be called once, after ``nn.Module.__init__``."""
@@ -55,8 +57,22 @@ class MaskedBase:
         """The base weight under the mask."""
         return self.get_base_layer().weight
 
-    def attach_mask(self, packed: Tensor) -> None:
+    def update_layer(self, adapter_name: str, *args: Any, config: SparseLoRAConfig, **kwargs: Any) -> None:
+        """Makes the adapter's factors (PEFT), and remembers how its weights are rounded."""
+        super().update_layer(adapter_name, *args, config=config, **kwargs)
+        self.__dict__.setdefault("_rounding", {})[adapter_name] = (config.rounding, config.rounding_seed)
+
+    def rounding_key(self, adapter_name: str) -> int | None:
+        """The key of the noise by which this adapter's weights are rounded; None: to the nearest."""
+        rounding, seed = self._rounding[adapter_name]
+        return noise_key(self.noise_name, seed) if rounding == "dithered" else None
+
+    def attach_mask(self, packed: Tensor, name: str) -> None:
         """Takes the bits ``uint8 [..., ceil(C/8)]`` and zeroes the masked base weights, in place.
+
+        Args:
+            packed: the bits.
+            name: of the parameter in the plain model; the noise of dithered rounding belongs to it.
 
         Raises:
             ValueError: another mask is attached already.
@@ -66,7 +82,7 @@ class MaskedBase:
         if self.sparse_mask is not None and not torch.equal(self.sparse_mask, packed):
             raise ValueError("another mask is attached to this layer")
         prune_(weight.data, packed)
-        self.sparse_mask = packed
+        self.sparse_mask, self.noise_name = packed, name
         if weight.dim() == 2:
             factors = rank_one_factors(unpack_bits(packed, weight.shape[-1]))
             if factors is not None:
@@ -82,9 +98,19 @@ class MaskedBase:
             raise UserError("This sparse LoRA has no mask attached: load it with sparse_ft.lora.load_sparse_lora.")
         return self.sparse_mask
 
-    def effective_weight(self, adapter_name: str) -> Tensor:
-        """``(W + s B A) . M`` of one adapter, in the dtype of ``W``: what forward uses and what merge writes."""
+    def factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        """``A [..., r, in]`` and ``B [..., out, r]`` in their own dtype, as autograd follows them."""
         raise NotImplementedError
+
+    def effective_weight(self, adapter_name: str, out: Tensor | None = None) -> Tensor:
+        """``(W + s B A) . M`` of one adapter, in the dtype of ``W``: what forward uses and what merge writes.
+
+        Args:
+            adapter_name: which.
+            out: takes the result; may be ``W``.
+        """
+        packed, scaling, key = self.required_mask(), self.scaling[adapter_name], self.rounding_key(adapter_name)
+        return effective_weight(self.masked_parameter, *self.factors(adapter_name), packed, scaling, key, out)
 
     def reset_lora_parameters(self, adapter_name: str, init_lora_weights: Any) -> None:
         """Starts A and B as plain LoRA does; the modes' names are no initialisations of PEFT."""
@@ -119,7 +145,7 @@ class SparseLinearVariant(LoraVariant):
         """The whole output (``result``, the base layer's own, is not needed)."""
         packed = module.required_mask()
         base = module.get_base_layer()
-        factor_a, factor_b = module.lora_A[active_adapter].weight, module.lora_B[active_adapter].weight
+        factor_a, factor_b = module.factors(active_adapter)
         scaling, dropout = module.scaling[active_adapter], module.lora_dropout[active_adapter]
         if module.training and module.mask_out is not None:
             # (B A) . M = (m_out . B)(A . m_in): two thin products, no weight gradient. Only while training:
@@ -132,7 +158,8 @@ class SparseLinearVariant(LoraVariant):
             # Dropout touches the adapter's input alone, so W and the masked product need a pass each.
             factor_a, factor_b = factor_a.to(x.dtype), factor_b.to(x.dtype)
             return base(x) + masked_linear(dropout(x), None, factor_a, factor_b, packed, scaling)
-        return masked_linear(x, base.weight, factor_a, factor_b, packed, scaling, base.bias)
+        key = module.rounding_key(active_adapter)
+        return masked_linear(x, base.weight, factor_a, factor_b, packed, scaling, base.bias, key)
 
     @staticmethod
     def merge_safe(module: SparseLoRALayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
@@ -164,14 +191,8 @@ class SparseLoRALayer(MaskedBase, Linear):
         """Whether this adapter lives under the mask (``sparse_to_sparse``)."""
         return adapter_name in self.lora_variant
 
-    def effective_weight(self, adapter_name: str) -> Tensor:
-        return effective_weight(
-            self.get_base_layer().weight,
-            self.lora_A[adapter_name].weight,
-            self.lora_B[adapter_name].weight,
-            self.required_mask(),
-            self.scaling[adapter_name],
-        )
+    def factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        return self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """``s (B A) . M`` (``s B A`` in ``sparse_to_dense``), ``[out, in]``."""

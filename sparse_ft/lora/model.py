@@ -22,8 +22,9 @@ from transformers import PreTrainedModel
 
 from sparse_ft.errors import UserError
 from sparse_ft.lora.config import MODES, LoraSettings
-from sparse_ft.lora.full import hold_masked_weights, release_masked_weights
+from sparse_ft.lora.full import hold_masked_weights
 from sparse_ft.lora.layer import MaskedBase
+from sparse_ft.lora.merge import adapted_layers, refuse_shared
 from sparse_ft.lora.peft_config import SparseLoRAConfig
 from sparse_ft.masks.mask_set import MaskSet, packed_shape
 from sparse_ft.models.loading import apply_masks, prunable_shapes
@@ -33,7 +34,6 @@ __all__ = [
     "apply_sparse_lora",
     "attach_masks",
     "load_sparse_lora",
-    "merge_all_lora_weights",
     "remask",
     "validate_sparsity_preserved",
 ]
@@ -44,6 +44,7 @@ def apply_sparse_lora(
     settings: LoraSettings | LoraConfig | None = None,
     mode: str = "sparse_to_sparse",
     masks: MaskSet | None = None,
+    seed: int = 0,
 ) -> PeftModel | PreTrainedModel:
     """Prepares ``model``, in place, for fine-tuning in one of the four modes.
 
@@ -53,13 +54,14 @@ def apply_sparse_lora(
             `SparseLoRAConfig` the mask's checksum is filled in). Unused in mode ``full``.
         mode: dense, sparse_to_dense, sparse_to_sparse or full.
         masks: required by the sparse modes; ``full`` also works without (plain fine-tuning).
+        seed: of the dithered rounding of a sparse adapter made from `LoraSettings`.
 
     Returns:
         the `PeftModel`, or in mode ``full`` the model itself.
 
     Raises:
         UserError: masks that do not fit, are missing or are not wanted; a model with adapters; unknown
-            modes or target modules; dropout on experts.
+            modes or target modules; dropout on experts; an adapter on a weight that is shared (a tied head).
     """
     if mode not in MODES:
         raise UserError(f"mode is '{mode}', it must be one of {', '.join(MODES)}.")
@@ -71,7 +73,8 @@ def apply_sparse_lora(
         raise UserError(f"Mode {mode} needs masks; make them with compute_masks.")
     if mode == "full":
         return hold_masked_weights(model, masks)
-    config = _peft_config(model, settings or LoraSettings(), mode, masks)
+    config = _peft_config(model, settings or LoraSettings(), mode, masks, seed)
+    refuse_shared(model, config)
     if masks is not None:
         apply_masks(model, masks)  # checks that they fit, before the model is changed
     with _without_false_alarms():
@@ -96,7 +99,7 @@ def attach_masks(model: PeftModel, masks: MaskSet) -> PeftModel:
             )
     layers = dict(_masked_layers(model))
     for parameter, packed in _packed_parameters(model.get_base_model(), masks, set(layers)):
-        layers[parameter].attach_mask(packed)
+        layers[parameter].attach_mask(packed, parameter)
     # The bits never change: let DistributedDataParallel not send them round before every step.
     ignored = [
         name for name, _ in model.named_buffers() if name.rpartition(".")[2].startswith(("sparse_mask", "mask_"))
@@ -130,30 +133,6 @@ def load_sparse_lora(model: PreTrainedModel, folder: str | Path, masks: MaskSet,
     with _without_false_alarms():
         model = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, config=config)
     return attach_masks(model, masks)
-
-
-def merge_all_lora_weights(model: nn.Module) -> PreTrainedModel:
-    """The trained model as a plain transformers model: adapters merged, nothing of PEFT left.
-
-    In ``sparse_to_sparse`` each weight is written by the arithmetic of the forward pass, so the logits stay
-    the same to the bit. Dense adapters are added as PEFT adds them (its ``safe_merge`` would round the product
-    before the sum), which in bfloat16 is the trained model up to rounding. Works in place, module by module; a
-    model without adapters comes back as it is.
-
-    Raises:
-        ValueError: a merged weight is not finite.
-    """
-    model = getattr(model, "module", model)  # of DistributedDataParallel
-    if isinstance(model, PeftModel):
-        for path, layer in model.get_base_model().named_modules():
-            if isinstance(layer, BaseTunerLayer):
-                if not layer.merged:
-                    layer.merge()
-                if not torch.isfinite(_adapted_parameter(layer)).all():
-                    raise ValueError(f"the merged weights of {path} are not finite; did training diverge?")
-        model = model.unload()
-    release_masked_weights(model)
-    return model
 
 
 @torch.no_grad()
@@ -209,10 +188,6 @@ def _without_false_alarms() -> Iterator[None]:
         yield
 
 
-def _adapted_parameter(layer: BaseTunerLayer) -> Tensor:
-    return getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight"))
-
-
 def _weight_in_use(layer: MaskedBase) -> Tensor:
     adapter = layer.single_adapter()
     if layer.merged or layer.disable_adapters or adapter is None:
@@ -223,7 +198,7 @@ def _weight_in_use(layer: MaskedBase) -> Tensor:
 
 
 def _peft_config(
-    model: PreTrainedModel, settings: LoraSettings | LoraConfig, mode: str, masks: MaskSet | None
+    model: PreTrainedModel, settings: LoraSettings | LoraConfig, mode: str, masks: MaskSet | None, seed: int
 ) -> LoraConfig:
     if isinstance(settings, LoraConfig):
         given = getattr(settings, "sparse_mode", "dense")
@@ -251,16 +226,13 @@ def _peft_config(
     }
     if masks is None:
         return LoraConfig(**common)
-    return SparseLoRAConfig(**common, sparse_mode=mode, mask_checksum=masks.checksum)
+    rounding = {"rounding": settings.rounding, "rounding_seed": seed}
+    return SparseLoRAConfig(**common, **rounding, sparse_mode=mode, mask_checksum=masks.checksum)
 
 
 def _masked_layers(model: PeftModel) -> Iterator[tuple[str, MaskedBase]]:
     """The sparse layers by the name of the parameter they adapt, in the plain model."""
-    plain = model.get_base_model()
-    for path, layer in plain.named_modules():
-        if isinstance(layer, MaskedBase):
-            base = path.replace(".base_layer", "")
-            yield f"{base}.{getattr(layer, 'parameter_name', 'weight')}", layer
+    return ((name, layer) for name, layer in adapted_layers(model) if isinstance(layer, MaskedBase))
 
 
 def _packed_parameters(plain: nn.Module, masks: MaskSet, wanted: set[str]) -> Iterator[tuple[str, Tensor]]:

@@ -10,6 +10,7 @@ from torch import nn
 
 from sparse_ft.errors import UserError
 from sparse_ft.lora.config import SPARSE_MODES
+from sparse_ft.lora.rounding import ROUNDINGS
 
 __all__ = ["SparseLoRAConfig"]
 
@@ -26,6 +27,9 @@ class SparseLoRAConfig(LoraConfig):
     Attributes:
         sparse_mode: ``sparse_to_sparse`` (mask inside every forward) or ``sparse_to_dense``.
         mask_checksum: identity of the mask set (SHA-256, hex) the adapter belongs to.
+        rounding: of the sum in bfloat16 or float16: ``dithered`` or ``nearest``. An adapter that was saved before
+            there was a choice is one of ``nearest``.
+        rounding_seed: of the dithered rounding's noise.
 
     Raises:
         UserError: another mode, or an option that has no meaning under a mask.
@@ -38,6 +42,8 @@ class SparseLoRAConfig(LoraConfig):
     mask_checksum: str | None = field(
         default=None, metadata={"help": "SHA-256 of the mask set that the adapter was trained with"}
     )
+    rounding: str = field(default="dithered", metadata={"help": "of W + sBA in bfloat16 or float16"})
+    rounding_seed: int = field(default=0, metadata={"help": "of the noise of dithered rounding"})
     init_lora_weights: Any = field(
         default=True,
         metadata={
@@ -49,6 +55,8 @@ class SparseLoRAConfig(LoraConfig):
     def __post_init__(self) -> None:
         if self.sparse_mode not in SPARSE_MODES:
             raise UserError(f"sparse_mode is '{self.sparse_mode}', it must be one of {', '.join(SPARSE_MODES)}.")
+        if self.rounding not in ROUNDINGS:
+            raise UserError(f"rounding is '{self.rounding}', it must be one of {', '.join(ROUNDINGS)}.")
         if self.init_lora_weights not in (True, self.sparse_mode):
             raise UserError(f"init_lora_weights={self.init_lora_weights!r} cannot be combined with a mask.")
         for option in ("use_dora", "lora_bias", "fan_in_fan_out", "modules_to_save"):
@@ -72,4 +80,4 @@ class SparseLoRAConfig(LoraConfig):
         unknown = sorted(set(kwargs) - {entry.name for entry in fields(cls)})
         if unknown:
             raise UserError(f"adapter_config.json has fields this version does not know: {', '.join(unknown)}.")
-        return cls(**kwargs)
+        return cls(**{"rounding": "nearest", **kwargs})  # what was saved without one was made without dither

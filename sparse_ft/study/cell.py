@@ -17,7 +17,8 @@ from transformers import PreTrainedModel, TrainerCallback
 from sparse_ft.errors import UserError
 from sparse_ft.evaluation import Evaluation, evaluate
 from sparse_ft.files import write_json, write_text
-from sparse_ft.lora.model import apply_sparse_lora, merge_all_lora_weights, remask, validate_sparsity_preserved
+from sparse_ft.lora.merge import merge_all_lora_weights
+from sparse_ft.lora.model import apply_sparse_lora, remask, validate_sparsity_preserved
 from sparse_ft.masks.checks import check_masks
 from sparse_ft.masks.mask_set import MaskSet
 from sparse_ft.models.checkpoint import Checkpoint

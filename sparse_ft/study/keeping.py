@@ -18,7 +18,8 @@ from peft import PeftModel
 from sparse_ft.errors import UserError
 from sparse_ft.files import atomic_folder
 from sparse_ft.levels import level_label
-from sparse_ft.lora.model import load_sparse_lora, merge_all_lora_weights
+from sparse_ft.lora.merge import merge_all_lora_weights
+from sparse_ft.lora.model import load_sparse_lora
 from sparse_ft.models.checkpoint import Checkpoint
 from sparse_ft.models.loading import load_state_into, save_model, saved_tokenizer
 from sparse_ft.progress import SILENT, Progress

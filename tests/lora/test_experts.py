@@ -101,7 +101,7 @@ def test_wrong_masks_and_second_merges_are_refused(tiny, make_masks):
     model = apply_sparse_lora(tiny("mixtral"), SETTINGS, "sparse_to_sparse", masks)
     layer = wrappers(model)["down_proj"]
     with pytest.raises(ValueError, match="another mask"):
-        layer.attach_mask(~layer.sparse_mask)
+        layer.attach_mask(~layer.sparse_mask, layer.noise_name)
     layer.sparse_mask = None
     with pytest.raises(UserError, match="no mask"):
         model(input_ids=torch.tensor([[1, 2]]))
