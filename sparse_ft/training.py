@@ -17,6 +17,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from sparse_ft.environment import arithmetic_variables, one_process
 from sparse_ft.errors import UserError
+from sparse_ft.lora.adamw import DitheredAdamW
+from sparse_ft.lora.rounding import DITHERED_DTYPES
 from sparse_ft.memory import peak_bytes, reset_peak
 from sparse_ft.progress import SILENT, Progress
 from sparse_ft.tasks.examples import Example, check_ids
@@ -32,7 +34,8 @@ class NonFiniteLossError(RuntimeError):
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """How to train. ``batch_size`` counts sequences per device and accumulation step."""
+    """How to train. ``batch_size`` counts sequences per device and accumulation step; ``rounding`` is that of weights
+    which train in bfloat16 or float16 themselves (mode full): dithered keeps small steps, nearest loses them."""
 
     learning_rate: float = 2e-4
     max_steps: int = 100
@@ -43,6 +46,7 @@ class TrainingSettings:
     max_grad_norm: float = 1.0
     gradient_checkpointing: str = "none"  # none | reentrant | non_reentrant
     save_steps: int = 0  # 0: no Trainer checkpoints
+    rounding: str = "dithered"
     seed: int = 0
 
     @property
@@ -173,6 +177,7 @@ def train(
         train_dataset=rows,
         data_collator=AnswerCollator(pad_token_id),
         callbacks=[watch, *callbacks],
+        optimizer_cls_and_kwargs=_optimizer(settings, model),
     )
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -267,6 +272,14 @@ def _arguments(settings: TrainingSettings, output_dir: str | Path, device: torch
     )
     arguments.model_device = device
     return arguments
+
+
+def _optimizer(settings: TrainingSettings, model: torch.nn.Module) -> tuple[type, dict[str, Any]] | None:
+    """What keeps the small steps of low-precision weights; None: the Trainer's AdamW, which is as good in float32."""
+    low = any(p.requires_grad and p.dtype in DITHERED_DTYPES for p in model.parameters())
+    if not low or settings.rounding == "nearest":
+        return None
+    return DitheredAdamW, {"lr": settings.learning_rate, "seed": settings.seed}
 
 
 def _check_masks(model: torch.nn.Module, checkpoint: Path) -> None:

@@ -127,11 +127,11 @@ def evaluate(
     settings.check()
     name = task.config.task
     corpus, texts = corpus_texts(settings.perplexity_corpus, task)
-    with quiet(), quiet_transformers(), _kept_mode(model), _fewshot(task, settings.num_fewshot):
+    with quiet(), quiet_transformers(), kept_mode(model), fewshot(task, settings.num_fewshot):
         scorer = Scorer(model, tokenizer, settings.batch_size, progress, settings.share_contexts)
         scorer.stage = f"scoring {name}"
         task.set_fewshot_seed(DEFAULT_OTHER_SEED)
-        with _without_bar(task):
+        with without_bar(task):
             results = lm_eval.evaluator.evaluate(scorer, {"tasks": {name: task}}, limit=settings.limit)
         # One record per filter; each filter sees the same answers.
         every = results["samples"][name]
@@ -249,7 +249,7 @@ def _device_name(device: torch.device) -> str:
 
 
 @contextmanager
-def _kept_mode(model: torch.nn.Module) -> Iterator[None]:
+def kept_mode(model: torch.nn.Module) -> Iterator[None]:
     """Leaves the model in the mode (train or eval) it came in; scoring puts it into eval."""
     training = model.training
     try:
@@ -260,7 +260,8 @@ def _kept_mode(model: torch.nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _fewshot(task: Task, num_fewshot: int | None) -> Iterator[None]:
+def fewshot(task: Task, num_fewshot: int | None) -> Iterator[None]:
+    """The task with so many examples before each question; None: its own number."""
     before = task.config.num_fewshot or 0
     try:
         set_fewshot(task, before if num_fewshot is None else num_fewshot)
@@ -270,7 +271,7 @@ def _fewshot(task: Task, num_fewshot: int | None) -> Iterator[None]:
 
 
 @contextmanager
-def _without_bar(task: Task) -> Iterator[None]:
+def without_bar(task: Task) -> Iterator[None]:
     """Takes away the bar that lm-eval draws on stderr, unasked, while it builds the requests."""
     build = task.build_all_requests
 

@@ -34,6 +34,7 @@ __all__ = [
     "saved_tokenizer",
 ]
 
+_SHARD = "2GB"  # of a checkpoint's file: what is read or written whole is no more than this
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -164,7 +165,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
         raise ValueError(f"merge the adapters first: the model has {unmerged[0]}")
     _repair_generation_config(model)
     with quiet_transformers(), atomic_folder(folder) as part:
-        model.save_pretrained(part)
+        model.save_pretrained(part, max_shard_size=_SHARD)
         if tokenizer is not None:
             tokenizer.save_pretrained(part)
         mode = (part / "config.json").stat().st_mode

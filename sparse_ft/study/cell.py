@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel, TrainerCallback
 
 from sparse_ft.errors import UserError
-from sparse_ft.evaluation import Evaluation, evaluate
+from sparse_ft.evaluation import Evaluation, answer_loss, evaluate
 from sparse_ft.files import write_json, write_text
 from sparse_ft.lora.merge import merge_all_lora_weights
 from sparse_ft.lora.model import apply_sparse_lora, remask, validate_sparsity_preserved
@@ -30,6 +30,7 @@ from sparse_ft.study.config import CellConfig
 from sparse_ft.study.failures import ValidationFailedError
 from sparse_ft.study.identity import cell_identity, untuned_key
 from sparse_ft.study.mask_sets import foreign_masks
+from sparse_ft.study.merge_cost import NO_WEIGHT_MOVED, merge_warning, weights_moved
 from sparse_ft.study.workbench import Workbench
 from sparse_ft.tasks.examples import training_examples
 from sparse_ft.training import TrainingResult, train
@@ -57,6 +58,10 @@ class CellResult:
     tags: dict[str, str] = field(default_factory=dict)
     artifacts: list[tuple[Path, str]] = field(default_factory=list)
     merged: Path | None = None
+
+    def warn(self, text: str) -> None:
+        """Adds to the tag ``warning``."""
+        self.tags["warning"] = "; ".join(filter(None, [self.tags.get("warning"), text]))
 
 
 def run_cell(
@@ -110,7 +115,7 @@ def run_cell(
                 _log_untuned(result, scores, model, start, masks)
         with clock("train"):
             torch.manual_seed(cell.seed)
-            adapted = apply_sparse_lora(model, lora_settings(cell), cell.mode, masks)
+            adapted = apply_sparse_lora(model, lora_settings(cell), cell.mode, masks, cell.seed)
             rungs = _Rungs(judge, adapted, scores, clock) if judge is not None and judge.rungs else None
             trained = train(
                 adapted,
@@ -131,8 +136,17 @@ def run_cell(
         if cell.mode == "sparse_to_dense":
             with adapted.disable_adapter():  # what this mode keeps sparse is the base under the adapter
                 base_violations = sum(validate_sparsity_preserved(adapted, masks).values())
+        with clock("eval_adapter"):
+            # Of the other modes the trained model is the merged one, bit for bit: it is scored below.
+            before = scores.answers(adapted) if cell.mode in ("dense", "sparse_to_dense") else None
         with clock("merge"):
-            merged = merge_all_lora_weights(adapted)
+            merged = merge_all_lora_weights(adapted, cell.rounding, cell.seed)
+            del adapted
+            targets = None if cell.mode == "full" else lora_settings(cell).target_modules
+            moved = weights_moved(merged, start, masks, targets)
+            result.metrics["train/weights_moved"] = moved
+            if moved == 0:
+                result.warn(f"{NO_WEIGHT_MOVED}: training changed no weight; the scores are those of the untuned model")
         with clock("save"):
             target = save_model(merged, saved_tokenizer(checkpoint.folder), folder / "merged")
             result.tags["merged_fingerprint"] = Checkpoint(target).fingerprint
@@ -148,16 +162,17 @@ def run_cell(
             _log_validation(result, cell, validation, base_violations, folder)
         with clock("eval"):
             scored = scores(merged, "score")
-            _log_scores(result, scored, "")
+            _log_scores(result, scored.metrics, "")
+            _log_merge(result, before, scored.metrics)
             result.protocol.update(scores.protocol)
         if masks is not None and masks.n_pruned == 0 and cell.mode != "full":
             # Nothing is masked, so the re-masked model is the merged one, bit for bit. In both modes, for at 0 %
             # one of them runs for both.
-            _log_scores(result, scored, "_remasked")
+            _log_scores(result, scored.metrics, "_remasked")
         elif cell.mode == "sparse_to_dense":
             with clock("eval_remasked"):
                 remask(merged, masks)
-                _log_scores(result, scores(merged, "score re-masked"), "_remasked")
+                _log_scores(result, scores(merged, "score re-masked").metrics, "_remasked")
     if cell.keep == "all" or cell.register_as != "none":
         result.merged = target
     else:
@@ -203,6 +218,11 @@ class _Scores:
             lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in evaluation.samples)
             write_text(self._samples / f"{stage.replace(' ', '_')}.jsonl", "".join(lines))
         return evaluation
+
+    def answers(self, model: torch.nn.Module) -> dict[str, float]:
+        """The loss on the right answers alone."""
+        progress = _Staged(self._bench.progress, "score adapter")
+        return answer_loss(model, self._tokenizer, self._task, self._settings, progress)
 
     def untuned(self, model: PreTrainedModel, start: Checkpoint, checksum: str) -> tuple[str, Evaluation]:
         identity = cell_identity(self._cell, self._bench)
@@ -280,7 +300,7 @@ def _masks(
     if problem := foreign_masks(file, start, base):
         if not foreign:
             raise UserError(f"{problem}; a study compares only masks of its own models.")
-        result.tags["warning"] = problem
+        result.warn(problem)
     result.metrics.update({"sparsity/target": file.sparsity, "sparsity/achieved": masks.sparsity})
     return masks
 
@@ -291,11 +311,20 @@ def _log_untuned(
     pruned = masks is not None and masks.n_pruned > 0  # masks that keep all leave the model as it is
     measured_by, evaluation = scores.untuned(model, start, masks.checksum if pruned else "")
     result.tags["untuned_measured_by"] = measured_by
-    _log_scores(result, evaluation, "_untuned")
+    _log_scores(result, evaluation.metrics, "_untuned")
 
 
-def _log_scores(result: CellResult, evaluation: Evaluation, suffix: str) -> None:
-    result.metrics.update({f"eval/{name}{suffix}": value for name, value in evaluation.metrics.items()})
+def _log_scores(result: CellResult, metrics: dict[str, float], suffix: str) -> None:
+    result.metrics.update({f"eval/{name}{suffix}": value for name, value in metrics.items()})
+
+
+def _log_merge(result: CellResult, adapter: dict[str, float] | None, merged: dict[str, float]) -> None:
+    """The loss with the adapter, beside the merged model's; a warning where the merge costs more than its error."""
+    if adapter is None:
+        adapter = {name: merged[name] for name in ("loss", "loss_stderr") if name in merged}
+    _log_scores(result, adapter, "_adapter")
+    if said := merge_warning(adapter, merged):
+        result.warn(said)
 
 
 def _log_training(result: CellResult, trained: TrainingResult, timed: bool) -> None:

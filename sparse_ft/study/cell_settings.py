@@ -51,6 +51,7 @@ def training_settings(cell: CellConfig) -> TrainingSettings:
         warmup_fraction=cell.warmup_fraction,
         weight_decay=cell.weight_decay,
         gradient_checkpointing=cell.gradient_checkpointing,
+        rounding=cell.rounding,
         seed=cell.seed,
     )
 
@@ -62,7 +63,7 @@ def lora_settings(cell: CellConfig) -> LoraSettings:
         UserError: a rank, scaling or dropout that no adapter has.
     """
     targets = None if cell.target_modules == "all" else tuple(cell.target_modules.split(","))
-    return LoraSettings(cell.lora_r, cell.lora_alpha, cell.lora_dropout, targets)
+    return LoraSettings(cell.lora_r, cell.lora_alpha, cell.lora_dropout, targets, cell.rounding)
 
 
 def evaluation_settings(cell: CellConfig) -> EvaluationSettings:

@@ -28,6 +28,7 @@ Method = Literal["unstructured", "structured", "random", "semi_structured"]
 Importance = Literal["magnitude", "gradient", "taylor", "wanda", "sparsegpt"]
 Scope = Literal["global", "layer", "row"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Rounding = Literal["dithered", "nearest"]
 
 _NO_PART_OF_THE_RESULT = ("output_dir", "register_as", "keep", "keep_samples")
 
@@ -107,6 +108,8 @@ class CellConfig:
         lora_alpha: the adapters are scaled by lora_alpha / lora_r.
         lora_dropout: dropout on the adapters' input.
         target_modules: projections to adapt, comma-separated, or all prunable ones.
+        rounding: of trained weights in bfloat16 or float16: dithered keeps small updates in the mean, nearest loses
+            them; float32 needs neither.
         learning_rate: peak of the linear schedule.
         max_steps: optimizer steps.
         batch_size: sequences per device and accumulation step.
@@ -151,6 +154,7 @@ class CellConfig:
     lora_alpha: float = 32.0
     lora_dropout: float = 0.0
     target_modules: str = "all"
+    rounding: Rounding = "dithered"
     learning_rate: float = 2e-4
     max_steps: int = 100
     batch_size: int = 8
@@ -207,6 +211,8 @@ class CellConfig:
             blank += ["calibration_samples", "calibration_seq_len"]
         if self.mode == "full":
             blank += ["lora_r", "lora_alpha", "lora_dropout", "target_modules"]
+        if self.dtype == "float32":
+            values.update(rounding="nearest")  # whatever was asked
         return values | {entry.name: entry.default for entry in fields(self) if entry.name in blank}
 
     def key(self) -> str:

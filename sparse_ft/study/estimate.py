@@ -17,7 +17,8 @@ __all__ = ["Time", "estimate_time"]
 # What changes the result and not the time. Of the rest the mode is dropped first, where no cell is quite alike.
 _NO_MATTER = (
     "masks", "method", "importance", "scope", "sparsity", "pattern", "allocation", "calibration_samples",
-    "calibration_seq_len", "lora_alpha", "learning_rate", "warmup_fraction", "weight_decay", "seed", "force",
+    "calibration_seq_len", "lora_alpha", "learning_rate", "warmup_fraction", "weight_decay", "rounding", "seed",
+    "force",
 )  # fmt: skip
 
 

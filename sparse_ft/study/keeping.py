@@ -75,7 +75,8 @@ def rebuild(tracker: Tracker, run_id: str, target: Path, bench: Workbench) -> Pa
             else:
                 adapted = load_sparse_lora(model, adapter, masks.load())
             with atomic_folder(target) as made:
-                save_model(merge_all_lora_weights(adapted), saved_tokenizer(bench.checkpoint(cell.model).folder), made)
+                merged = merge_all_lora_weights(adapted, cell.rounding, cell.seed)
+                save_model(merged, saved_tokenizer(bench.checkpoint(cell.model).folder), made)
                 if (problem := _not_of(run, made)) is not None:
                     raise UserError(f"{problem}; rebuild on the kind of device that the cell ran on. Nothing is kept.")
     return target
@@ -194,7 +195,8 @@ def _let_go(tracker: Tracker, run: Run, folder: Path) -> None:
 
 def _cell(tracker: Tracker, run: Run) -> CellConfig:
     values = yaml.safe_load(tracker.fetch_text(run["run_id"], "config.yaml"))
-    return make_cell(values, f"run {run['run_id']}")
+    # A run of before there was a choice rounded to the nearest.
+    return make_cell({"rounding": "nearest", **values}, f"run {run['run_id']}")
 
 
 def _masks(tracker: Tracker, run: Run, cell: CellConfig, scratch: Path) -> MaskFile | None:

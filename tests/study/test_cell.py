@@ -113,3 +113,41 @@ def test_missing_models_and_data_have_classes_of_their_own(run):
         run(model="./no-such-model", mode="dense")
     with pytest.raises(DataMissingError):
         run(data_dir="./no-such-folder", mode="dense")
+
+
+def test_what_training_moved_and_what_the_merge_cost_is_logged_for_every_mode(run):
+    for mode in ("dense", "sparse_to_dense", "sparse_to_sparse", "full"):
+        _, _, result, _ = run(mode=mode, task="hellaswag", learning_rate=1e-2, target_modules="q_proj,v_proj")
+        assert 0.5 < result.metrics["train/weights_moved"] <= 1, mode
+        assert result.metrics["eval/loss_adapter"] == pytest.approx(result.metrics["eval/loss"], rel=1e-4), mode
+        assert result.metrics["eval/loss_stderr_adapter"] > 0 and "warning" not in result.tags
+
+
+def test_moved_weights_are_counted_among_the_kept_of_the_adapted_tensors(run):
+    cell, masks, result, folder = run(dtype="bfloat16", learning_rate=1e-4, target_modules="q_proj", keep="all")
+    merged, moved, kept = Checkpoint(folder / "merged"), 0, 0
+    from sparse_ft.models.catalog import locate
+
+    base = Checkpoint(locate(cell.model))
+    for name, mask in masks.load().items():
+        if "q_proj" in name:
+            moved += int((merged.tensor(name) != base.tensor(name).bfloat16())[mask].sum())
+            kept += int(mask.sum())
+    assert 0 < moved < kept and result.metrics["train/weights_moved"] == moved / kept
+
+
+def test_a_cell_whose_weights_did_not_move_says_so(run):
+    _, _, result, _ = run(dtype="bfloat16", rounding="nearest", learning_rate=1e-9)
+    assert result.metrics["train/weights_moved"] == 0
+    assert result.tags["warning"].startswith("no_weight_moved: ")
+
+
+@pytest.mark.parametrize("mode", ["dense", "sparse_to_dense", "sparse_to_sparse", "full"])
+def test_small_steps_in_bfloat16_move_weights_unless_rounded_to_the_nearest(run, mode):
+    moved = {
+        rounding: run(mode=mode, dtype="bfloat16", rounding=rounding, learning_rate=1e-5, max_steps=3)[2].metrics[
+            "train/weights_moved"
+        ]
+        for rounding in ("dithered", "nearest")
+    }
+    assert moved["dithered"] > 1.5 * moved["nearest"]
