@@ -82,10 +82,22 @@ def _answer(cells: pd.DataFrame, table: pd.DataFrame, model: str, task: str, nam
     else:
         parts.append(_kept_sentence(subject, own, here, base, share))
     parts += [text for text in (_perplexity_sentence(here, base),) if text]
+    parts += _warnings(own)
     missing = int((own["status"] != "FINISHED").sum())
     if missing:
         parts.append(f"{missing} of its {len(own)} cells {'has' if missing == 1 else 'have'} no result.")
     return " ".join(parts)
+
+
+def _warnings(own: pd.DataFrame) -> list[str]:
+    """How many cells lost more than their error in the merge, or trained nothing."""
+    said = own["warning"].fillna("") if "warning" in own else pd.Series(dtype=str)
+    kinds = {
+        "merge_cost": "the merge raises the loss on the answers by more than one standard error",
+        "no_weight_moved": "training moved no weight, so that they are not tuned at all",
+    }
+    counts = {text: int(said.str.contains(f"{kind}: ", regex=False).sum()) for kind, text in kinds.items()}
+    return [f"In {count} of its {len(own)} cells {text}." for text, count in counts.items() if count]
 
 
 def _kept_sentence(subject: str, own: pd.DataFrame, here: pd.DataFrame, base: pd.Series, share: float) -> str:

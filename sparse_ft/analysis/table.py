@@ -39,7 +39,9 @@ RESULTS = (
     "train_loss", "train_tokens_per_second", "train_samples_per_second", "eval_samples_per_second",
     "peak_bytes", "minutes",
 )  # fmt: skip
-TAGS = ("failure_class", "failure_message", "same_as", "mask_checksum", "cell_key", "reduced_batch")
+TAGS = (
+    "failure_class", "failure_message", "same_as", "mask_checksum", "cell_key", "reduced_batch", "warning",
+)  # fmt: skip
 # Averaged over seeds by grouped_table.
 MEASURES = tuple(name for name in RESULTS if "stderr" not in name)
 # Scores that come with a standard error, each as it was measured: of the tuned model, before tuning, re-masked.

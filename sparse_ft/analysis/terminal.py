@@ -50,7 +50,7 @@ def terminal_table(rows: Iterable[Row]) -> Table:
             _percent(cell["sparsity_achieved"]),
             _percent(cell["sparsity_after_merge"]),
             _violations(cell),
-            _stacked("untuned", "tuned"),
+            _stacked("untuned", "not tuned" if "no_weight_moved" in (cell["warning"] or "") else "tuned"),
             *(
                 _stacked(
                     *(shown_with_error(cell[f"{name}{s}"], cell[f"{name}_stderr{s}"], form) for s in ("_untuned", ""))
@@ -92,6 +92,10 @@ def _name(cell: dict[str, Any]) -> Text:
     if cell["status"] != "FINISHED":
         said = cell["failure_class"] or str(cell["status"]).lower()
         name.append(f"\n{said}", style="bold red")
+    for part in (cell["warning"] or "").split("; "):
+        kind, colon, _ = part.partition(": ")
+        if colon and kind.isidentifier():  # merge_cost, no_weight_moved; the run holds the whole
+            name.append(f"\n{kind}", style="yellow")
     return name
 
 

@@ -47,7 +47,7 @@ def merge_all_lora_weights(model: nn.Module, rounding: str = "dithered", seed: i
             if not layer.merged:
                 _merge(layer, noise_key(name, seed) if rounding == "dithered" else None)
             weight = _adapted_parameter(layer).detach()
-            if not all(torch.isfinite(block).all() for block in weight.reshape(-1).split(1 << 22)):
+            if not all(torch.isfinite(block).all() for block in weight.reshape(-1).split(1 << 18)):
                 raise ValueError(f"the merged weights of {name} are not finite; did training diverge?")
         model = model.unload()
     release_masked_weights(model)

@@ -61,3 +61,13 @@ def test_failures_and_missing_numbers():
 
 def test_nothing_to_show():
     assert "0 cells" in printed([])
+
+
+def test_a_merge_that_costs_and_a_cell_that_moved_nothing_are_seen():
+    merge = "merge_cost: the loss is 0.820 with the adapter and 1.050 merged (standard error 0.100)"
+    idle = "no_weight_moved: training changed no weight; the scores are those of the untuned model"
+    text = printed(
+        [cell(sparsity=0.5, tags={"warning": merge}), cell(sparsity=0.6, tags={"warning": f"masks; {idle}"})]
+    )
+    assert text.count("merge_cost") == text.count("no_weight_moved") == text.count("not tuned") == 1
+    assert "not tuned" not in printed([cell(tags={"warning": merge}), cell(sparsity=0.6)])
