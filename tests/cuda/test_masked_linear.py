@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sparse_ft.lora.function import effective_weight, masked_linear, prune_
+from sparse_ft.lora.rounding import dither, noise_key
 from sparse_ft.masks.mask_set import pack_bits
 
 OUT, IN, RANK, TOKENS = 96, 203, 8, 64  # rows that are no whole number of bytes
@@ -48,3 +49,23 @@ def test_zeros_are_exact_and_the_rest_untouched(dtype, experts):
     merged = effective_weight(values.cuda(), a, b, packed, 2.0)
     assert not merged.cpu()[~mask].any()
     assert torch.equal(merged, effective_weight(values.cuda(), a, b, packed, 2.0))  # the merge's bits are repeatable
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 13), (2, 3, 17), (OUT, IN)])
+def test_dithered_rounding_has_the_bits_of_a_cpu(dtype, shape):
+    g = torch.Generator().manual_seed(2)
+    exact = torch.randn(shape, generator=g) * 2.0 ** torch.randint(-30, 15, shape, generator=g)
+    exact.view(-1)[0] = float("inf")
+    for seed in range(3):
+        key = noise_key("w", seed)
+        here, there = dither(exact, dtype, key), dither(exact.cuda(), dtype, key).cpu()
+        assert torch.equal(here.view(torch.int16), there.view(torch.int16))
+
+
+def test_a_dithered_merge_is_repeatable_and_small_updates_survive():
+    weight = torch.ones(OUT, IN, dtype=torch.bfloat16, device="cuda")
+    a, b = torch.ones(1, IN, device="cuda"), torch.full((OUT, 1), 2.0**-10, device="cuda")
+    merged = effective_weight(weight, a, b, None, 1.0, noise_key("w"))
+    assert torch.equal(merged, effective_weight(weight, a, b, None, 1.0, noise_key("w")))
+    assert (merged.float().mean() - 1).item() == pytest.approx(2.0**-10, rel=0.3)

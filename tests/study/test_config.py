@@ -53,3 +53,9 @@ def test_the_same_fields_tell_cells_apart_where_they_matter():
 )
 def test_titles(cell, title):
     assert cell.title == title
+
+
+def test_the_rounding_is_part_of_a_cell_but_in_float32():
+    for dtype, agree in (("float32", True), ("bfloat16", False), ("float16", False)):
+        keys = {CellConfig(dtype=dtype, rounding=rounding).key() for rounding in ("dithered", "nearest")}
+        assert (len(keys) == 1) == agree, dtype

@@ -6,7 +6,7 @@ from sparse_ft.errors import UserError
 from sparse_ft.models.checkpoint import Checkpoint
 from sparse_ft.study.config import SweepConfig
 from sparse_ft.study.driver import sweep
-from sparse_ft.study.keeping import pareto_front, rebuild
+from sparse_ft.study.keeping import _cell, pareto_front, rebuild
 from sparse_ft.study.workbench import Workbench
 from sparse_ft.tracking.runs import Tracker
 
@@ -37,6 +37,15 @@ def test_a_rebuilt_model_is_the_merged_one_bit_for_bit(study_file, tmp_path, dty
     (tmp_path / "out").rename(tmp_path / "moved")
     again = rebuild(tracker, cells[-1]["run_id"], tmp_path / "again", Workbench())
     assert _bytes(again) == _bytes(target)
+
+
+def test_a_run_of_before_there_was_a_choice_of_rounding_is_rebuilt_as_it_was_made(tmp_path):
+    tracker = Tracker()
+    for values, expected in (({"mode": "dense"}, "nearest"), ({"mode": "dense", "rounding": "dithered"}, "dithered")):
+        run_id = tracker.start("a cell", {"kind": "cell"})
+        with tracker.ending(run_id):
+            tracker.log_dict(run_id, values, "config.yaml")
+        assert _cell(tracker, tracker.run(run_id)).rounding == expected
 
 
 def test_of_a_study_the_front_is_kept_whole_and_registered_where_asked(study_file, tmp_path):
