@@ -88,6 +88,8 @@ def check_identity(planned: Mapping[str, str], here: Mapping[str, str], where: s
 def cell_key(cell: CellConfig, identity: Mapping[str, str], mask_checksum: str = "") -> str:
     """Identity of a result: SHA-256 (16 hex digits) over the cell's settings, what its names stand for, its masks."""
     settings = {name: value for name, value in cell.canonical().items() if name not in _NAMES}
+    if identity.get("dtype") == "float32":
+        settings.pop("rounding")  # nothing is rounded
     if cell.perplexity_tokens == 0:
         settings = {name: value for name, value in settings.items() if name != "perplexity_seq_len"}
     return _digest([settings, dict(identity), mask_checksum])
