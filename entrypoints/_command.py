@@ -26,6 +26,9 @@ def command(name: str, kind: type[T], work: Callable[[T], int]) -> None:
     """
     # What libraries deprecate among themselves is no news for whoever runs a study.
     warnings.filterwarnings("ignore", category=FutureWarning)
+    for stream in (sys.stdout, sys.stderr):  # a letter that the terminal does not have costs no result
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
         status = work(Parser(kind, f"python -m entrypoints.{name}").arguments(sys.argv[1:]))
     except UserError as error:

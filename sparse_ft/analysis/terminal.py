@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
+from rich.box import ASCII_DOUBLE_HEAD, SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -67,6 +67,8 @@ def terminal_table(rows: Iterable[Row]) -> Table:
 def print_table(console: Console, table: Table) -> None:
     """Prints a table without cutting a number off: names fold in a narrow terminal, and where that is not enough
     its lines run on. What is no terminal (a pipe, a file) has room for all."""
+    if console.options.ascii_only:  # the terminal cannot draw the lines of a box
+        table.box = ASCII_DOUBLE_HEAD
     room = console.options.update(max_width=10_000)
     needed = console.measure(table, options=room)
     width = needed.maximum if not console.is_terminal else max(needed.minimum, min(console.width, needed.maximum))

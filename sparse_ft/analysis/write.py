@@ -18,6 +18,7 @@ from sparse_ft.analysis.pareto import pareto_figure
 from sparse_ft.analysis.performance import curves, performance_table
 from sparse_ft.analysis.report import ReportFigure, ReportParts, report_html
 from sparse_ft.analysis.sentences import Sentence, answers
+from sparse_ft.analysis.spreadsheet import csv_text
 from sparse_ft.analysis.style import drawing, save_figure
 from sparse_ft.analysis.table import Row, cell_table, grouped_table
 from sparse_ft.files import write_json, write_text
@@ -108,7 +109,7 @@ def write_analysis(
     drawn = _drawings(rows, cells, points)
     progress.start("analysis", len(tables) + len(drawn) + 2, "files")
     for name, frame in tables.items():
-        result.files.append(write_text(folder / f"{name}.csv", frame.to_csv(index=False)))
+        result.files.append(write_text(folder / f"{name}.csv", csv_text(frame)))
         progress.advance(note=f"{name}.csv")
     result.files.append(write_json(folder / "protocol.json", protocol))
     progress.advance(note="protocol.json")

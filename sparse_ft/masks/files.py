@@ -6,26 +6,23 @@ import hashlib
 import json
 import os
 import uuid
-import zipfile
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, safe_open
 
 from sparse_ft.errors import UserError
 from sparse_ft.files import atomic_path
 from sparse_ft.masks.mask_set import MaskSet, combine_digests, packed_shape
+from sparse_ft.masks.readers import HEADER_KEY, NotOursError, read_npz, read_pt, read_safetensors
 
 __all__ = ["FORMATS", "FORMAT_VERSION", "HEADER_ROOM", "MaskFileWriter", "load_masks", "read_header", "save_masks"]
 
 FORMATS = ("safetensors", "npz", "pt")
 FORMAT_VERSION = 1
-_HEADER_KEY = "sparse_ft_masks"
 HEADER_ROOM = 64 * 1024  # bytes kept free for metadata that is known only when the last mask is written
 _FLUSH = 8 << 20  # bytes written to a file between two hints to the kernel
 
@@ -48,12 +45,10 @@ def load_masks(path: str | Path) -> MaskSet:
         UserError: the file is missing, truncated, edited, or no mask file of sparse_ft.
     """
     path = Path(path)
-    readers = {".safetensors": _load_safetensors, ".npz": _load_npz, ".pt": _load_pt}
-    header, packed = _read(path, _by_suffix(path, readers))
+    header, packed = _read(path, _by_suffix(path, _READERS))
     try:
-        shapes = {str(name): tuple(map(int, shape)) for name, shape in header["shapes"].items()}
-        masks = MaskSet(packed, shapes, header["metadata"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        masks = MaskSet(packed, header["shapes"], header["metadata"])
+    except (TypeError, ValueError) as error:
         raise UserError(f"Mask file {path} is damaged: {error}. Make it again with compute_masks.") from None
     if masks.checksum != header["checksum"]:
         raise UserError(
@@ -71,8 +66,8 @@ def read_header(path: str | Path) -> dict[str, Any]:
         UserError: as `load_masks`, except for damage in the bits.
     """
     path = Path(path)
-    readers = {".safetensors": _safetensors_header, ".npz": _npz_header, ".pt": lambda p: _load_pt(p)[0]}
-    return _read(path, _by_suffix(path, readers))
+    header, _ = _read(path, _by_suffix(path, _HEADER_READERS))
+    return header
 
 
 def make_header(checksum: str, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, Any]) -> str:
@@ -191,7 +186,7 @@ class MaskFileWriter:
             os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def _header_bytes(self, checksum: str, metadata: Mapping[str, Any]) -> bytes:
-        entries: dict[str, Any] = {"__metadata__": {_HEADER_KEY: make_header(checksum, self.shapes, metadata)}}
+        entries: dict[str, Any] = {"__metadata__": {HEADER_KEY: make_header(checksum, self.shapes, metadata)}}
         for name, (begin, end) in self._offsets.items():
             shape = list(packed_shape(self.shapes[name]))
             entries[name] = {"dtype": "U8", "shape": shape, "data_offsets": [begin, end]}
@@ -212,38 +207,19 @@ def _save_npz(masks: MaskSet, path: Path) -> None:
     header = make_header(masks.checksum, masks.shapes, masks.metadata).encode()
     arrays = {name: packed.numpy() for name, packed in masks.packed.items()}
     with atomic_path(path) as temporary:
-        np.savez(temporary, **{_HEADER_KEY: np.frombuffer(header, np.uint8)}, **arrays)
+        np.savez(temporary, **{HEADER_KEY: np.frombuffer(header, np.uint8)}, **arrays)
 
 
 def _save_pt(masks: MaskSet, path: Path) -> None:
     header = make_header(masks.checksum, masks.shapes, masks.metadata)
     with atomic_path(path) as temporary:
-        torch.save({_HEADER_KEY: header, "bits": masks.packed}, temporary)
+        torch.save({HEADER_KEY: header, "bits": masks.packed}, temporary)
 
 
-def _safetensors_header(path: Path) -> dict[str, Any]:
-    with safe_open(path, framework="pt") as file:
-        return json.loads((file.metadata() or {})[_HEADER_KEY])
-
-
-def _load_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    return _safetensors_header(path), load_file(path)
-
-
-def _npz_header(path: Path) -> dict[str, Any]:
-    with np.load(path, allow_pickle=False) as file:
-        return json.loads(bytes(file[_HEADER_KEY]))
-
-
-def _load_npz(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    with np.load(path, allow_pickle=False) as file:
-        packed = {name: torch.from_numpy(file[name]) for name in file.files if name != _HEADER_KEY}
-    return _npz_header(path), packed
-
-
-def _load_pt(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    content = torch.load(path, weights_only=True, map_location="cpu")
-    return json.loads(content[_HEADER_KEY]), dict(content["bits"])
+_READERS = {".safetensors": read_safetensors, ".npz": read_npz, ".pt": read_pt}
+_HEADER_READERS = {
+    ".safetensors": partial(read_safetensors, bits=False), ".npz": partial(read_npz, bits=False), ".pt": read_pt,
+}  # fmt: skip
 
 
 def _by_suffix(path: str | Path, choices: Mapping[str, Callable]) -> Callable:
@@ -256,15 +232,16 @@ def _by_suffix(path: str | Path, choices: Mapping[str, Callable]) -> Callable:
 def _read(path: Path, reader: Callable) -> Any:
     if not path.is_file():
         raise UserError(f"Mask file {path} does not exist. Make it with compute_masks.")
-    damage = (SafetensorError, zipfile.BadZipFile, UnpicklingError, RuntimeError, ValueError, EOFError, OSError)
     try:
-        result = reader(path)
-    except (KeyError, TypeError, AttributeError):
+        header, packed = reader(path)
+    except NotOursError:
         raise UserError(f"{path} is no mask file of sparse_ft. Make one with compute_masks.") from None
-    except damage as error:
-        raise UserError(f"Mask file {path} cannot be read, it is truncated or foreign: {error}") from None
-    header = result[0] if isinstance(result, tuple) else result
-    if not isinstance(header, dict) or header.get("version") != FORMAT_VERSION:
-        found = header.get("version") if isinstance(header, dict) else None
+    except MemoryError:
+        raise  # the readers take no more than the file has: this machine is too small for these masks
+    except Exception as error:  # three foreign parsers read bytes that anybody may have made
+        said = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"Mask file {path} cannot be read, it is truncated, damaged or foreign: {said}") from None
+    if header["version"] != FORMAT_VERSION:
+        found = str(header["version"])[:60]
         raise UserError(f"Mask file {path} has format version {found}, this program reads {FORMAT_VERSION}.")
-    return result
+    return header, packed

@@ -20,7 +20,7 @@ from sparse_ft.masks.mask_set import MaskSet
 from sparse_ft.masks.statistics import statistics_of_counts
 from sparse_ft.pruning.kernels import count_set_bits
 
-__all__ = ["LevelFiles", "MaskFile"]
+__all__ = ["LevelFiles", "MaskFile", "level_stem"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,11 @@ class MaskFile:
         return masks
 
 
+def level_stem(level: float, label: str) -> str:
+    """What the names of a level's files share: ``sparsity50_semi_structured_2of4`` (masks_STEM.safetensors, ...)."""
+    return f"sparsity{level_label(level)}_{label}"
+
+
 class LevelFiles:
     """The mask files of all levels, written side by side, row block by row block (a `MaskSink`).
 
@@ -91,7 +96,7 @@ class LevelFiles:
             raise UserError(f"format '{file_format}' is none of {', '.join(FORMATS)}.")
         self.folder, self.levels, self.shapes = Path(folder), list(levels), dict(shapes)
         self._format = file_format
-        self.stems = [f"sparsity{level_label(level)}_{label}" for level in levels]
+        self.stems = [level_stem(level, label) for level in levels]
         self._kept = [dict.fromkeys(shapes, 0) for _ in levels]
         self._writers: list[MaskFileWriter] = []
         self._opening = threading.Lock()

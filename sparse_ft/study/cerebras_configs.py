@@ -13,13 +13,14 @@ from typing import Any
 from sparse_ft.cerebras.config import create_sparse_config, write_config
 from sparse_ft.errors import UserError
 from sparse_ft.files import write_json
-from sparse_ft.levels import level_label
 from sparse_ft.models.catalog import locate_config
 from sparse_ft.models.skeleton import config_values, model_config
+from sparse_ft.pruning.output import level_stem
 from sparse_ft.study.cell_settings import check_cell
 from sparse_ft.study.cerebras import CerebrasSettings, check_trainable, load_settings, trainer_plan
-from sparse_ft.study.config import CellConfig
+from sparse_ft.study.config import CellConfig, MaskConfig
 from sparse_ft.study.plan import load_study, make_plan
+from sparse_ft.study.settings import pruning_settings
 
 __all__ = ["CerebrasConfigsConfig", "write_configs", "write_study_configs"]
 
@@ -72,7 +73,10 @@ def write_study_configs(study: str | Path, output_dir: str | Path, settings: Cer
     files, index = [], []
     for number, cell in enumerate(plan.cells):
         which = plan.mask_set_of[number]
-        masks = None if which is None else root / "masks" / plan.mask_sets[which].name / _mask_name(cell)
+        masks = None
+        if which is not None:
+            item = plan.mask_sets[which]
+            masks = root / "masks" / item.name / _mask_name(cell, item.config)
         with _named(cell):
             path = _write(cell, masks, root, settings)
         files.append(path)
@@ -111,8 +115,8 @@ def _write(cell: CellConfig, masks: Path | None, root: Path, settings: CerebrasS
     return write_config(folder / "fit.yaml", written)
 
 
-def _mask_name(cell: CellConfig) -> str:
-    return f"masks_sparsity{level_label(cell.sparsity)}_{cell.method}.safetensors"
+def _mask_name(cell: CellConfig, kind: MaskConfig) -> str:
+    return f"masks_{level_stem(cell.sparsity, pruning_settings(kind).label)}.{kind.format}"
 
 
 def _slug(title: str) -> str:

@@ -19,6 +19,7 @@ __all__ = [
     "log_cell_result",
     "log_failure",
     "log_identity",
+    "log_mask_files",
     "log_mask_inputs",
     "log_masks",
     "mask_tags",
@@ -78,9 +79,14 @@ def log_masks(tracker: Tracker, run_id: str, files: Sequence[MaskFile]) -> None:
         "sparsity/achieved": [(round(100 * file.sparsity), file.achieved) for file in files],
     }
     tracker.log(run_id, curves=curves, tags=mask_tags(files))
-    folder = files[0].path.parent
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and not path.name.startswith("."):
+    log_mask_files(tracker, run_id, files)
+
+
+def log_mask_files(tracker: Tracker, run_id: str, files: Sequence[MaskFile]) -> None:
+    """The files of these masks as artifacts, and no others that lie in their folder from before."""
+    paths = [path for file in files for path in (file.path, file.statistics, file.histogram, file.heatmap)]
+    for path in [*paths, files[0].path.parent / "coverage.json"]:
+        if path is not None and path.is_file():
             tracker.log_file(run_id, path, "masks")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ from sparse_ft.study.recording import (
     log_cell_result,
     log_failure,
     log_identity,
+    log_mask_files,
     log_mask_inputs,
     log_masks,
     mask_tags,
@@ -93,11 +95,12 @@ def train(config: CellConfig) -> int:
     tracker, folder = Tracker(), Path(config.output_dir)
     run_id = tracker.start(config.title, {"kind": "cell"})
     with _logged(tracker, run_id):
+        _forget_samples(folder)
         log_cell_inputs(tracker, run_id, config)
         masks = given.file if given else None
         if kind is not None:
             (masks,) = make_masks(kind, bench, folder / "masks")
-            tracker.log_folder(run_id, folder / "masks", "masks")
+            log_mask_files(tracker, run_id, [masks])
             tracker.log(run_id, tags=mask_tags([masks]))
         identity = cell_identity(config, bench)
         log_identity(tracker, run_id, identity)
@@ -107,6 +110,8 @@ def train(config: CellConfig) -> int:
         address = None
         if config.register_as != "none":
             address = register_cell(tracker, run_id, config, result, bench.progress)
+    if "warning" in result.tags:
+        print(f"train: warning: {result.tags['warning']}", file=sys.stderr)
     console = study_console()
     print_table(console, terminal_table(in_milliseconds([tracker.run(run_id)])))
     if address:
@@ -148,11 +153,14 @@ def analyze(config: AnalyzeConfig) -> int:
     """Writes tables, figures and curve runs for a study or an experiment, as a run of its own. Returns 0."""
     if config.parent_run_id == config.experiment == "none":
         raise UserError("Nothing to analyze: give parent_run_id (a study's run) or experiment (a name).")
-    tracker = Tracker(experiment=None if config.experiment == "none" else config.experiment)
     if config.parent_run_id != "none":
-        parent, title = config.parent_run_id, tracker.run(config.parent_run_id)["name"]
-        runs = tracker.children(parent)
+        tracker = Tracker.reading(run_id=config.parent_run_id)
+        parent, found = config.parent_run_id, tracker.run(config.parent_run_id)
+        if found["tags"].get("kind") != "study":
+            raise UserError(f"The run {parent} ({found['name']}) is no study; give a study's run, or an experiment.")
+        title, runs = found["name"], tracker.children(parent)
     else:
+        tracker = Tracker.reading(config.experiment)
         parent, title = None, config.experiment
         runs = tracker.search(experiment_id=tracker.experiment(config.experiment))
     rows = in_milliseconds(runs)
@@ -180,6 +188,12 @@ def rebuild(config: RebuildConfig) -> int:
     rebuild_checkpoint(Tracker(), config.run_id, target, Workbench(shown_progress()))
     print(f"rebuilt, bit for bit: {target}")
     return 0
+
+
+def _forget_samples(folder: Path) -> None:
+    """Removes what an earlier run into this folder wrote of its answers: they would be logged as this run's."""
+    for file in (folder / "samples").glob("*.jsonl"):
+        file.unlink()
 
 
 def _optional(value: str) -> str | None:

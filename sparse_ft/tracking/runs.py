@@ -88,6 +88,34 @@ class Tracker:
                     return None
         return cls(uri)
 
+    @classmethod
+    def reading(cls, experiment: str | None = None, run_id: str | None = None) -> Tracker:
+        """The tracker of an experiment that must be there (its name or id, or that of a run). Creates nothing.
+
+        Raises:
+            UserError: no such store, experiment or run; the message lists the experiments there are.
+        """
+        uri = tracking_uri()
+        if not exists(uri):
+            raise UserError(f"there are no runs yet in {uri}; is MLFLOW_TRACKING_URI right?")
+        reachable(uri)
+        try:
+            with quiet_mlflow(), store_lock(uri):
+                client = MlflowClient(uri)
+                known = {item.experiment_id: item.name for item in client.search_experiments()}
+                if run_id is not None:
+                    try:
+                        experiment = client.get_run(run_id).info.experiment_id
+                    except MlflowException:
+                        raise UserError(f"there is no run {run_id} in {uri}; is MLFLOW_TRACKING_URI right?") from None
+        except (MlflowException, SQLAlchemyError) as error:
+            raise unusable(uri, error) from error
+        if experiment not in known and experiment not in known.values():
+            names = ", ".join(sorted(known.values())) or "none"
+            raise UserError(f"there is no experiment '{experiment}' in {uri}; it has {names}")
+        adopted = os.environ.get("MLFLOW_RUN_ID")
+        return cls(uri, None if adopted else experiment if experiment in known.values() else known[experiment])
+
     # -- runs
 
     def start(self, name: str, tags: Mapping[str, Any] | None = None) -> str:
