@@ -22,10 +22,12 @@ def parse_levels(text: str) -> tuple[float, ...]:
             if not (step > 0 and last >= first):
                 raise ValueError
             count = math.floor((last - first) / step + 1e-9)
+            if count > 10_000:
+                raise ValueError
             levels = [round(first + i * step, 10) for i in range(count + 1)]
         else:
             levels = [float(part) for part in text.split(",")]
-    except ValueError:
+    except (ValueError, OverflowError):
         raise UserError(f"sparsities is '{text}'; write a list such as 0.5,0.7 or a range such as 0:0.9:0.1.") from None
     if not all(0 <= level <= 1 for level in levels):
         raise UserError(f"sparsities is '{text}'; every level must lie between 0 and 1 (50 % is 0.5).")

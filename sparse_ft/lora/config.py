@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from sparse_ft.errors import UserError
 from sparse_ft.lora.rounding import ROUNDINGS
 
-__all__ = ["MODES", "SPARSE_MODES", "LoraSettings"]
+__all__ = ["MODES", "SPARSE_MODES", "LoraSettings", "chosen_projections"]
 
 SPARSE_MODES = ("sparse_to_dense", "sparse_to_sparse")
 MODES = ("dense", *SPARSE_MODES, "full")
@@ -39,7 +41,7 @@ class LoraSettings:
     def __post_init__(self) -> None:
         if self.r < 1:
             raise UserError(f"lora_r is {self.r}: the rank of an adapter is 1 or more.")
-        if not self.alpha > 0:
+        if not 0 < self.alpha < math.inf:
             raise UserError(f"lora_alpha is {self.alpha}: it must be positive.")
         if not 0 <= self.dropout < 1:
             raise UserError(f"lora_dropout is {self.dropout}: it lies in [0, 1).")
@@ -47,3 +49,19 @@ class LoraSettings:
             raise UserError(f"rounding is '{self.rounding}', it must be one of {', '.join(ROUNDINGS)}.")
         if self.target_modules is not None:
             object.__setattr__(self, "target_modules", tuple(self.target_modules))
+
+
+def chosen_projections(settings: LoraSettings, projections: Collection[str]) -> set[str]:
+    """The projections that an adapter changes, of those that a model has (experts as w1, w2, w3).
+
+    Raises:
+        UserError: one that the model has not, w1 without w3, or dropout on experts.
+    """
+    targets = set(projections if settings.target_modules is None else settings.target_modules)
+    if unknown := sorted(targets - set(projections)):
+        raise UserError(f"lora target_modules {', '.join(unknown)}: this model has {', '.join(sorted(projections))}.")
+    if len(targets & {"w1", "w3"}) == 1:
+        raise UserError("Adapt the expert projections w1 and w3 together: they are one parameter of the model.")
+    if settings.dropout and targets & {"w1", "w2", "w3"}:
+        raise UserError("lora_dropout must be 0 on experts (w1, w2, w3): their input is not at hand to drop.")
+    return targets

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparse_ft.errors import UserError
-from sparse_ft.lora.config import MODES, LoraSettings
+from sparse_ft.lora.config import MODES, LoraSettings, chosen_projections
 from sparse_ft.lora.full import hold_masked_weights
 from sparse_ft.lora.layer import MaskedBase
 from sparse_ft.lora.merge import adapted_layers, refuse_shared
@@ -209,14 +209,7 @@ def _peft_config(
                 raise UserError(f"The configuration belongs to the masks {settings.mask_checksum[:12]}, not to these.")
             settings.mask_checksum = masks.checksum
         return settings
-    projections = {role(name).projection for name in prunable_shapes(model)}
-    targets = set(settings.target_modules or projections)
-    if unknown := sorted(targets - projections):
-        raise UserError(f"lora target_modules {', '.join(unknown)}: this model has {', '.join(sorted(projections))}.")
-    if len(targets & {"w1", "w3"}) == 1:
-        raise UserError("Adapt the expert projections w1 and w3 together: they are one parameter of the model.")
-    if settings.dropout and targets & {"w1", "w2", "w3"}:
-        raise UserError("lora_dropout must be 0 on experts (w1, w2, w3): their input is not at hand to drop.")
+    targets = chosen_projections(settings, {role(name).projection for name in prunable_shapes(model)})
     common = {
         "r": settings.r,
         "lora_alpha": settings.alpha,

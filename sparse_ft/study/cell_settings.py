@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 from sparse_ft.errors import UserError
 from sparse_ft.evaluation import EvaluationSettings
@@ -14,31 +18,57 @@ from sparse_ft.study.settings import pruning_settings
 from sparse_ft.tracking.models import check_registered_name
 from sparse_ft.training import TrainingSettings
 
-__all__ = ["check_cell", "count", "evaluation_settings", "lora_settings", "training_settings"]
+__all__ = [
+    "cell_problems",
+    "check_cell",
+    "count",
+    "evaluation_settings",
+    "lora_settings",
+    "target_names",
+    "training_settings",
+]
 
 
 def check_cell(cell: CellConfig) -> None:
     """Refuses parameters under which the cell cannot run, before anything is loaded.
 
     Raises:
-        UserError: naming the first such parameter.
+        UserError: naming all such parameters, in one line.
     """
+    if problems := cell_problems(cell):
+        raise UserError(" ".join(problems))
+
+
+def cell_problems(cell: CellConfig) -> list[str]:
+    """All parameters under which the cell cannot run, one sentence each."""
+    problems = []
     if cell.pruned and not 0 <= cell.sparsity <= 1:
-        raise UserError(f"sparsity is {cell.sparsity}; it must lie between 0 and 1 (50 % is 0.5).")
-    for name in ("eval_limit", "eval_batch_size"):
+        problems.append(f"sparsity is {cell.sparsity}; it must lie between 0 and 1 (50 % is 0.5).")
+    for name, least in (("eval_limit", 1), ("eval_batch_size", 1), ("num_fewshot", 0), ("max_seq_len", 2)):
         value = getattr(cell, name)
-        if isinstance(value, int) and value < 1:
-            raise UserError(f"{name} is {value}; it must be at least 1.")
-    if cell.max_seq_len < 2:
-        raise UserError(f"max_seq_len is {cell.max_seq_len}; it must be at least 2.")
+        if isinstance(value, int) and value < least:
+            problems.append(f"{name} is {value}; it must be at least {least}.")
+    if not 0 <= cell.seed < 2**32:
+        problems.append(f"seed is {cell.seed}; it must lie between 0 and {2**32 - 1}.")
+    if not 0 <= cell.weight_decay < math.inf:
+        problems.append(f"weight_decay is {cell.weight_decay}; it must be 0 or more.")
+    corpus = cell.perplexity_corpus
+    if cell.perplexity_tokens != 0 and corpus not in ("task", "wikitext2") and not Path(corpus).is_file():
+        problems.append(f"perplexity_corpus is '{corpus}'; there is no such file. Give task, wikitext2 or a text file.")
+    checks: list[Callable[[], object]] = [training_settings(cell).check, lambda: lora_settings(cell)]
     if cell.register_as not in ("none", "auto"):
-        check_registered_name(cell.register_as)
-    training_settings(cell).check()
-    lora_settings(cell)
-    evaluation_settings(cell).check()
-    kind = mask_set_of(cell)
+        checks.append(lambda: check_registered_name(cell.register_as))
+    if count(cell.eval_limit) is None or cell.eval_limit >= 1:
+        checks.append(replace(evaluation_settings(cell), batch_size="auto").check)
+    kind = mask_set_of(cell) if not cell.pruned or 0 <= cell.sparsity <= 1 else None
     if kind is not None:
-        pruning_settings(replace(kind, sparsities=levels_text([cell.sparsity]))).check()
+        checks.append(lambda: pruning_settings(replace(kind, sparsities=levels_text([cell.sparsity]))).check())
+    for check in checks:
+        try:
+            check()
+        except UserError as error:
+            problems.append(str(error))
+    return list(dict.fromkeys(problems))
 
 
 def training_settings(cell: CellConfig) -> TrainingSettings:
@@ -62,8 +92,19 @@ def lora_settings(cell: CellConfig) -> LoraSettings:
     Raises:
         UserError: a rank, scaling or dropout that no adapter has.
     """
-    targets = None if cell.target_modules == "all" else tuple(cell.target_modules.split(","))
-    return LoraSettings(cell.lora_r, cell.lora_alpha, cell.lora_dropout, targets, cell.rounding)
+    return LoraSettings(cell.lora_r, cell.lora_alpha, cell.lora_dropout, target_names(cell.target_modules), cell.rounding)
+
+
+def target_names(text: str) -> tuple[str, ...] | None:
+    """Projections as people list them, ``q_proj, v_proj``, sorted and each once; None for ``all``.
+
+    Raises:
+        UserError: an empty name.
+    """
+    names = sorted({name.strip() for name in text.split(",")})
+    if "" in names:
+        raise UserError(f"target_modules is '{text}'; list projections such as q_proj,v_proj, or write all.")
+    return None if names == ["all"] else tuple(names)
 
 
 def evaluation_settings(cell: CellConfig) -> EvaluationSettings:

@@ -9,14 +9,13 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from sparse_ft.errors import UserError
 from sparse_ft.levels import levels_text, parse_levels
 from sparse_ft.study.config import CellConfig, MaskConfig
 from sparse_ft.study.mask_sets import mask_file
 from sparse_ft.study.parsing import Parser
 from sparse_ft.study.settings import pruning_settings
+from sparse_ft.study.study_file import check_study, read_study
 
 KEEP = ("none", "adapter", "pareto", "all")
 
@@ -108,18 +107,13 @@ def load_study(path: str | Path) -> Study:
         UserError: the file is missing, not YAML, or has keys or values that no study has.
     """
     path = Path(path)
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"Study {path} does not exist; configs/ holds examples.") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"Study {path} is not valid YAML: {error}") from None
+    content = read_study(path)
     if isinstance(content, dict) and content.get("search"):
         content = {"grid": {}, "dense_baseline": False, **content}
     elif not isinstance(content, dict) or not isinstance(content.get("grid"), dict) or not content["grid"]:
         raise UserError(f"Study {path} has no 'grid:' with lists of values; configs/ holds examples.")
     known = {entry.name for entry in fields(Study)}
-    unknown = sorted(set(content) - known)
+    unknown = sorted(map(str, set(content) - known))
     if unknown:
         raise UserError(f"Study {path}: unknown key '{unknown[0]}'; a study has {', '.join(sorted(known))}.")
     if content.get("keep", "none") not in KEEP:
@@ -127,7 +121,7 @@ def load_study(path: str | Path) -> Study:
     for switch in ("dense_baseline", "register"):
         if not isinstance(content.get(switch, False), bool):
             raise UserError(f"Study {path}: {switch} is '{content[switch]}'; it must be true or false.")
-    content.setdefault("name", path.stem)
+    content = check_study(path, content)
     grid = {axis: _axis(path, axis, values) for axis, values in content["grid"].items()}
     return Study(**{**content, "grid": grid, "cell": content.get("cell") or {}})
 

@@ -15,18 +15,19 @@ import psutil
 import torch
 
 from sparse_ft.errors import UserError
+from sparse_ft.lora.config import chosen_projections
 from sparse_ft.masks.files import HEADER_ROOM
 from sparse_ft.models.checkpoint import Checkpoint
 from sparse_ft.models.loading import resolve_device, resolve_dtype
 from sparse_ft.models.names import role
-from sparse_ft.study.cell_settings import check_cell, count
+from sparse_ft.study.cell_settings import cell_problems, count, lora_settings, target_names
 from sparse_ft.study.config import CellConfig
 from sparse_ft.study.mask_sets import check_given, check_mask_set
 from sparse_ft.study.plan import Plan
 from sparse_ft.study.workbench import Workbench
 from sparse_ft.tasks.examples import training_examples
 
-__all__ = ["Disk", "check_examples", "check_plan", "check_resources", "estimate_disk", "gigabytes"]
+__all__ = ["Disk", "check_examples", "check_plan", "check_resources", "check_targets", "estimate_disk", "gigabytes"]
 
 _RUN_BYTES = 60_000  # configuration, validation report and database rows of a run
 
@@ -64,7 +65,12 @@ def check_plan(plan: Plan, bench: Workbench) -> list[str]:
     """What the study's file asks for and cannot be had: settings, masks, models, tasks. One line each."""
     problems: dict[str, None] = {}
     for cell in plan.cells:
-        _note(problems, check_cell, cell)
+        problems |= dict.fromkeys(cell_problems(cell))
+    for device in dict.fromkeys(cell.device for cell in plan.cells):
+        _note(problems, resolve_device, device)
+    adapted = {(cell.model, cell.target_modules, cell.lora_dropout): cell for cell in plan.cells if cell.mode != "full"}
+    for cell in adapted.values():
+        _note(problems, check_targets, cell, bench)
     for model in dict.fromkeys(cell.model for cell in plan.cells):
         _note(problems, lambda model=model: (bench.checkpoint(model).prunable_shapes(), bench.tokenizer(model)))
     for item in plan.mask_sets:
@@ -165,13 +171,27 @@ def check_examples(cell: CellConfig, bench: Workbench) -> None:
     training_examples(task, bench.tokenizer(cell.model), cell.max_seq_len, limit=1, seed=cell.seed)
 
 
+def check_targets(cell: CellConfig, bench: Workbench) -> None:
+    """Checks that the model has the projections that the cell adapts.
+
+    Raises:
+        UserError: it has not, or the model cannot be had.
+    """
+    if cell.mode == "full":
+        return
+    found = {role(name).projection for name in bench.checkpoint(cell.model).prunable_shapes()}
+    if "gate_up_proj" in found:  # experts that the checkpoint holds as 3-D tensors are adapted by their own names
+        found = (found - {"gate_up_proj", "down_proj"}) | {"w1", "w2", "w3"}
+    chosen_projections(lora_settings(cell), found)
+
+
 def _bytes(checkpoint: Checkpoint, itemsize: int) -> int:
     return itemsize * sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names)
 
 
 def _adapter_bytes(checkpoint: Checkpoint, rank: int, targets: str) -> int:
     """Adapters are saved in float32: A is [r, in], B is [out, r]."""
-    chosen = None if targets == "all" else set(targets.split(","))
+    chosen = target_names(targets)
     shapes = [s for n, s in checkpoint.prunable_shapes().items() if chosen is None or role(n).projection in chosen]
     return 4 * rank * sum(math.prod(shape[:-2]) * (shape[-2] + shape[-1]) for shape in shapes)
 

@@ -25,7 +25,7 @@ from sparse_ft.study.identity import cell_identity, cell_key
 from sparse_ft.study.keeping import rebuild as rebuild_checkpoint
 from sparse_ft.study.mask_sets import check_mask_set, check_shrink, make_masks, mask_file, shrink
 from sparse_ft.study.plan import mask_set_of
-from sparse_ft.study.preflight import check_examples
+from sparse_ft.study.preflight import check_examples, check_targets
 from sparse_ft.study.recording import (
     log_cell_inputs,
     log_cell_result,
@@ -86,6 +86,7 @@ def train(config: CellConfig) -> int:
     check_cell(config)
     resolve_device(config.device)  # one that is not here makes no run
     bench.checkpoint(config.model).prunable_shapes()
+    check_targets(config, bench)
     check_examples(config, bench)
     kind = mask_set_of(config)
     if kind is not None:
