@@ -193,8 +193,9 @@ def rebuild(config: RebuildConfig) -> int:
 
 def _forget_samples(folder: Path) -> None:
     """Removes what an earlier run into this folder wrote of its answers: they would be logged as this run's."""
-    for file in (folder / "samples").glob("*.jsonl"):
-        file.unlink()
+    names = ("score.jsonl", "score_untuned.jsonl", "score_re-masked.jsonl")
+    for file in [*(folder / "samples" / name for name in names), *(folder / "samples").glob("score_at_step_*.jsonl")]:
+        file.unlink(missing_ok=True)
 
 
 def _optional(value: str) -> str | None:
