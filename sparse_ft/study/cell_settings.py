@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -92,7 +91,9 @@ def lora_settings(cell: CellConfig) -> LoraSettings:
     Raises:
         UserError: a rank, scaling or dropout that no adapter has.
     """
-    return LoraSettings(cell.lora_r, cell.lora_alpha, cell.lora_dropout, target_names(cell.target_modules), cell.rounding)
+    return LoraSettings(
+        cell.lora_r, cell.lora_alpha, cell.lora_dropout, target_names(cell.target_modules), cell.rounding
+    )
 
 
 def target_names(text: str) -> tuple[str, ...] | None:

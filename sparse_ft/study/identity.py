@@ -19,6 +19,7 @@ import sparse_ft
 from sparse_ft.errors import UserError
 from sparse_ft.levels import parse_levels
 from sparse_ft.models.loading import resolve_device, resolve_dtype
+from sparse_ft.study.cell_settings import target_names
 from sparse_ft.study.config import CellConfig, MaskConfig
 from sparse_ft.study.plan import Plan
 from sparse_ft.study.settings import pruning_settings
@@ -88,6 +89,8 @@ def check_identity(planned: Mapping[str, str], here: Mapping[str, str], where: s
 def cell_key(cell: CellConfig, identity: Mapping[str, str], mask_checksum: str = "") -> str:
     """Identity of a result: SHA-256 (16 hex digits) over the cell's settings, what its names stand for, its masks."""
     settings = {name: value for name, value in cell.canonical().items() if name not in _NAMES}
+    if targets := target_names(cell.target_modules):
+        settings["target_modules"] = ",".join(targets)
     if identity.get("dtype") == "float32":
         settings.pop("rounding")  # nothing is rounded
     if cell.perplexity_tokens == 0:
