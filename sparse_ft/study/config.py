@@ -314,6 +314,8 @@ class SweepConfig:
         output_dir: folder for masks, models and reports.
         cell_seconds: longest time for a cell, or none for no limit.
         max_retries: how often a cell is tried again whose worker was lost or that took too long.
+        retry: failure classes that are tried again on resuming beside those that always are, such as
+            bug,validation_failed; or none.
         ray_address: a running Ray cluster to join (auto finds one), or none for one on this machine.
         cerebras: YAML file that says where Cerebras cells are trained (see docs/cerebras.md), or none.
     """
@@ -326,5 +328,6 @@ class SweepConfig:
     output_dir: str = "outputs"
     cell_seconds: float | Literal["none"] = "none"
     max_retries: int = 1
+    retry: str = "none"
     ray_address: str = "none"
     cerebras: str = "none"

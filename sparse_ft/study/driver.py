@@ -21,7 +21,7 @@ from sparse_ft.study.executors import executor_problems, make_executor, worker_c
 from sparse_ft.study.failures import RETRIED, classify
 from sparse_ft.study.identity import cell_identity, mask_key
 from sparse_ft.study.keeping import keep_models
-from sparse_ft.study.life import close_open_runs, interruptible, resume_command, signs_of_life
+from sparse_ft.study.life import close_open_runs, driving, interruptible, resume_command
 from sparse_ft.study.phases import Phases, holes_table
 from sparse_ft.study.plan import Plan, load_study, make_plan
 from sparse_ft.study.preflight import check_plan, check_resources, estimate_disk
@@ -69,16 +69,16 @@ def sweep(config: SweepConfig) -> int:
         tracker = Tracker()
         start = start_study(tracker, plan, config, console, identities)
         began = time.monotonic()
-        with tracker.ending(start.parent), signs_of_life(tracker, start.parent):
+        with driving(tracker, start.parent, start.driver) as lost:
             try:
                 phases = _run(tracker, start, plan, config, workers, identities, mask_keys)
-            except BaseException as error:
-                close_open_runs(tracker, start.parent)
-                if isinstance(error, KeyboardInterrupt):
+            except KeyboardInterrupt:
+                if not lost():
                     console.print(f"stopped; to go on: {resume_command(config, start.parent)}", soft_wrap=True)
                 raise
+            close_open_runs(tracker, start.parent)  # of workers that could not reach the store to say how it ended
             seconds = time.monotonic() - began
-            complete = _finish(tracker, start, phases, bench, console)
+            complete = _finish(tracker, start, phases, bench, console) and not phases.stopped
             tracker.log(
                 start.parent,
                 metrics={"study/holes": len(phases.holes), "time/total_seconds": seconds},
@@ -86,14 +86,18 @@ def sweep(config: SweepConfig) -> int:
             )
     _print_overhead(console, phases, workers, seconds)
     console.print(f"everything, in a browser: {ui_command(tracker)}", highlight=False, soft_wrap=True)
+    again = resume_command(config, start.parent, (hole.kind for hole in phases.holes))
     if phases.holes:
         console.print(holes_table(phases.holes))
         console.print(
             f"{len(phases.holes)} of {len(plan.cells)} cells failed; each run holds its traceback. When the cause is "
-            f"put right: {resume_command(config, start.parent)}",
+            f"put right: {again}",
             style="red",
             soft_wrap=True,
         )
+    if phases.stopped:
+        said = f"the study was stopped: {phases.stopped}; the rest was not run: {again}"
+        console.print(said, style="red", soft_wrap=True)
     return 1 if phases.holes or not complete else 0
 
 

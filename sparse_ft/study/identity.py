@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import sparse_ft
-from sparse_ft.errors import UserError
+from sparse_ft.errors import ModelUnavailableError, UserError
 from sparse_ft.levels import parse_levels
 from sparse_ft.models.loading import resolve_device, resolve_dtype
 from sparse_ft.study.cell_settings import target_names
@@ -43,7 +43,7 @@ _LIBRARIES = ("torch", "transformers", "peft", "lm_eval")
 _CORPORA = ("task", "wikitext2")
 
 
-class IdentityError(UserError):
+class IdentityError(ModelUnavailableError):
     """What a name stands for here is not what it stood for where the study was planned."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,9 +10,12 @@ from typing import Protocol
 
 from sparse_ft.pruning.output import MaskFile
 from sparse_ft.study.config import CellConfig, MaskConfig
-from sparse_ft.study.failures import RETRIED_AT_ONCE, Failure
+from sparse_ft.study.failures import BREAKS_WORKER, NOT_THE_CELLS, RETRIED_AT_ONCE, Failure
 
-__all__ = ["Job", "Listener", "MaskJob", "Outcome", "Queue", "Work", "halved"]
+_IN_A_ROW = 3  # failures of one kind after which a worker gets no more work
+_AT_ONCE = 10.0  # seconds in which a cell fails that had no chance
+
+__all__ = ["Job", "Listener", "MaskJob", "Outcome", "Queue", "Work", "breaks_worker", "halved"]
 
 
 @dataclass(frozen=True)
@@ -121,11 +125,19 @@ class Listener:
         """A worker's job ended; where it is not over it will be tried again."""
 
 
+def breaks_worker(outcome: Outcome) -> bool:
+    """Whether the process that ran a job can run no other."""
+    return outcome.failure is not None and outcome.failure.kind in BREAKS_WORKER
+
+
 class Queue:
     """The jobs of a phase: what waits, what runs, what came out. Only the driver's process holds it.
 
     A failed job is put back, behind all others, while its class allows another try (see `failures`) and it
     has had fewer than ``max_retries``. Out of memory is tried again once, with the batch halved.
+
+    A worker whose jobs fail one after the other, at once and with the same words, in classes that need not be the
+    cell's own, is retired: it would burn the whole queue. What then waits still has not been run; ``stopped`` says why.
     """
 
     def __init__(self, jobs: Iterable[Work], max_retries: int = 1):
@@ -133,6 +145,8 @@ class Queue:
         self._running: dict[int, Work] = {}
         self._last: dict[int, Work] = {}
         self._max_retries = max_retries
+        self._streaks: dict[int, list[tuple[str, str]]] = {}
+        self._retired: dict[int, str] = {}
         self.total = len(self._waiting)
         self.outcomes: list[Outcome] = []
 
@@ -146,13 +160,22 @@ class Queue:
         """Jobs that have not ended for good."""
         return len(self._waiting) + len(self._running)
 
+    @property
+    def stopped(self) -> str:
+        """Why jobs are left over that no worker takes any more; empty where none are."""
+        return next(reversed(self._retired.values())) if self._waiting and self._retired else ""
+
+    def retire(self, worker: int, reason: str) -> None:
+        """Gives a worker nothing more."""
+        self._retired[worker] = reason
+
     def take(self, worker: int) -> Work | None:
         """The next job for a worker; None while there is none.
 
         A worker stays with its model, so that it need not be loaded again, and away from masks that another
         worker is scoring just now, so that their untuned score is measured once.
         """
-        if not self._waiting:
+        if not self._waiting or worker in self._retired:
             return None
         last = self._last.get(worker)
         busy = {_checksum(job) for job in self._running.values()} - {None}
@@ -171,12 +194,27 @@ class Queue:
     def settle(self, worker: int, outcome: Outcome) -> bool:
         """Takes back a worker's job. True: it is over; False: it will be tried again."""
         self._running.pop(worker, None)
+        self._watch(worker, outcome)
         again = self._again(outcome)
         if again is not None:
             self._waiting.append(again)
             return False
         self.outcomes.append(outcome)
         return True
+
+    def _watch(self, worker: int, outcome: Outcome) -> None:
+        failure, streak = outcome.failure, self._streaks.setdefault(worker, [])
+        counts = failure is not None and failure.kind in NOT_THE_CELLS
+        if not counts or (failure.kind != "infrastructure" and outcome.seconds >= _AT_ONCE):
+            streak.clear()
+            return
+        # Numbers and addresses differ from cell to cell; a store that is away has many words for it.
+        words = "" if failure.kind == "infrastructure" else re.sub(r"0x[0-9a-f]+|\d+", "#", failure.message)
+        if streak and streak[-1] != (failure.kind, words):
+            streak.clear()
+        streak.append((failure.kind, words))
+        if len(streak) >= _IN_A_ROW:
+            self.retire(worker, f"{len(streak)} cells in a row failed alike ({failure.kind}: {failure.message})")
 
     def _again(self, outcome: Outcome) -> Work | None:
         job, failure = outcome.job, outcome.failure

@@ -6,14 +6,16 @@ import shlex
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 
+from sparse_ft.errors import UserError
 from sparse_ft.study.config import SweepConfig
-from sparse_ft.study.resume import HEARTBEAT_SECONDS
+from sparse_ft.study.failures import parse_retry
+from sparse_ft.study.holder import HEARTBEAT_SECONDS
 from sparse_ft.tracking.runs import Tracker
 
-__all__ = ["close_open_runs", "interruptible", "resume_command", "signs_of_life"]
+__all__ = ["TakenOverError", "close_open_runs", "driving", "interruptible", "resume_command"]
 
 
 @contextmanager
@@ -39,30 +41,69 @@ def close_open_runs(tracker: Tracker, parent: str) -> None:
         tracker.finish(child["run_id"], "KILLED")
 
 
+class TakenOverError(UserError):
+    """Another driver has the study now: this one logs nothing more."""
+
+
 @contextmanager
-def signs_of_life(tracker: Tracker, parent: str) -> Iterator[None]:
-    """Says on the study's run, every now and then, that its driver lives: other machines cannot see it otherwise."""
-    over = threading.Event()
+def driving(tracker: Tracker, parent: str, driver: str) -> Iterator[Callable[[], bool]]:
+    """A study's run while ``driver`` drives it: with signs of life for other machines, ended when the block ends.
+
+    A driver that stood still (a laptop asleep, a halted process) for so long that another one has taken its study
+    over sees that at its next sign of life, and ends without a word on the run, which is no longer its own. What is
+    yielded says whether that has happened.
+
+    Raises:
+        TakenOverError: the run names another driver.
+    """
+    over, lost = threading.Event(), threading.Event()
 
     def beat() -> None:
         while not over.wait(HEARTBEAT_SECONDS):
             with suppress(Exception):  # a store that is away for a moment is no reason to stop
+                if tracker.run(parent)["tags"].get("driver") != driver:
+                    lost.set()
+                    _interrupt()
+                    return
                 tracker.log(parent, tags={"heartbeat": time.time()})
+
+    def taken_over() -> TakenOverError:
+        return TakenOverError(
+            f"the study {parent} was taken over by another driver while this one stood still; it goes on there, and "
+            "ends here."
+        )
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
     try:
-        yield
+        with tracker.ending(parent, unless=lost.is_set):
+            try:
+                yield lost.is_set
+            except BaseException:
+                if lost.is_set():
+                    raise taken_over() from None
+                close_open_runs(tracker, parent)
+                raise
+            if lost.is_set():
+                raise taken_over()
     finally:
         over.set()
         thread.join()
 
 
-def resume_command(config: SweepConfig, parent: str) -> str:
-    """The command that goes on with a study."""
+def _interrupt() -> None:
+    """Ends what the main thread is at, as SIGTERM would: a signal wakes it up where it waits for its workers."""
+    if callable(signal.getsignal(signal.SIGTERM)):  # that of `interruptible`, whose absence would end the process
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
+
+
+def resume_command(config: SweepConfig, parent: str, failed: Iterable[str] = ()) -> str:
+    """The command that goes on with a study; with the failure classes of its holes that must be asked for."""
     values = {"config": config.config, "executor": config.executor, "max_workers": config.max_workers}
     values |= {"resume": parent, "output_dir": config.output_dir}
     elsewhere = {"ray_address": config.ray_address, "cerebras": config.cerebras}
     values |= {name: value for name, value in elsewhere.items() if value != "none"}
+    if asked := parse_retry(config.retry) | ({"bug"} & set(failed)):
+        values["retry"] = ",".join(sorted(asked))
     flags = " ".join(f"-P {name}={shlex.quote(str(value))}" for name, value in values.items())
     return f"mlflow run . -e sweep --env-manager local {flags}"

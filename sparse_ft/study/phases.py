@@ -65,6 +65,7 @@ class Phases:
         max_retries: see `Queue`.
         outcomes: of this start, in the order they ended.
         holes: filled as cells end without a result.
+        stopped: why cells were left that nobody ran; empty where none were.
     """
 
     plan: Plan
@@ -78,6 +79,7 @@ class Phases:
     outcomes: list[Outcome] = field(default_factory=list)
     holes: list[Hole] = field(default_factory=list)
     masks: list[Masks] = field(default_factory=list)
+    stopped: str = ""
 
     def make_masks(self, executor: Executor) -> None:
         """Makes the mask sets that are not there yet, each once for all its cells."""
@@ -91,10 +93,15 @@ class Phases:
         executor.run(queue)
         for outcome in queue.outcomes:
             found[outcome.job.key] = outcome.failure or _by_level(outcome.masks)
+        if queue.stopped:
+            self.stopped = queue.stopped
+            return
         self.masks = [found[job.key] for job in jobs]
 
     def run_cells(self, executor: Executor, display: Display) -> None:
         """Runs every cell that has no result and may get one."""
+        if self.stopped:
+            return
         jobs = [self._job(number) for number in range(len(self.plan.cells))]
         self._supersede(jobs)
         same_as = self._same_as(jobs)
@@ -117,6 +124,7 @@ class Phases:
         finally:
             self.outcomes += queue.outcomes
         self.holes += [_hole(outcome) for outcome in queue.outcomes if outcome.failure is not None]
+        self.stopped = queue.stopped
         self._record_same(jobs, same_as, display)
 
     def _same_as(self, jobs: list[Job]) -> list[int | None]:
@@ -147,9 +155,10 @@ class Phases:
         failed = self.ledger.failed.get(job.key)
         if not failed:
             return job
-        if self.ledger.hopeless(job.key) is not None or self.max_retries < 1:
+        asked = self.ledger.failure_class(job.key) in self.ledger.asked
+        if self.ledger.hopeless(job.key) is not None or (self.max_retries < 1 and not asked):
             return None
-        job = replace(job, attempt=len(failed), allowed=len(failed) + self.max_retries)
+        job = replace(job, attempt=len(failed), allowed=len(failed) + max(self.max_retries, int(asked)))
         if self.ledger.ran_out_of_memory(job.key):
             return halved(job)
         return replace(job, attempt=job.attempt + 1)

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from sparse_ft.analysis.write import AnalysisResult, write_analysis
+from sparse_ft.errors import masked
 from sparse_ft.progress import SILENT, Progress
 from sparse_ft.tracking.runs import Tracker
 
@@ -72,7 +73,8 @@ def write_curve_runs(tracker: Tracker, parent_run_id: str | None, curves: list[d
 
 
 def ui_command(tracker: Tracker) -> str:
-    """The command that shows the runs in a browser."""
+    """The command that shows the runs in a browser; an address with a password is left to the environment."""
+    shown = masked(tracker.uri)
     if tracker.uri.startswith("http"):
-        return f"open {tracker.uri}"
-    return f"mlflow ui --backend-store-uri {tracker.uri}"
+        return f"open {shown}"
+    return "mlflow ui --backend-store-uri " + (shown if shown == tracker.uri else '"$MLFLOW_TRACKING_URI"')

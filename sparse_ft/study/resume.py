@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,21 +12,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 import yaml
 from rich.console import Console
 
-from sparse_ft.errors import UserError
+from sparse_ft.errors import UserError, masked
 from sparse_ft.study.config import SweepConfig
-from sparse_ft.study.failures import RETRIED
+from sparse_ft.study.failures import RETRIED, parse_retry
+from sparse_ft.study.holder import driver_name, is_alive, is_here, living_driver
 from sparse_ft.study.identity import plan_identity
 from sparse_ft.study.plan import Plan, Study
-from sparse_ft.study.worker import process_name
 from sparse_ft.tracking.parameters import flatten_config
 from sparse_ft.tracking.runs import Tracker
+from sparse_ft.tracking.stores import store_lock
 
 __all__ = [
-    "HEARTBEAT_SECONDS",
     "IDENTITY_FILE",
     "STUDY_FILE",
     "Ledger",
@@ -38,7 +36,7 @@ __all__ = [
     "take_over",
 ]
 
-HEARTBEAT_SECONDS = 30  # how often a driver says on its run that it lives
+_SETTLING = 1.0  # seconds in which whoever starts at the same moment is seen on a server
 _PATIENCE = 30  # seconds that workers have to end after their driver
 STUDY_FILE, IDENTITY_FILE = "study.yaml", "identity.yaml"
 
@@ -53,6 +51,7 @@ class Ledger:
         finished: cell key -> its FINISHED run.
         failed: cell key -> its FAILED runs, oldest first, where none is FINISHED.
         masks: mask key -> its FINISHED run.
+        asked: failure classes that whoever resumes wants tried again, whatever they are.
         closed: runs that nobody worked at any more and that were set KILLED.
         cells: every run of a cell that has ended.
     """
@@ -61,6 +60,7 @@ class Ledger:
     failed: dict[str, list[Run]] = field(default_factory=dict)
     masks: dict[str, Run] = field(default_factory=dict)
     closed: list[Run] = field(default_factory=list)
+    asked: frozenset[str] = frozenset()
     cells: list[Run] = field(default_factory=list)
 
     def has(self, key: str, params: Mapping[str, str]) -> bool:
@@ -75,7 +75,12 @@ class Ledger:
     def hopeless(self, key: str) -> Run | None:
         """The failed run after which the cell is not tried again; None where it is."""
         runs = self.failed.get(key)
-        return runs[-1] if runs and runs[-1]["tags"].get("failure_class") not in RETRIED else None
+        return runs[-1] if runs and self.failure_class(key) not in RETRIED | self.asked else None
+
+    def failure_class(self, key: str) -> str | None:
+        """The class in which the latest try of the cell failed."""
+        runs = self.failed.get(key)
+        return runs[-1]["tags"].get("failure_class") if runs else None
 
     def ran_out_of_memory(self, key: str) -> bool:
         """Whether the latest try of the cell ended for want of memory, with the batch the plan asks for."""
@@ -85,32 +90,46 @@ class Ledger:
 
 @dataclass(frozen=True)
 class Start:
-    """The study's run, its folder, and what was done under it before."""
+    """The study's run, its folder, what was done under it before, and this start's name in the store."""
 
     parent: str
     folder: Path
     ledger: Ledger
+    driver: str = ""
 
 
 def start_study(
     tracker: Tracker, plan: Plan, config: SweepConfig, console: Console, identities: Sequence[Mapping[str, str]]
 ) -> Start:
-    """A new study's run, or that of the one to go on with. ``identities``: of each cell, what its names stand for;
-    see `sparse_ft.study.identity.cell_identity`."""
+    """A new study's run, or that of the one to go on with; from here on it is this driver's alone.
+
+    Args:
+        identities: of each cell, what its names stand for; see `sparse_ft.study.identity.cell_identity`.
+
+    Raises:
+        UserError: somebody drives the same study, or the one to go on with; a failure class that does not exist.
+    """
     identity = plan_identity(plan, identities)
-    name = plan.study.name
-    found = find_unfinished(tracker, plan) if config.resume == "none" else None
-    parent = found if config.resume in ("none", "new") else config.resume
-    if parent is None:
-        parent = tracker.start(name, {"kind": "study", "driver": process_name(), "heartbeat": time.time()})
+    name, mine, asked = plan.study.name, driver_name(), parse_retry(config.retry)
+    claim = {"plan_key": plan_key(plan), "driver": mine, "heartbeat": time.time(), "complete": False}
+    with store_lock(tracker.uri):  # two that start at once: the second one finds the first
+        found = find_unfinished(tracker, plan) if config.resume == "none" else None
+        parent = found if config.resume in ("none", "new") else config.resume
+        if new := parent is None:
+            parent, ledger = tracker.start(name, {"kind": "study", **claim}), Ledger()
+        else:
+            ledger = take_over(tracker, parent)
+            run = tracker.run(parent)
+            tracker.log(parent, tags=claim)
+            tracker.reopen(parent)
+    _alone(tracker, parent, mine, claim["plan_key"] if new and config.resume == "none" else None)
+    ledger.asked = asked
+    if new:
         folder = Path(config.output_dir) / f"{name}-{parent[:8]}"
-        ledger = Ledger()
         tracker.log(parent, params={"cfg/study": name, "cfg/cells": len(plan.cells)})
-        tracker.log_dict(parent, describe(plan.study), STUDY_FILE)
-        tracker.log_file(parent, config.config)
+        text = Path(config.config).read_text(encoding="utf-8", errors="replace")
+        tracker.log_text(parent, text, Path(config.config).name)  # as it was written, but for passwords
     else:
-        ledger = take_over(tracker, parent)
-        run = tracker.run(parent)
         folder = Path(run["tags"].get("folder") or Path(config.output_dir) / f"{name}-{parent[:8]}")
         done = _done(plan, identities, ledger)
         said = f"going on with the study {name} ({parent}): {done} of {len(plan.cells)} cells are done"
@@ -122,14 +141,35 @@ def start_study(
         for line in changes(tracker, parent, IDENTITY_FILE, identity):
             said = f"  behind its name has changed: {line}; the cells that use it run again"
             console.print(said, highlight=False, soft_wrap=True)
-        tracker.reopen(parent)
         if adopted := os.environ.get("MLFLOW_RUN_ID"):  # the run that `mlflow run` made for this start
             tracker.log(adopted, tags={"kind": "resume", "resumes": parent})
-        tracker.log_dict(parent, describe(plan.study), STUDY_FILE)
+    tracker.log_dict(parent, describe(plan.study), STUDY_FILE)
     tracker.log_dict(parent, identity, IDENTITY_FILE)
-    tags = {"plan_key": plan_key(plan), "driver": process_name(), "heartbeat": time.time(), "complete": False}
-    tracker.log(parent, tags={**tags, "folder": str(folder.absolute())})
-    return Start(parent, folder, ledger)
+    tracker.log(parent, tags={"folder": str(folder.absolute())})
+    return Start(parent, folder, ledger, mine)
+
+
+def _alone(tracker: Tracker, parent: str, mine: str, key: str | None) -> None:
+    """Where no lock file is shared, two can have come at once: of two new studies with the plan's ``key`` the older
+    one goes on, of two that resume a study the later one.
+
+    Raises:
+        UserError: it is the other's.
+    """
+    if not tracker.uri.startswith("sqlite:"):
+        time.sleep(_SETTLING)
+    run = tracker.run(parent)
+    if run["tags"].get("driver") != mine:
+        raise UserError(f"the study {parent} was taken over in this moment ({living_driver(tracker, run)}).")
+    if key is None:
+        return
+    for other in _of_plan(tracker, key):
+        older = (other["start_time"], other["run_id"]) < (run["start_time"], parent)
+        if older and (alive := living_driver(tracker, other)) is not None:
+            tracker.finish(parent, "KILLED")
+            if not os.environ.get("MLFLOW_RUN_ID"):
+                tracker.delete(parent)
+            raise _running_already(other, alive)
 
 
 def _done(plan: Plan, identities: Sequence[Mapping[str, str]], ledger: Ledger) -> int:
@@ -148,7 +188,8 @@ def _done(plan: Plan, identities: Sequence[Mapping[str, str]], ledger: Ledger) -
 
 def plan_key(plan: Plan) -> str:
     """Identity of a plan: SHA-256 (16 hex digits) over its cells, so that the same study is known again."""
-    text = json.dumps([plan.study.name, plan.study.search, sorted(cell.key() for cell in plan.cells)], sort_keys=True)
+    search = masked(json.dumps(plan.study.search, sort_keys=True))  # a changed password is no other study
+    text = json.dumps([plan.study.name, search, sorted(cell.key() for cell in plan.cells)])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -156,7 +197,11 @@ def describe(study: Study) -> dict[str, Any]:
     """The study as plain data, for its run's ``study.yaml``, which `changes` reads."""
     values = {"name": study.name, "grid": dict(study.grid), "cell": dict(study.cell), "keep": study.kept}
     values |= {"dense_baseline": study.dense_baseline, "register": study.register, "search": study.search}
-    return json.loads(json.dumps(values))
+    return json.loads(json.dumps(values), object_hook=_masked)
+
+
+def _masked(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: masked(value) if isinstance(value, str) else value for name, value in values.items()}
 
 
 def changes(tracker: Tracker, parent: str, file: str, now: Mapping[str, Any]) -> list[str]:
@@ -178,15 +223,29 @@ def changes(tracker: Tracker, parent: str, file: str, now: Mapping[str, Any]) ->
 
 
 def find_unfinished(tracker: Tracker, plan: Plan) -> str | None:
-    """The newest study of the same plan in this experiment that has not come to its end and that nobody is at."""
-    key = plan_key(plan)
-    runs = tracker.search(f"tags.kind = 'study' and tags.plan_key = '{key}'")
-    for run in reversed(runs):
-        if run["tags"].get("complete") == "true":
-            return None
-        if _driver_alive(run) is None:
-            return run["run_id"]
-    return None
+    """The newest study of the same plan in this experiment, where it has not come to its end.
+
+    Raises:
+        UserError: somebody drives a study of this plan.
+    """
+    runs = _of_plan(tracker, plan_key(plan))
+    for run in runs:
+        if (alive := living_driver(tracker, run)) is not None:
+            raise _running_already(run, alive)
+    if not runs or runs[-1]["tags"].get("complete") == "true":
+        return None
+    return runs[-1]["run_id"]
+
+
+def _of_plan(tracker: Tracker, key: str) -> list[Run]:
+    return tracker.search(f"tags.kind = 'study' and tags.plan_key = '{key}'")
+
+
+def _running_already(run: Run, alive: str) -> UserError:
+    return UserError(
+        f"the study {run['name']} is being run already ({alive}; run {run['run_id']}): wait for its end, or start "
+        "another one with resume=new."
+    )
 
 
 def take_over(tracker: Tracker, parent: str) -> Ledger:
@@ -198,7 +257,7 @@ def take_over(tracker: Tracker, parent: str) -> Ledger:
     run = tracker.run(parent)
     if run["tags"].get("kind") != "study":
         raise UserError(f"resume: the run {parent} is no study; give the id of a study's parent run.")
-    if (alive := _driver_alive(run)) is not None:
+    if (alive := living_driver(tracker, run)) is not None:
         raise UserError(f"resume: the study {parent} is still running ({alive}); stop it first.")
     ledger = Ledger()
     failed: dict[str, list[Run]] = defaultdict(list)
@@ -226,35 +285,12 @@ def take_over(tracker: Tracker, parent: str) -> Ledger:
     return ledger
 
 
-def _driver_alive(run: Run) -> str | None:
-    """Who drives a study now, in words; None: nobody."""
-    if run["status"] != "RUNNING":
-        return None
-    name = run["tags"].get("driver", "")
-    host = name.split(" ")[0]
-    if host == platform.node():
-        return f"process {name.split(' ')[1]}" if _alive(name) else None
-    beat = float(run["tags"].get("heartbeat", 0))
-    return f"on {host}" if time.time() - beat < 3 * HEARTBEAT_SECONDS else None
-
-
-def _alive(name: str) -> bool:
-    """Whether a process of this host lives; see `sparse_ft.study.worker.process_name`."""
-    try:
-        _, number, began = name.split(" ")
-        process = psutil.Process(int(number))
-        same = abs(process.create_time() - float(began)) < 1  # the number may have been given to another since
-        return same and process.status() != psutil.STATUS_ZOMBIE
-    except (ValueError, psutil.Error):
-        return False
-
-
 def _wait_for_end(worker: str) -> None:
     """Workers end with their driver; one of this host that still does is waited for."""
-    if worker.split(" ")[0] != platform.node():
+    if not is_here(worker):
         return
     give_up = time.monotonic() + _PATIENCE
-    while _alive(worker):
+    while is_alive(worker):
         if time.monotonic() > give_up:
             number = worker.split(" ")[1]
             raise UserError(f"resume: process {number} still works for this study; end it first (kill {number}).")

@@ -26,7 +26,7 @@ from sparse_ft.study.executors import executor_problems, make_executor, worker_c
 from sparse_ft.study.failures import Failure
 from sparse_ft.study.identity import cell_identity, mask_key
 from sparse_ft.study.jobs import Queue
-from sparse_ft.study.life import close_open_runs, interruptible, resume_command, signs_of_life
+from sparse_ft.study.life import driving, interruptible, resume_command
 from sparse_ft.study.phases import Hole, Phases, holes_table
 from sparse_ft.study.plan import Plan, Study, make_plan, mask_set_of
 from sparse_ft.study.preflight import check_plan, check_resources
@@ -80,23 +80,25 @@ def search(config: SweepConfig, study: Study) -> int:
         identities = [cell_identity(cell, bench) for cell in plan.cells]
         mask_keys = [mask_key(item.config, bench) for item in plan.mask_sets]
         start = start_study(tracker, plan, config, console, identities)
-        with tracker.ending(start.parent), signs_of_life(tracker, start.parent):
+        with driving(tracker, start.parent, start.driver) as lost:
             try:
-                trials, holes = _run(tracker, start, plan, settings, config, workers, identities, mask_keys)
-            except BaseException as error:
-                close_open_runs(tracker, start.parent)
-                if isinstance(error, KeyboardInterrupt):
+                trials, holes, stopped = _run(tracker, start, plan, settings, config, workers, identities, mask_keys)
+            except KeyboardInterrupt:
+                if not lost():
                     console.print(f"stopped; to go on: {resume_command(config, start.parent)}", soft_wrap=True)
                 raise
             best = _log_best(tracker, start, settings, trials)
-            tracker.log(start.parent, metrics={"study/holes": len(holes)}, tags={"complete": not holes})
+            tracker.log(start.parent, metrics={"study/holes": len(holes)}, tags={"complete": not (holes or stopped)})
     _print_best(console, settings, best)
     console.print(f"figure: {start.folder / 'search.png'}", highlight=False, soft_wrap=True)
     console.print(f"everything, in a browser: {ui_command(tracker)}", highlight=False, soft_wrap=True)
     if holes:
         console.print(holes_table(holes))
         console.print(f"{len(holes)} of {settings.trials} trials failed.", style="red")
-    return 1 if holes else 0
+    if stopped:
+        again = resume_command(config, start.parent)
+        console.print(f"the search was stopped: {stopped}; to go on: {again}", style="red", soft_wrap=True)
+    return 1 if holes or stopped else 0
 
 
 def _run(
@@ -108,7 +110,7 @@ def _run(
     workers: int,
     identities: list[dict[str, str]],
     mask_keys: list[str],
-) -> tuple[list[FrozenTrial], list[Hole]]:
+) -> tuple[list[FrozenTrial], list[Hole], str]:
     phases = Phases(
         plan, identities, mask_keys, start.ledger, start.folder, tracker, start.parent, config.max_retries
     )  # fmt: skip
@@ -126,6 +128,8 @@ def _run(
         executor = make_executor(config, setup, display, workers, start.folder / "logs")
         try:
             phases.make_masks(executor)
+            if phases.stopped:
+                return study.get_trials(deepcopy=False), [], phases.stopped
             masks = _by_kind(plan, phases)
             cell, folder = plan.cells[0], start.folder / "cells"
             jobs = [
@@ -138,7 +142,7 @@ def _run(
             executor.close()
     _forget_lost(study)
     holes = [Hole(o.job.title, o.failure.kind, o.failure.message, o.run_id) for o in queue.outcomes if o.failure]
-    return study.get_trials(deepcopy=False), holes
+    return study.get_trials(deepcopy=False), holes, queue.stopped
 
 
 def _plan(study: Study, settings: SearchSettings) -> Plan:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from sparse_ft.errors import UserError
@@ -151,14 +150,7 @@ def open_storage(storage: str) -> optuna.storages.RDBStorage:
         elif isinstance(error, RuntimeError):  # Optuna and MLflow both note their schema in alembic_version
             reason = "it holds the tables of another program, MLflow's perhaps, or of another Optuna"
             advice = "give the search a database of its own."
-        raise UserError(f"search.storage {_without_password(storage)} cannot be used: {reason}; {advice}") from error
-
-
-def _without_password(address: str) -> str:
-    try:
-        return make_url(address).render_as_string(hide_password=True)
-    except SQLAlchemyError:
-        return address
+        raise UserError(f"search.storage {storage} cannot be used: {reason}; {advice}") from error
 
 
 def open_search(storage: str, name: str, settings: SearchSettings, seed: int = 0) -> optuna.Study:

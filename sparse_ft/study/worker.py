@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import shutil
 import time
 from collections.abc import Callable
@@ -11,12 +9,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 from sparse_ft.memory import release_memory
 from sparse_ft.progress import SILENT, Progress
 from sparse_ft.study.cell import Judge, StoppedEarly, run_cell
 from sparse_ft.study.failures import Failure, classify
+from sparse_ft.study.holder import process_name
 from sparse_ft.study.identity import cell_identity, check_identity
 from sparse_ft.study.jobs import Job, MaskJob, Outcome, Work
 from sparse_ft.study.mask_sets import make_masks, write_manifest
@@ -32,8 +29,9 @@ from sparse_ft.study.trials import TrialJob, run_trial
 from sparse_ft.study.workbench import Workbench
 from sparse_ft.tracking.runs import Tracker
 
-__all__ = ["Worker", "WorkerSetup", "close_lost", "process_name"]
+__all__ = ["Worker", "WorkerSetup", "close_lost"]
 
+_PAUSE = 5.0  # seconds that a store or a network gets to come back before the next try
 _WORK = ("train", "eval", "eval_untuned", "eval_remasked")  # the rest of a cell's time is overhead
 
 
@@ -81,8 +79,12 @@ class Worker:
             opened: told the run's id, at once.
         """
         if isinstance(job, TrialJob):
-            return run_trial(job, lambda cell, judge: self._run(cell, progress, opened, judge))
-        return self._run(job, progress, opened)
+            done = run_trial(job, lambda cell, judge: self._run(cell, progress, opened, judge))
+        else:
+            done = self._run(job, progress, opened)
+        if done.failure is not None and done.failure.kind == "infrastructure":
+            time.sleep(_PAUSE)
+        return done
 
     def _run(
         self, job: Job | MaskJob, progress: Progress, opened: Callable[[str], None], judge: Judge | None = None
@@ -184,11 +186,6 @@ def close_lost(tracker: Tracker, parent: str, job: Work, run_id: str, failure: F
     if isinstance(job, Job):
         shutil.rmtree(job.folder, ignore_errors=True)
     return Outcome(job, run_id, "FAILED", seconds, failure=failure)
-
-
-def process_name() -> str:
-    """This process, so that another one can tell whether it still lives: host, process id, its start."""
-    return f"{platform.node()} {os.getpid()} {psutil.Process().create_time():.2f}"
 
 
 def _clear(folder: Path, merged: Path | None) -> None:

@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from sqlalchemy.exc import SQLAlchemyError
 
-from sparse_ft.errors import UserError
+from sparse_ft.errors import UserError, masked
 from sparse_ft.tracking.parameters import text_of
 from sparse_ft.tracking.stores import (
     artifact_location,
@@ -36,6 +36,7 @@ PARENT = "mlflow.parentRunId"  # the tag by which the UI nests runs
 _BATCH = {"params": 100, "metrics": 1000, "tags": 100}  # what one log_batch takes
 _BATCH_TOTAL = 1000
 _PARAM_LENGTH, _TAG_LENGTH = 6000, 8000
+_NOT_THERE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "BAD_REQUEST")  # the person's, not the store's
 _STATUSES = ("FINISHED", "FAILED", "KILLED")
 
 Curve = Sequence[tuple[int, float]]
@@ -156,19 +157,21 @@ class Tracker:
         self.client.delete_run(run_id)
 
     @contextmanager
-    def ending(self, run_id: str) -> Iterator[str]:
+    def ending(self, run_id: str, unless: Callable[[], bool] = lambda: False) -> Iterator[str]:
         """Ends the run when the block ends: FINISHED, KILLED after Ctrl-C, FAILED after any other exception.
 
-        Leaving through ``sys.exit(0)`` is an ordinary end.
+        Leaving through ``sys.exit(0)`` is an ordinary end. Where ``unless`` says so then, the run is left as it is.
         """
         try:
             yield run_id
         except BaseException as error:
             done = isinstance(error, SystemExit) and error.code in (None, 0)
             killed = isinstance(error, KeyboardInterrupt)
-            self.finish(run_id, "FINISHED" if done else "KILLED" if killed else "FAILED")
+            if not unless():
+                self.finish(run_id, "FINISHED" if done else "KILLED" if killed else "FAILED")
             raise
-        self.finish(run_id)
+        if not unless():
+            self.finish(run_id)
 
     @contextmanager
     def system_metrics(self, run_id: str, seconds: float = 10) -> Iterator[None]:
@@ -239,11 +242,12 @@ class Tracker:
         self.client.log_artifacts(run_id, str(path), folder)
 
     def log_text(self, run_id: str, text: str, name: str) -> None:
-        """Writes an artifact from a string; ``name`` may have folders in it."""
-        self.client.log_text(run_id, text, name)
+        """Writes an artifact from a string, without the passwords in it; ``name`` may have folders in it."""
+        self.client.log_text(run_id, masked(text), name)
 
     def log_dict(self, run_id: str, value: Any, name: str) -> None:
-        """Writes an artifact from plain data, as YAML or JSON by its name's ending."""
+        """Writes an artifact from plain data, as YAML or JSON by its name's ending, without the passwords in it."""
+        value = _masked_leaves(value)
         if name.endswith((".yaml", ".yml")):
             text = yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
         else:
@@ -261,6 +265,8 @@ class Tracker:
         try:
             return _plain(self.client.get_run(run_id))
         except MlflowException as error:
+            if error.error_code not in _NOT_THERE:  # the store is away: no word on the run
+                raise
             raise UserError(f"there is no run {run_id} in {self.uri}; is MLFLOW_TRACKING_URI right?") from error
 
     def children(self, parent_run_id: str, status: str | None = None) -> list[dict[str, Any]]:
@@ -292,6 +298,8 @@ class Tracker:
                     page_token=token,
                 )
             except MlflowException as error:
+                if error.error_code not in _NOT_THERE:
+                    raise
                 raise UserError(f"cannot search runs for {query!r}: {error.message}") from error
             found += map(_plain, page)
             token = page.token
@@ -398,4 +406,14 @@ def _plain(run: Any) -> dict[str, Any]:
 
 
 def _cut(text: str, length: int) -> str:
+    text = masked(text)
     return text if len(text) <= length else text[: length - 3] + "..."
+
+
+def _masked_leaves(value: Any) -> Any:
+    """Plain data with `masked` texts: after it was written as YAML a long text may stand on several lines."""
+    if isinstance(value, Mapping):
+        return {key: _masked_leaves(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_masked_leaves(inner) for inner in value]
+    return masked(value) if isinstance(value, str) else value

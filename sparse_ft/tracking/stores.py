@@ -106,7 +106,7 @@ def reachable(uri: str) -> None:
     if urlsplit(uri).scheme not in ("http", "https"):
         return
     try:
-        urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=10).close()
+        urllib.request.urlopen(f"{_without_user(uri).rstrip('/')}/health", timeout=10).close()
     except urllib.error.HTTPError:
         pass  # somebody is there; a proxy may guard this page
     except OSError as error:
@@ -115,6 +115,23 @@ def reachable(uri: str) -> None:
             f"the tracking server {uri} does not answer ({reason}); start it, or unset MLFLOW_TRACKING_URI to keep "
             "the runs in mlflow.db"
         ) from error
+
+
+def _without_user(uri: str) -> str:
+    """The address as urllib takes it: it knows no ``user:password@``.
+
+    Raises:
+        UserError: an address that is none, such as one whose password holds a bare '/'.
+    """
+    parts = urlsplit(uri)
+    host = parts.netloc.rpartition("@")[2]
+    port = host.rpartition("]")[2].partition(":")[2]
+    if not host or (port and not port.isdigit()):
+        raise UserError(
+            f"tracking store {uri}: no server's address; write '/', '@' and ':' of a password as %2F, %40, %3A, "
+            "or leave it to MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        )
+    return parts._replace(netloc=host).geturl()
 
 
 def unusable(uri: str, error: Exception) -> UserError:

@@ -3,11 +3,15 @@ import sqlite3
 from pathlib import Path
 
 import pytest
+import requests
 import torch
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import REQUEST_LIMIT_EXCEEDED, RESOURCE_DOES_NOT_EXIST, TEMPORARILY_UNAVAILABLE
+from sqlalchemy.exc import OperationalError
 
 from sparse_ft.errors import DataMissingError, ModelUnavailableError, UserError
 from sparse_ft.evaluation import NonFiniteScoresError
-from sparse_ft.study.failures import CellTimeoutError, ValidationFailedError, WorkerLostError, classify
+from sparse_ft.study.failures import CellTimeoutError, ValidationFailedError, WorkerLostError, classify, parse_retry
 from sparse_ft.training import NonFiniteLossError
 
 
@@ -34,6 +38,32 @@ def _too_much_memory():
         (WorkerLostError("gone"), "worker_lost"),
         (CellTimeoutError("too long"), "timeout"),
         (ZeroDivisionError("division by zero"), "bug"),
+        (RuntimeError("CUDA error: device-side assert triggered\nCUDA kernel errors might be"), "worker_lost"),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), "worker_lost"),
+        (RuntimeError("CUDA error: uncorrectable ECC error encountered"), "worker_lost"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx(...)`"), "worker_lost"),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), "worker_lost"),
+        (RuntimeError("NCCL error in: ProcessGroupNCCL.cpp:1, unhandled cuda error"), "worker_lost"),
+        (getattr(torch, "AcceleratorError", RuntimeError)("CUDA error: unspecified launch failure"), "worker_lost"),
+        (RuntimeError("CUDA error: out of memory"), "out_of_memory"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "out_of_memory"),
+        (RuntimeError("CUDA error: no kernel image is available for execution on the device"), "configuration"),
+        (KeyError("CUDA error: a key of that name"), "bug"),
+        (ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"), "infrastructure"),
+        (OSError(errno.ESTALE, "Stale file handle"), "infrastructure"),
+        (OSError(errno.EIO, "Input/output error"), "infrastructure"),
+        (OSError(errno.ENOTCONN, "Transport endpoint is not connected"), "infrastructure"),
+        (TimeoutError("timed out"), "infrastructure"),
+        (sqlite3.OperationalError("database is locked"), "infrastructure"),
+        (OperationalError("SELECT 1", {}, Exception("server closed the connection unexpectedly")), "infrastructure"),
+        (OperationalError("SELECT 1", {}, Exception("no such table: runs")), "bug"),
+        (requests.ConnectionError("Max retries exceeded with url: /api"), "infrastructure"),
+        (requests.ReadTimeout("Read timed out. (read timeout=120)"), "infrastructure"),
+        (MlflowException("try later", TEMPORARILY_UNAVAILABLE), "infrastructure"),
+        (MlflowException("slow down", REQUEST_LIMIT_EXCEEDED), "infrastructure"),
+        (MlflowException("no such run", RESOURCE_DOES_NOT_EXIST), "bug"),
+        (RuntimeError("Error while serializing: I/O error: Input/output error (os error 5)"), "infrastructure"),
+        (RuntimeError("Error while serializing: I/O error: No such file or directory (os error 2)"), "bug"),
     ],
 )
 def test_every_error_has_a_class(error, kind):
@@ -61,3 +91,27 @@ def test_the_message_is_one_line():
     failure = classify(RuntimeError("first\n  second\n" + "x" * 1000))
     assert "\n" not in failure.message
     assert len(failure.message) <= 300
+
+
+def test_what_a_library_wraps_is_told_by_what_it_wraps():
+    try:
+        raise ValueError("cannot log the batch") from ConnectionResetError(errno.ECONNRESET, "reset")
+    except ValueError as error:
+        assert classify(error).kind == "infrastructure"
+
+
+def test_no_password_is_in_a_failure():
+    try:
+        raise RuntimeError("no route to postgresql://me:s3/cr@t@db/x?sslpassword=t0p")
+    except RuntimeError as error:
+        failure = classify(error)
+    assert failure.message == "no route to postgresql://me:***@db/x?sslpassword=***"
+    assert "postgresql://me:***@db/x?sslpassword=***" in failure.traceback.splitlines()[-1]
+
+
+def test_classes_to_try_again_are_read_as_people_write_them():
+    assert parse_retry("none") == frozenset()
+    assert parse_retry("bug") == parse_retry("[bug]") == parse_retry("['bug']") == {"bug"}
+    assert parse_retry("bug, validation_failed") == {"bug", "validation_failed"}
+    with pytest.raises(UserError, match="there is no failure class 'bugs'"):
+        parse_retry("bugs")

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
+from sparse_ft.errors import masked
 from sparse_ft.progress import Progress
 from sparse_ft.study.failures import CellTimeoutError, WorkerLostError, classify
-from sparse_ft.study.jobs import Listener, MaskJob, Queue, Work
+from sparse_ft.study.jobs import Listener, MaskJob, Queue, Work, breaks_worker
 from sparse_ft.study.worker import WorkerSetup, close_lost
 from sparse_ft.tracking.runs import Tracker
 
@@ -136,6 +137,9 @@ class ProcessExecutor:
                 self._listen.advanced(number, *values)
             else:
                 hand.job = hand.deadline = None
+                if breaks_worker(values[0]):  # its context on the device is lost: the next cell gets a new process
+                    hand.kill()
+                    self._hands[number] = None
                 self._listen.ended(number, values[0], queue.settle(number, values[0]))
 
     def _lose(self, queue: Queue, number: int, hand: _Hand, error: Exception) -> None:
@@ -244,7 +248,7 @@ def _serve(pipe: Connection, setup: WorkerSetup, threads: int, log: Path) -> Non
             worker = worker or setup.build()
             outcome = worker.run(job, progress, lambda run_id: send(("opened", run_id)))
         except Exception:  # not of the cell, whose errors are outcomes: the worker itself is broken
-            traceback.print_exc()
+            print(masked(traceback.format_exc()), file=sys.stderr, flush=True)
             os._exit(1)
         send(("ended", outcome))
 

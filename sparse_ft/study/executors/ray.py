@@ -21,7 +21,7 @@ from typing import Any
 from sparse_ft.errors import UserError
 from sparse_ft.study.executors.process import Reporter
 from sparse_ft.study.failures import CellTimeoutError, WorkerLostError, classify
-from sparse_ft.study.jobs import Job, Listener, MaskJob, Queue, Work
+from sparse_ft.study.jobs import Job, Listener, MaskJob, Queue, Work, breaks_worker
 from sparse_ft.study.worker import WorkerSetup, close_lost
 from sparse_ft.tracking.runs import Tracker
 
@@ -108,6 +108,9 @@ class RayExecutor:
             if self._ray.wait([hand.result], timeout=0)[0]:
                 outcome = self._ray.get(hand.result)
                 hand.job = None
+                if breaks_worker(outcome):  # its context on the device is lost: the next cell gets a new actor
+                    self._ray.kill(hand.actor)
+                    self._hands[number] = None
                 self._listen.ended(number, outcome, queue.settle(number, outcome))
                 return
             self._hear(number, hand)

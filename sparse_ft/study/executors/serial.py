@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 from sparse_ft.progress import Progress
 from sparse_ft.study.failures import CellTimeoutError, classify
-from sparse_ft.study.jobs import Listener, MaskJob, Outcome, Queue, Work
+from sparse_ft.study.jobs import Listener, MaskJob, Outcome, Queue, Work, breaks_worker
 from sparse_ft.study.worker import WorkerSetup, close_lost
 from sparse_ft.tracking.runs import Tracker
 
@@ -38,6 +38,8 @@ class SerialExecutor:
         while (job := queue.take(0)) is not None:
             self._listen.started(0, job)
             outcome = self._run(job)
+            if breaks_worker(outcome):  # this process is the driver's: there is none to put in its place
+                queue.retire(0, f"the device failed ({outcome.failure.message}), and this process can use it no more")
             self._listen.ended(0, outcome, queue.settle(0, outcome))
 
     def _run(self, job: Work) -> Outcome:
