@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-__all__ = ["atomic_folder", "atomic_path", "write_json", "write_text"]
+import yaml
+
+__all__ = ["YamlLoader", "atomic_folder", "atomic_path", "load_yaml", "write_json", "write_text"]
 
 
 @contextmanager
@@ -71,3 +74,41 @@ def write_json(path: str | Path, value: Any) -> Path:
         ValueError: ``value`` holds a NaN or an infinity.
     """
     return write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+class YamlLoader(yaml.SafeLoader):
+    """YAML with the numbers of YAML 1.2: ``1e-4`` is one, ``2:4`` and ``2026-01-02`` are text."""
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [(tag, regex) for tag, regex in rows if tag.rsplit(":", 1)[1] not in ("int", "float", "timestamp")]
+        for first, rows in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+def _whole(loader: YamlLoader, node: yaml.ScalarNode) -> int:
+    text = loader.construct_scalar(node).replace("_", "").lower()
+    base = 16 if "0x" in text else 8 if "0o" in text else 10
+    return int(text, base)
+
+
+YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"^[-+]?([0-9][0-9_]*|0o[0-7]+|0x[0-9a-fA-F]+)$"), list("-+0123456789")
+)
+YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^([-+]?(\.[0-9]+|[0-9][0-9_]*\.[0-9_]*|[0-9][0-9_]*(?=[eE]))([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|"
+        r"\.(nan|NaN|NAN))$"
+    ),
+    list("-+.0123456789"),
+)
+YamlLoader.add_constructor("tag:yaml.org,2002:int", _whole)
+
+
+def load_yaml(text: str) -> Any:
+    """Plain data from YAML, with numbers wherever YAML 1.2 writes them.
+
+    Raises:
+        yaml.YAMLError: text that is no YAML.
+    """
+    return yaml.load(text, Loader=YamlLoader)

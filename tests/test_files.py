@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from sparse_ft.files import atomic_folder, atomic_path, write_json, write_text
+from sparse_ft.files import atomic_folder, atomic_path, load_yaml, write_json, write_text
 
 
 def test_a_file_appears_when_it_is_whole(tmp_path):
@@ -44,3 +44,11 @@ def test_json_is_strict(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(tmp_path / "b.json", {"loss": math.nan})
     assert not (tmp_path / "b.json").exists()
+
+
+def test_numbers_of_yaml_are_those_of_its_version_1_2():
+    text = "[1e-4, 12E03, -1.5e+3, .5, 1., 1_000, 010, 0x10, .inf, 2:4, 2026-01-02, 1e2x, '1e-4', yes]"
+    expected = [1e-4, 12e3, -1500.0, 0.5, 1.0, 1000, 10, 16, float("inf"), "2:4", "2026-01-02", "1e2x", "1e-4", True]
+    found = load_yaml(text)
+    assert found == expected
+    assert list(map(type, found)) == list(map(type, expected))

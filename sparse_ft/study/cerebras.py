@@ -21,7 +21,7 @@ from sparse_ft.cerebras.model_section import model_section
 from sparse_ft.cerebras.preflight import preflight
 from sparse_ft.cerebras.runner import FitResult, fit_command, run_fit, trainer_environment
 from sparse_ft.errors import UserError
-from sparse_ft.files import write_json
+from sparse_ft.files import load_yaml, write_json
 from sparse_ft.masks.files import save_masks
 from sparse_ft.masks.mask_set import MaskSet
 from sparse_ft.models.cerebras import CerebrasCheckpoint
@@ -65,7 +65,7 @@ def load_settings(path: str | Path = "none") -> CerebrasSettings:
     if str(path) == "none":
         return CerebrasSettings()
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        content = load_yaml(Path(path).read_text(encoding="utf-8")) or {}
     except (OSError, yaml.YAMLError) as error:
         raise UserError(f"Cerebras settings {path} cannot be read: {error}") from None
     cluster = content.pop("cluster", None) or {}

@@ -27,6 +27,8 @@ class Parser(Generic[T]):
     def __init__(self, kind: type[T], program: str = ""):
         self._kind = kind
         self._names = [entry.name for entry in fields(kind)]
+        self._counts = {entry.name for entry in fields(kind) if str(entry.type).startswith(("int", "Count"))}
+        self._numbers = self._counts | {entry.name for entry in fields(kind) if str(entry.type).startswith("float")}
         self._switches = {entry.name for entry in fields(kind) if entry.type in (bool, "bool")}
         summary = (kind.__doc__ or "").split("Args:")[0].strip()
         self._parser = ArgumentParser(prog=program or None, description=summary, exit_on_error=False)
@@ -61,6 +63,18 @@ class Parser(Generic[T]):
                 result.append("true")
         return result
 
+    def is_count(self, name: str) -> bool:
+        """Whether a field holds whole numbers."""
+        return name in self._counts
+
+    def is_number(self, name: str) -> bool:
+        """Whether a field holds numbers."""
+        return name in self._numbers
+
+    def _whole(self, name: str, value: Any) -> Any:
+        """A whole number that was written as another: ``1e2``."""
+        return int(value) if name in self._counts and isinstance(value, float) and value.is_integer() else value
+
     def values(self, values: Mapping[str, Any], where: str) -> T:
         """The instance with the given fields, the rest at their defaults.
 
@@ -71,7 +85,7 @@ class Parser(Generic[T]):
         if unknown:
             raise UserError(f"{where}: there is no field '{unknown[0]}'. Fields: {', '.join(sorted(self._names))}.")
         try:
-            parsed = vars(self._parser.parse_object(dict(values)))
+            parsed = vars(self._parser.parse_object({name: self._whole(name, v) for name, v in values.items()}))
         except ArgumentError as error:
             raise UserError(f"{where}: {_explain(error)}") from None
         return self._kind(**{name: parsed[name] for name in self._names})

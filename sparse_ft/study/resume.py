@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 
 from sparse_ft.errors import UserError, masked
+from sparse_ft.files import load_yaml
 from sparse_ft.study.config import SweepConfig
 from sparse_ft.study.failures import RETRIED, parse_retry
 from sparse_ft.study.holder import driver_name, is_alive, is_here, living_driver
@@ -207,7 +207,7 @@ def _masked(values: dict[str, Any]) -> dict[str, Any]:
 def changes(tracker: Tracker, parent: str, file: str, now: Mapping[str, Any]) -> list[str]:
     """What differs between what a study was started with, in ``file`` among its artifacts, and ``now``, a line each."""
     try:
-        before = yaml.safe_load(tracker.fetch_text(parent, file))
+        before = load_yaml(tracker.fetch_text(parent, file))
     except UserError:  # killed before it was written
         return []
     old, new = dict(_leaves(before)), dict(_leaves(now))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from sparse_ft.files import atomic_path, write_json
 from sparse_ft.levels import level_label
 from sparse_ft.progress import shown_progress
 from sparse_ft.pruning.output import MaskFile
-from sparse_ft.study.config import SweepConfig
+from sparse_ft.study.config import CellConfig, MaskConfig, SweepConfig
 from sparse_ft.study.display import shown_display
 from sparse_ft.study.executors import executor_problems, make_executor, worker_count
 from sparse_ft.study.failures import Failure
@@ -31,7 +31,7 @@ from sparse_ft.study.phases import Hole, Phases, holes_table
 from sparse_ft.study.plan import Plan, Study, make_plan, mask_set_of
 from sparse_ft.study.preflight import check_plan, check_resources
 from sparse_ft.study.reporting import study_console, ui_command
-from sparse_ft.study.resume import Start, start_study
+from sparse_ft.study.resume import Start, changes, start_study
 from sparse_ft.study.trials import OBJECTIVES, SearchSettings, TrialJob, open_search, open_storage
 from sparse_ft.study.workbench import Workbench
 from sparse_ft.study.worker import WorkerSetup
@@ -41,10 +41,10 @@ from sparse_ft.tracking.stores import artifact_location, tracking_uri
 __all__ = ["search"]
 
 # Axes that decide which models, tasks and masks are needed; the others change the training alone.
-_NEEDED = (
-    "model", "task", "mode", "method", "importance", "scope", "sparsity", "pattern", "allocation", "seed",
-    "calibration_samples", "calibration_seq_len", "dtype",
-)  # fmt: skip
+_NEEDED = {entry.name for entry in fields(MaskConfig)} & {entry.name for entry in fields(CellConfig)} | {
+    "mode",
+    "masks",
+}
 
 
 def search(config: SweepConfig, study: Study) -> int:
@@ -77,6 +77,8 @@ def search(config: SweepConfig, study: Study) -> int:
         return 0
     with interruptible():
         tracker = Tracker()
+        if config.resume not in ("none", "new"):
+            _check_resumed(tracker, config.resume, study)
         identities = [cell_identity(cell, bench) for cell in plan.cells]
         mask_keys = [mask_key(item.config, bench) for item in plan.mask_sets]
         start = start_study(tracker, plan, config, console, identities)
@@ -157,7 +159,26 @@ def _plan(study: Study, settings: SearchSettings) -> Plan:
         mode = study.cell.get("mode", "sparse_to_sparse")
         needed = {"mode": [mode]}
     plan = make_plan(replace(study, grid=needed, cell={**study.cell, **first}, keep="adapter", dense_baseline=False))
+    for name, axis in settings.space.items():
+        if isinstance(axis, Mapping) and any(_decides_masks(cell, name, axis) for cell in plan.cells):
+            raise UserError(
+                f"Study {study.name}: search.space.{name} must be a list: masks are made for each choice once."
+            )
     return replace(plan, study=replace(study, keep="adapter"), same_as=(None,) * len(plan.cells))
+
+
+def _decides_masks(cell: CellConfig, name: str, axis: Mapping[str, Any]) -> bool:
+    return len({mask_set_of(replace(cell, **{name: axis[end]})) for end in ("low", "high")}) > 1
+
+
+def _check_resumed(tracker: Tracker, parent: str, study: Study) -> None:
+    """Refuses to go on with a search under another space or objective: Optuna cannot, and would say so midway."""
+    for line in changes(tracker, parent, study):
+        if line.startswith(("search.space", "search.objective")):
+            raise UserError(
+                f"resume: a search goes on with the choices and the objective it began with, but {line}; put it back, "
+                "or start a new search with resume=new."
+            )
 
 
 def _by_kind(plan: Plan, phases: Phases) -> dict[tuple[Any, float], MaskFile | Failure]:

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from sparse_ft.errors import UserError
+from sparse_ft.files import YamlLoader
 
 __all__ = ["check_study", "read_study"]
 
@@ -35,7 +36,7 @@ def read_study(path: Path) -> Any:
     if len(content) > _LARGEST_FILE:
         raise UserError(f"Study {path} is larger than {_LARGEST_FILE} bytes; is it a study?")
     try:
-        loader = yaml.SafeLoader(content.decode("utf-8-sig"))
+        loader = YamlLoader(content.decode("utf-8-sig"))
         try:
             node = loader.get_single_node()
             if node is None:

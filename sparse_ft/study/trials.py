@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -61,10 +62,15 @@ class SearchSettings:
             UserError: an unknown key, or a value that no search has.
         """
         known = {entry.name: entry for entry in fields(cls)}
+        values = dict(values)
         for name, value in values.items():
             if name not in known:
                 raise UserError(f"{where}: search has no '{name}'; it has {', '.join(known)}.")
-            if known[name].type == "int" and not (isinstance(value, int) and value >= 0):
+            if known[name].type != "int":
+                continue
+            if isinstance(value, float) and value.is_integer():
+                values[name] = value = int(value)
+            if not (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
                 raise UserError(f"{where}: search.{name} is '{value}'; it must be a whole number, 0 or more.")
         settings = cls(**values)
         if settings.objective not in OBJECTIVES:
@@ -75,9 +81,7 @@ class SearchSettings:
             raise UserError(f"{where}: Optuna stops no trial of a search with two objectives; leave first_rung out.")
         if not isinstance(settings.space, Mapping) or not settings.space:
             raise UserError(f"{where}: search.space is empty; give lists of choices, or ranges with low and high.")
-        for name, axis in settings.space.items():
-            _check_axis(name, axis, where)
-        return settings
+        return replace(settings, space={name: _axis(name, axis, where) for name, axis in settings.space.items()})
 
     @property
     def choices(self) -> dict[str, list[Any]]:
@@ -188,11 +192,11 @@ def propose(trial: optuna.Trial, settings: SearchSettings, cell: CellConfig) -> 
     for name, axis in settings.space.items():
         if isinstance(axis, list):
             values[name] = trial.suggest_categorical(name, axis)
-        elif isinstance(getattr(cell, name), int) and not isinstance(getattr(cell, name), bool):
+        elif isinstance(axis["low"], int):
             step = axis.get("step", 1)
             values[name] = trial.suggest_int(name, axis["low"], axis["high"], step=step, log=axis.get("log", False))
         else:
-            low, high = float(axis["low"]), float(axis["high"])
+            low, high = axis["low"], axis["high"]
             values[name] = trial.suggest_float(name, low, high, step=axis.get("step"), log=axis.get("log", False))
     return replace(cell, **values)
 
@@ -256,17 +260,43 @@ class _CellFailedError(RuntimeError):
     """The trial's cell failed; its run says why."""
 
 
-def _check_axis(name: str, axis: Any, where: str) -> None:
-    parser = Parser(CellConfig)
+def _axis(name: str, axis: Any, where: str) -> Any:
+    """An axis with its values as the field has them.
+
+    Raises:
+        UserError: no field of that name, values that it cannot have, choices that repeat, a range that is none.
+    """
+    parser, where = Parser(CellConfig), f"{where}, search.space"
     if isinstance(axis, list) and axis:
-        for value in axis:
-            parser.values({name: value}, f"{where}, search.space")
-    elif isinstance(axis, Mapping) and {"low", "high"} <= set(axis) <= {"low", "high", "log", "step"}:
-        if name == "sparsity":
-            raise UserError(f"{where}: search.space.sparsity must be a list: masks are made for each level once.")
-        for end in ("low", "high"):
-            parser.values({name: axis[end]}, f"{where}, search.space")
-        if not axis["low"] < axis["high"]:
-            raise UserError(f"{where}: search.space.{name}: low must be below high.")
-    else:
-        raise UserError(f"{where}: search.space.{name} must be a list of choices, or a range with low and high.")
+        choices = [getattr(parser.values({name: value}, where), name) for value in axis]
+        if len(set(choices)) < len(choices):
+            raise UserError(f"{where}: {name} has a choice twice: {axis}.")
+        return choices
+    if not (isinstance(axis, Mapping) and {"low", "high"} <= set(axis) <= {"low", "high", "log", "step"}):
+        raise UserError(f"{where}.{name} must be a list of choices, or a range with low and high.")
+    parser.values({name: getattr(CellConfig(), name, None)}, where)  # is there such a field at all?
+    if not parser.is_number(name):
+        raise UserError(f"{where}: {name} is no number, which alone has a range; give a list of choices.")
+    if name == "sparsity":
+        raise UserError(f"{where}.sparsity must be a list: masks are made for each level once.")
+    if not isinstance(axis.get("log", False), bool):
+        raise UserError(f"{where}: {name}.log is '{axis['log']}'; it must be true or false.")
+    of, ends = (int if parser.is_count(name) else float), {}
+    for end in ("low", "high", "step"):
+        value = axis.get(end)
+        if end == "step" and value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise UserError(f"{where}: {name}.{end} is '{value}'; it must be a number.")
+        if of is int and value != int(value):
+            raise UserError(f"{where}: {name}.{end} is {value}; it must be a whole number.")
+        ends[end] = of(value)
+        if end != "step":
+            parser.values({name: ends[end]}, where)
+    if not ends["low"] < ends["high"]:
+        raise UserError(f"{where}: {name}: low must be below high; they are {ends['low']:g} and {ends['high']:g}.")
+    if "step" in ends and (axis.get("log", False) or not 0 < ends["step"] <= ends["high"] - ends["low"]):
+        raise UserError(f"{where}: {name}.step must be above 0 and fit into the range, and goes without log.")
+    if axis.get("log", False) and ends["low"] <= 0:
+        raise UserError(f"{where}: {name}: a logarithmic range begins above 0, not at {ends['low']:g}.")
+    return {**ends, "log": axis.get("log", False)}

@@ -79,3 +79,30 @@ def test_the_key_is_that_of_cell_masks_and_version():
     job = _job()
     assert job.key == replace(job, folder=Path("elsewhere")).key
     assert job.key != _job(checksum="other").key
+
+
+def test_a_worker_whose_cells_fail_alike_in_a_row_gets_no_more_and_another_goes_on():
+    queue = Queue([_job(seed=seed) for seed in range(6)], max_retries=0)
+    for number in range(3):
+        failure = Failure("bug", f"error {number} at 0x7f{number}", "where")
+        queue.settle(0, Outcome(queue.take(0), "run", "FAILED", 0.1, failure=failure))
+    assert queue.take(0) is None
+    assert "3 cells in a row failed alike (bug: error 2" in queue.stopped
+    while (job := queue.take(1)) is not None:
+        queue.settle(1, Outcome(job, "run", "FINISHED", 1.0))
+    assert (queue.left, queue.stopped) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("kinds", "seconds", "words"),
+    [
+        (["configuration"] * 5, 0.1, "why"),  # a cell's own
+        (["bug", "bug", "non_finite_loss", "bug", "bug"], 0.1, "why"),
+        (["bug"] * 5, 60.0, "why"),  # they had their chance
+    ],
+)
+def test_failures_of_the_cells_themselves_stop_nobody(kinds, seconds, words):
+    queue = Queue([_job(seed=seed) for seed in range(6)], max_retries=0)
+    for kind in kinds:
+        queue.settle(0, Outcome(queue.take(0), "run", "FAILED", seconds, failure=Failure(kind, words, "where")))
+    assert queue.take(0) is not None

@@ -1,13 +1,16 @@
 """Going on with a study: what is skipped, what is tried again and how often, and what a changed file says."""
 
+import time
 from collections import Counter
 from dataclasses import replace
 
 import pytest
 
 from sparse_ft.errors import UserError
+from sparse_ft.study import holder, life
 from sparse_ft.study.config import SweepConfig
 from sparse_ft.study.driver import sweep
+from sparse_ft.study.holder import process_name
 from sparse_ft.tracking.runs import Tracker
 
 
@@ -104,3 +107,41 @@ def test_only_a_study_that_nobody_drives_is_gone_on_with(config):
     tracker.log(parent["run_id"], tags={"driver": "elsewhere 1 0", "heartbeat": 0})
     assert sweep(replace(study, resume=parent["run_id"])) == 0
     assert len(_study()[1]) == 1
+
+
+def test_the_same_command_typed_twice_starts_one_study(config, capsys):
+    study = config({"model": ["tiny-llama"], "mode": ["dense"]})
+    assert sweep(study) == 0
+    parent, _ = _study()
+    tracker = Tracker()
+    tracker.reopen(parent["run_id"])
+    tracker.log(parent["run_id"], tags={"complete": False})
+    with pytest.raises(UserError, match=r"is being run already \(process \d+ on .*resume=new"):
+        sweep(study)
+    assert len(_study()[1]) == 1
+
+
+def test_a_driver_of_the_same_host_name_in_another_boot_is_believed_by_its_heartbeat(config, monkeypatch):
+    tracker = Tracker()
+    host, number, began, _ = process_name().split(" ")
+    elsewhere = {"kind": "study", "driver": f"{host} {number} {began} 000000000000 t", "heartbeat": time.time()}
+    run = tracker.run(tracker.start("study", elsewhere))
+    assert f"process {number} on {host}" in holder.living_driver(tracker, run)
+    monkeypatch.setattr(holder, "HEARTBEAT_SECONDS", 0.2)
+    tracker.log(run["run_id"], tags={"heartbeat": 1.0})
+    assert holder.living_driver(tracker, tracker.run(run["run_id"])) is None
+
+
+def test_a_driver_whose_study_was_taken_over_ends_and_leaves_the_run_alone(monkeypatch):
+    monkeypatch.setattr(life, "HEARTBEAT_SECONDS", 0.1)
+    tracker = Tracker()
+    parent = tracker.start("study", {"kind": "study", "driver": "mine"})
+    with (
+        pytest.raises(life.TakenOverError, match="was taken over by another driver"),
+        life.interruptible(),
+        life.driving(tracker, parent, "mine") as lost,
+    ):
+        assert not lost()
+        tracker.log(parent, tags={"driver": "another"})
+        time.sleep(30)  # woken up
+    assert tracker.run(parent)["status"] == "RUNNING"

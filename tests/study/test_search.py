@@ -6,9 +6,11 @@ import pytest
 from optuna.trial import TrialState
 
 from sparse_ft.errors import UserError
+from sparse_ft.files import load_yaml
 from sparse_ft.study.config import CellConfig, SweepConfig
 from sparse_ft.study.driver import sweep
-from sparse_ft.study.search import _front
+from sparse_ft.study.plan import load_study
+from sparse_ft.study.search import _front, _plan
 from sparse_ft.study.trials import Judge, SearchSettings, open_search, propose
 from sparse_ft.tracking.runs import Tracker
 
@@ -191,3 +193,66 @@ def test_the_searches_of_the_repository_are_sound():
     for name in ("search", "search_front"):
         study = load_study(Path(__file__).resolve().parents[2] / "configs" / f"{name}.yaml")
         SearchSettings.parse(study.search, name)
+
+
+@pytest.mark.parametrize(
+    ("axis", "said"),
+    [
+        ("learning_rate: {low: 3e-4, high: 5e-5, log: true}", "low must be below high"),
+        ("learning_rate: {low: 1e-4, high: 1e-4}", "low must be below high"),
+        ("learning_rate: {low: 0, high: 1e-4, log: true}", "begins above 0"),
+        ("learning_rate: {low: .nan, high: 1e-4}", "must be a number"),
+        ("max_steps: {low: 1.5, high: 4}", "must be a whole number"),
+        ("max_steps: {low: true, high: 4}", "must be a number"),
+        ("max_steps: {low: 2, high: 8, step: 0}", "step must be above 0"),
+        ("max_steps: {low: 2, high: 8, step: 2, log: true}", "goes without log"),
+        ("max_steps: [1e1, 10]", "a choice twice"),
+        ("mode: {low: 1, high: 2}", "is no number"),
+        ("lora_s: {low: 1, high: 2}", "there is no field 'lora_s'"),
+    ],
+)
+def test_a_range_that_is_none_is_said_in_one_line(axis, said):
+    with pytest.raises(UserError, match=said):
+        SearchSettings.parse({"space": load_yaml(axis)}, "Study x")
+
+
+def test_numbers_of_yaml_are_numbers():
+    settings = SearchSettings.parse(
+        load_yaml("{trials: 1e1, space: {learning_rate: {low: 1e-4, high: 1e-2}, max_steps: [1e1, 2e1]}}"), "Study x"
+    )
+    assert (settings.trials, settings.space["max_steps"]) == (10, [10, 20])
+    assert settings.space["learning_rate"] == {"low": 1e-4, "high": 1e-2, "log": False}
+
+
+@pytest.mark.parametrize(
+    ("name", "cell", "refused"),
+    [
+        ("calibration_samples", {"importance": "wanda", "task": "boolq"}, True),
+        ("calibration_seq_len", {"importance": "sparsegpt", "task": "boolq"}, True),
+        ("seed", {"method": "random"}, True),
+        ("seed", {}, False),  # of the training alone
+        ("lora_r", {}, False),
+    ],
+)
+def test_a_range_over_what_decides_masks_is_refused_before_any_run(study_file, name, cell, refused):
+    search = {"space": {name: {"low": 2, "high": 8}}}
+    study = load_study(study_file({}, cell={"model": "tiny-llama", **cell}, search=search))
+    settings = SearchSettings.parse(study.search, "Study x")
+    if refused:
+        with pytest.raises(UserError, match=f"space.{name} must be a list"):
+            _plan(study, settings)
+    else:
+        assert len(_plan(study, settings).cells) == 1
+
+
+def test_a_search_is_not_resumed_under_other_choices(study_file, tmp_path):
+    def config(choices, **values):
+        search = {"space": {"lora_r": choices}, "trials": 1}
+        path = study_file({}, name="search", cell={"model": "tiny-llama", "score_untuned": False}, search=search)
+        return SweepConfig(config=str(path), output_dir=str(tmp_path / "out"), **values)
+
+    assert sweep(config([2, 4])) == 0
+    (parent,) = [run for run in Tracker().search() if run["tags"].get("kind") == "study"]
+    with pytest.raises(UserError, match=r"resume: .*lora_r: \[2, 4\] -> \[2, 4, 8\]"):
+        sweep(config([2, 4, 8], resume=parent["run_id"]))
+    assert Tracker().run(parent["run_id"]) == parent  # nothing was written
