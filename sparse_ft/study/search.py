@@ -41,10 +41,8 @@ from sparse_ft.tracking.stores import artifact_location, tracking_uri
 __all__ = ["search"]
 
 # Axes that decide which models, tasks and masks are needed; the others change the training alone.
-_NEEDED = {entry.name for entry in fields(MaskConfig)} & {entry.name for entry in fields(CellConfig)} | {
-    "mode",
-    "masks",
-}
+_CELL = {entry.name for entry in fields(CellConfig)}
+_NEEDED = {entry.name for entry in fields(MaskConfig)} & _CELL | {"mode", "masks", "sparsity"}
 
 
 def search(config: SweepConfig, study: Study) -> int:
