@@ -31,7 +31,7 @@ from sparse_ft.study.phases import Hole, Phases, holes_table
 from sparse_ft.study.plan import Plan, Study, make_plan, mask_set_of
 from sparse_ft.study.preflight import check_plan, check_resources
 from sparse_ft.study.reporting import study_console, ui_command
-from sparse_ft.study.resume import Start, changes, start_study
+from sparse_ft.study.resume import STUDY_FILE, Start, changes, describe, start_study
 from sparse_ft.study.trials import OBJECTIVES, SearchSettings, TrialJob, open_search, open_storage
 from sparse_ft.study.workbench import Workbench
 from sparse_ft.study.worker import WorkerSetup
@@ -171,7 +171,7 @@ def _decides_masks(cell: CellConfig, name: str, axis: Mapping[str, Any]) -> bool
 
 def _check_resumed(tracker: Tracker, parent: str, study: Study) -> None:
     """Refuses to go on with a search under another space or objective: Optuna cannot, and would say so midway."""
-    for line in changes(tracker, parent, study):
+    for line in changes(tracker, parent, STUDY_FILE, describe(study)):
         if line.startswith(("search.space", "search.objective")):
             raise UserError(
                 f"resume: a search goes on with the choices and the objective it began with, but {line}; put it back, "
