@@ -10,6 +10,7 @@ import pytest
 
 from sparse_ft.study.config import CellConfig
 from sparse_ft.study.executors.process import ProcessExecutor, _surroundings, default_workers, visible_gpus
+from sparse_ft.study.executors.serial import SerialExecutor
 from sparse_ft.study.jobs import Job, Listener, Queue
 from sparse_ft.study.worker import WorkerSetup
 from sparse_ft.tracking.runs import Tracker
@@ -144,3 +145,39 @@ def test_the_gpus_given_out_are_those_that_torch_counts(monkeypatch):
     assert visible_gpus() == ["0", "1"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5, GPU-9")
     assert (visible_gpus(), default_workers()) == (["5", "GPU-9"], 2)
+
+
+class _BrokenDevice(WorkerSetup):
+    """Real workers, whose device fails for good in the first cell that a process runs: every further one would too."""
+
+    def build(self, bench=None):
+        worker = super().build(bench)
+
+        def broken(*args, **kwargs):
+            raise RuntimeError("CUDA error: device-side assert triggered")
+
+        worker._cell = broken
+        return worker
+
+
+def test_a_device_error_costs_its_process_and_three_in_a_row_the_worker(study, tmp_path):
+    tracker, parent, setup, jobs = study
+    listen = Watching()
+    executor = ProcessExecutor(_BrokenDevice(**vars(setup)), listen, 1, logs=tmp_path / "logs")
+    try:
+        queue = Queue(jobs(5), max_retries=0)
+        executor.run(queue)
+    finally:
+        executor.close()
+    assert [outcome.failure.kind for outcome in queue.outcomes] == ["worker_lost"] * 3
+    assert len({run["tags"]["worker"] for run in tracker.children(parent)}) == 3  # a new process for each
+    assert (queue.left, "3 cells in a row failed alike" in queue.stopped) == (2, True)
+
+
+def test_a_device_error_in_the_drivers_own_process_ends_the_phase(study):
+    tracker, parent, setup, jobs = study
+    queue = Queue(jobs(3))
+    SerialExecutor(_BrokenDevice(**vars(setup)), Watching()).run(queue)
+    assert [outcome.failure.kind for outcome in queue.outcomes] == []
+    assert (queue.left, "this process can use it no more" in queue.stopped) == (3, True)
+    assert [run["tags"]["failure_class"] for run in tracker.children(parent)] == ["worker_lost"]
