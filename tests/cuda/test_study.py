@@ -73,7 +73,8 @@ def test_a_training_batch_that_does_not_fit_is_halved_and_the_step_stays_the_sam
     values = SMALL | {"max_steps": 1, "batch_size": 256, "max_seq_len": 256, "perplexity_tokens": 0, "dtype": "float32"}
 
     def run(name, **changed):
-        queue = Queue([Job(CellConfig(**values | changed, model="tiny-llama", mode="dense"), None, tmp_path / name)], 0)
+        cell = CellConfig(**values | changed, model="tiny-llama", mode="dense")
+        queue = Queue([Job(cell, None, tmp_path / name, key=name)], 0)
         executor.run(queue)
         return queue.outcomes[-1]
 

@@ -10,7 +10,7 @@ from sparse_ft.study.jobs import Job, MaskJob, Outcome
 
 
 def _job(**values):
-    return Job(CellConfig(model="tiny-llama", mode="dense", **values), None, Path())
+    return Job(CellConfig(model="tiny-llama", mode="dense", **values), None, Path(), key="key")
 
 
 def _done(job, accuracy, seconds=10.0, level=0.0):

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from sparse_ft.tracking.runs import Tracker
 
@@ -34,7 +35,7 @@ executor = SerialExecutor(WorkerSetup(tracker.uri, parent, folder / "untuned"), 
 
 def run(name, **values):
     cell = CellConfig(**{"model": "tiny-llama", "mode": "dense", **small, **values})
-    queue = Queue([Job(cell, None, folder / name)], max_retries=0)
+    queue = Queue([Job(cell, None, folder / name, key=name)], max_retries=0)
     executor.run(queue)
     return queue.outcomes[-1]
 
@@ -76,7 +77,10 @@ def test_a_batch_that_does_not_fit_is_halved_once_and_the_step_stays_the_same(sm
     assert again["run_id"] == report["tight"]
     assert again["tags"]["cell_key"] == failed["tags"]["cell_key"]
     assert (again["tags"]["reduced_batch"], again["tags"]["attempt"]) == ("256 -> 128", "2")
-    assert (again["params"]["cfg/batch_size"], again["params"]["cfg/gradient_accumulation"]) == ("128", "2")
+    ran = yaml.safe_load(tracker.fetch_text(again["run_id"], "config.yaml"))
+    assert (ran["batch_size"], ran["gradient_accumulation"]) == (128, 2)
+    # Results are compared by the parameters: there it is the planned cell.
+    assert (again["params"]["cfg/batch_size"], again["params"]["cfg/gradient_accumulation"]) == ("256", "1")
     # Half the batch twice is the same optimizer step: the loss is that of the run that had the memory.
     free = tracker.run(report["free"])
     assert again["metrics"]["train/loss"] == pytest.approx(free["metrics"]["train/loss"], rel=1e-5)

@@ -76,7 +76,7 @@ def test_the_trainers_failures_keep_their_class(kind):
 
 
 def test_after_running_out_of_memory_fewer_sequences_are_computed_at_a_time():
-    job = Job(CellConfig(batch_size=8, gradient_accumulation=2), None, Path())
+    job = Job(CellConfig(batch_size=8, gradient_accumulation=2), None, Path(), key="key")
     assert settings_of_try(CerebrasSettings(), job).cluster.micro_batch_size is None
     again = halved(job)
     assert again.cell.batch_size * again.cell.gradient_accumulation == 16  # the same step

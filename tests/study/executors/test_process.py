@@ -43,7 +43,8 @@ def study(tmp_path, small):
         cells = [
             CellConfig(**{"model": "tiny-llama", "mode": "dense", **small, "seed": n, **values}) for n in range(count)
         ]
-        return [Job(cell, None, tmp_path / "cells" / str(cell.seed)) for cell in cells]
+        folder = tmp_path / "cells"
+        return [Job(cell, None, folder / str(cell.seed), key=f"cell {cell.seed}") for cell in cells]
 
     return tracker, parent, setup, jobs
 
