@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,8 +20,9 @@ from sparse_ft.models.skeleton import config_values, model_config
 from sparse_ft.pruning.output import level_stem
 from sparse_ft.study.cell_settings import check_cell
 from sparse_ft.study.cerebras import CerebrasSettings, check_trainable, load_settings, trainer_plan
-from sparse_ft.study.config import CellConfig, MaskConfig
-from sparse_ft.study.plan import load_study, make_plan
+from sparse_ft.study.config import CellConfig
+from sparse_ft.study.mask_sets import mask_file
+from sparse_ft.study.plan import Plan, load_study, make_plan
 from sparse_ft.study.settings import pruning_settings
 
 __all__ = ["CerebrasConfigsConfig", "write_configs", "write_study_configs"]
@@ -72,12 +75,8 @@ def write_study_configs(study: str | Path, output_dir: str | Path, settings: Cer
             check_trainable(cell, _model_config(cell.model), settings)
     files, index = [], []
     for number, cell in enumerate(plan.cells):
-        which = plan.mask_set_of[number]
-        masks = None
-        if which is not None:
-            item = plan.mask_sets[which]
-            masks = root / "masks" / item.name / _mask_name(cell, item.config)
         with _named(cell):
+            masks = _masks(cell, plan, number, root)
             path = _write(cell, masks, root, settings)
         files.append(path)
         entry = {"title": plan.titles[number], "config": str(path), "masks": str(masks) if masks else None}
@@ -96,7 +95,7 @@ def _named(cell: CellConfig) -> Iterator[None]:
 
 
 def _write(cell: CellConfig, masks: Path | None, root: Path, settings: CerebrasSettings) -> Path:
-    config, model = _model_config(cell.model), cell.model.rstrip("/").split("/")[-1]
+    config, model = _model_config(cell.model), _slug(cell.model)  # two models may end alike
     folder = root / "cells" / f"{_slug(cell.title)}-{cell.key()[:8]}"
     hf_config = root / "models" / model / "config.json"
     if not hf_config.exists():
@@ -115,8 +114,18 @@ def _write(cell: CellConfig, masks: Path | None, root: Path, settings: CerebrasS
     return write_config(folder / "fit.yaml", written)
 
 
-def _mask_name(cell: CellConfig, kind: MaskConfig) -> str:
-    return f"masks_{level_stem(cell.sparsity, pruning_settings(kind).label)}.{kind.format}"
+def _masks(cell: CellConfig, plan: Plan, number: int, root: Path) -> Path | None:
+    """Where a cell's masks are or will be: a given file's place, or one that no other mask set of the study has."""
+    if cell.pruned and cell.masks != "none":
+        return Path(mask_file(cell.masks).file.path).absolute()
+    which = plan.mask_set_of[number]
+    if which is None:
+        return None
+    made = plan.mask_sets[which]
+    settings = json.dumps(vars(made.config), sort_keys=True, default=str)
+    folder = f"{made.name}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
+    label = pruning_settings(made.config).label
+    return root / "masks" / folder / f"masks_{level_stem(cell.sparsity, label)}.safetensors"
 
 
 def _slug(title: str) -> str:

@@ -62,6 +62,33 @@ def test_all_360_configurations_of_the_full_study(study, tmp_path):
     assert modes == {"dense", "sparse_to_dense", "sparse_to_sparse"}
 
 
+def test_every_mask_set_and_model_has_a_place_of_its_own_and_patterns_are_spelt_as_the_masks_files_are(tmp_path):
+    import torch
+    from safetensors.torch import save_file
+
+    models = []
+    for place, theta in (("a", 1e4), ("b", 1e6)):
+        folder = tmp_path / place / "merged"
+        folder.mkdir(parents=True)
+        rope = {"rope_parameters": {"rope_theta": theta, "rope_type": "default"}}
+        (folder / "config.json").write_text(json.dumps({"model_type": "llama", **SHAPE, **rope}))
+        (folder / "tokenizer.json").write_text("{}")
+        save_file({"lm_head.weight": torch.zeros(1)}, folder / "model.safetensors")
+        models.append(str(folder))
+    grid = {"model": models, "method": ["semi_structured"], "pattern": ["2:4", "1:2"], "sparsity": [0.5]}
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump({"name": "s", "grid": grid, "dense_baseline": False}))
+    files = write_study_configs(path, tmp_path / "out", CerebrasSettings())
+    masks = [Path(entry["masks"]) for entry in json.loads((tmp_path / "out" / "index.json").read_text())]
+    assert len(files) == len(set(masks)) == len({file.parent for file in masks}) == 4
+    assert {file.name for file in masks} == {
+        "masks_sparsity50_semi_structured_2of4.safetensors",
+        "masks_sparsity50_semi_structured_1of2.safetensors",
+    }
+    written = [json.loads(file.read_text()) for file in (tmp_path / "out" / "models").glob("*/config.json")]
+    assert sorted(config["rope_parameters"]["rope_theta"] for config in written) == [1e4, 1e6]
+
+
 def test_a_cell_that_modelzoo_cannot_take_is_named(study, tmp_path):
     with pytest.raises(UserError, match=r"dense · boolq · .*llama: target_modules .* cannot adapt q_proj"):
         write_study_configs(study(target_modules="q_proj"), tmp_path / "out", CerebrasSettings())
