@@ -166,7 +166,7 @@ def train(
     if resume_from is not None:
         _check_masks(model, Path(resume_from))
     rows = [{"input_ids": example.input_ids, "answer_start": example.answer_start} for example in examples]
-    check_ids((max(example.input_ids) for example in examples), model)
+    check_ids((max(example.input_ids) for example in examples), model.get_input_embeddings().weight.shape[0])
     device = next(model.parameters()).device
     watch = _Watch(settings, progress)
     if settings.gradient_checkpointing != "none":

@@ -4,11 +4,15 @@ import os
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 
 from sparse_ft.environment import arithmetic_variables, one_process
-from sparse_ft.models.loading import load_model
+from sparse_ft.evaluation import EvaluationSettings, evaluate
+from sparse_ft.models.loading import load_model, load_tokenizer
+from sparse_ft.tasks.definitions import load_task
 from sparse_ft.tasks.examples import Example
+from sparse_ft.tasks.made import made_data_dir
 from sparse_ft.training import TrainingSettings, train
 
 LEFT = [
@@ -44,13 +48,30 @@ def test_training_is_the_same_whatever_a_launcher_left(variables, tiny_model, tm
     assert {name: os.environ[name] for name in variables} == variables
 
 
+@pytest.mark.parametrize("variables", LEFT, ids=lambda variables: next(iter(variables)))
+def test_scores_are_the_same_whatever_a_launcher_left(variables, tiny_model, monkeypatch):
+    settings = EvaluationSettings(limit=4, perplexity_tokens=128, perplexity_seq_len=64)
+
+    def scored():
+        model = load_model(tiny_model("tiny-llama"), "float32", "cpu")
+        task = load_task("boolq", made_data_dir())
+        found = evaluate(model, load_tokenizer(tiny_model("tiny-llama")), task, settings)
+        return {name: value for name, value in found.metrics.items() if name != "samples_per_second"}, found.protocol
+
+    expected = scored()
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert scored() == expected
+    assert {name: os.environ[name] for name in variables} == variables
+
+
 def test_a_state_made_before_does_not_leak_and_is_given_back(monkeypatch):
     AcceleratorState._reset_state(True)
-    before = AcceleratorState(mixed_precision="bf16", cpu=True)
+    before = Accelerator(mixed_precision="bf16", cpu=True).state
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     with one_process():
         assert not PartialState._shared_state
-        assert AcceleratorState(cpu=True).mixed_precision == "no"
+        assert Accelerator(cpu=True).mixed_precision == "no"
         os.environ["ACCELERATE_USE_CPU"] = "true"  # as the Trainer does for its own
     assert "ACCELERATE_USE_CPU" not in os.environ
     assert before.mixed_precision == "bf16"

@@ -215,6 +215,32 @@ def test_every_step_has_a_learning_rate(steps, warmup, model, examples, tmp_path
     assert any(not torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
+def test_a_resumed_training_is_the_uninterrupted_one(folder, examples, tmp_path):
+    class Rates(TrainerCallback):
+        def __init__(self, stop_before=None):
+            self.rates, self.stop_before = [], stop_before
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == self.stop_before:
+                raise KeyboardInterrupt
+
+        def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+            self.rates.append(optimizer.param_groups[0]["lr"])
+
+    settings = TrainingSettings(learning_rate=0.01, max_steps=6, batch_size=2, warmup_fraction=0.5, save_steps=2)
+    whole, begun, rest = Rates(), Rates(stop_before=2), Rates()
+    through, resumed = (AutoModelForCausalLM.from_pretrained(folder) for _ in range(2))
+    curve = train(through, examples, settings, tmp_path / "whole", callbacks=[whole]).loss_curve
+    with pytest.raises(KeyboardInterrupt):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        train(model, examples, settings, tmp_path / "begun", callbacks=[begun])
+    checkpoint = tmp_path / "begun" / "checkpoint-2"
+    found = train(resumed, examples, settings, tmp_path / "rest", resume_from=checkpoint, callbacks=[rest])
+    assert begun.rates + rest.rates == whole.rates and len(rest.rates) == 4
+    assert found.loss_curve[-4:] == curve[-4:]
+    assert all(torch.equal(tensor, resumed.state_dict()[name]) for name, tensor in through.state_dict().items())
+
+
 def test_ids_that_the_model_does_not_have_are_one_line(model, examples, tmp_path):
     outside = [*examples, Example([1, 2, model.config.vocab_size], 2)]
     with pytest.raises(UserError, match="belong together"):

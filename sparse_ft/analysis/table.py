@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -251,10 +252,12 @@ def _value(text: Any) -> str | None:
 
 
 def _number(value: Any) -> float:
+    """NaN, not measured, for an infinity as well, and for the largest float: mlflow keeps that for one in sqlite."""
     try:
-        return float(value)
+        number = float(value)
     except (TypeError, ValueError):
         return math.nan
+    return number if abs(number) < sys.float_info.max else math.nan
 
 
 def _whole(value: Any) -> int | None:
@@ -304,8 +307,7 @@ def _mean_and_deviation(values: list[float]) -> tuple[float, float]:
     if not values:
         return math.nan, math.nan
     mean = statistics.mean(values)
-    known = len(values) > 1 and math.isfinite(mean)  # a perplexity may be infinite
-    return mean, statistics.stdev(values) if known else math.nan
+    return mean, statistics.stdev(values) if len(values) > 1 else math.nan
 
 
 def _error(group: pd.DataFrame, name: str, suffix: str) -> float:

@@ -111,7 +111,7 @@ def perplexity(
         raise UserError(f"perplexity_seq_len is {seq_len}; it must be 2 or more")
     wanted = None if max_tokens is None else -(-max_tokens // seq_len) * seq_len
     tokens = token_stream(texts, tokenizer, wanted)
-    check_ids(tokens, model)
+    check_ids(tokens, model.get_input_embeddings().weight.shape[0])
     windows = _windows(tokens if wanted is None else tokens[:wanted], seq_len)
     device = next(model.parameters()).device
     rows = batch_size or rows_that_fit(model, windows.shape[1])

@@ -54,6 +54,7 @@ class Scorer(HFLM):
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._keeps_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
         self.shares_contexts = share_contexts and self._keeps_logits and _takes_branches(base)
+        self._embedding_rows = model.get_input_embeddings().weight.shape[0]
         self._asked = batch_size
         self._progress = progress
         self.cache_hook = _Ticker(progress)
@@ -80,7 +81,7 @@ class Scorer(HFLM):
         if self.tokenizer.eos_token_id is None:
             raise UserError("the task generates text: it needs a tokenizer with an end token (eos_token)")
         contexts = [self.tok_encode(request.args[0]) for request in requests]
-        check_ids((token for context in contexts for token in context), self.model)
+        check_ids((token for context in contexts for token in context), self._embedding_rows)
         longest = max(map(len, contexts)) + self.max_gen_toks
         self.batch_size_per_gpu = self._fitting(longest, positions=1, tokens_at_once=1)
         call = super().generate_until
@@ -101,9 +102,8 @@ class Scorer(HFLM):
             UserError: an answer is longer than the model's context, or a token is outside its embedding.
             NonFiniteScoresError: a log-likelihood is NaN or infinite.
         """
-        check_ids(
-            (token for _, context, answer in requests for part in (context, answer) for token in part), self.model
-        )
+        tokens = (token for _, context, answer in requests for part in (context, answer) for token in part)
+        check_ids(tokens, self._embedding_rows)
         results = self._likelihoods(requests, **kwargs)
         check_likelihoods((likelihood for likelihood, _ in results), self.stage)
         return results

@@ -185,7 +185,7 @@ def _metrics(results: dict[str, Any]) -> dict[str, float]:
     metrics = {}
     for key, value in results.items():
         name, comma, filtering = key.partition(",")
-        if not comma or not isinstance(value, (int, float)) or math.isnan(value):
+        if not comma or not isinstance(value, (int, float)):
             continue
         stderr = name.endswith("_stderr")
         parts = [name.removesuffix("_stderr"), "" if filtering == "none" else filtering.replace("-", "_")]

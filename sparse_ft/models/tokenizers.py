@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from tokenizers import processors
 from transformers import PreTrainedTokenizerBase
 
 from sparse_ft.errors import UserError
+from sparse_ft.models.checkpoint import Checkpoint
 
-__all__ = ["leave_open", "pad_inside"]
+__all__ = ["embedding_rows", "leave_open", "pad_inside"]
 
 _PROBES = ("a", "one two", "The end.")
 
@@ -52,15 +52,15 @@ def pad_inside(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
     Raises:
         UserError: neither a pad nor an end token that the embedding has, or a tokenizer of a larger vocabulary.
     """
-    rows = _vocabulary(Path(folder))
-    if rows is not None and tokenizer.vocab_size > rows:
+    rows = embedding_rows(folder)
+    if tokenizer.vocab_size > rows:
         raise UserError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model's embedding {rows}; they do not"
             " belong together"
         )
     for token in (tokenizer.pad_token, tokenizer.eos_token, tokenizer.unk_token):
         number = None if token is None else tokenizer.convert_tokens_to_ids(token)
-        if number is not None and (rows is None or number < rows):
+        if number is not None and number < rows:
             if tokenizer.pad_token != token:
                 tokenizer.pad_token = token
             break
@@ -71,6 +71,15 @@ def pad_inside(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
         )
 
 
+def embedding_rows(folder: str | Path) -> int:
+    """Rows of the embedding that a checkpoint holds, whatever its configuration says.
+
+    Raises:
+        UserError: the folder is no checkpoint.
+    """
+    return Checkpoint(folder).shape("model.embed_tokens.weight")[0]
+
+
 def _around(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int]]:
     """The ids that the tokenizer puts before and after a text."""
     plain, whole = tokenizer.encode(text, add_special_tokens=False), tokenizer.encode(text)
@@ -78,13 +87,3 @@ def _around(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], l
         if whole[start : start + len(plain)] == plain:
             return whole[:start], whole[start + len(plain) :]
     return [], []
-
-
-def _vocabulary(folder: Path) -> int | None:
-    """Rows of the model's embedding by its configuration; None where the folder has none."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None  # the checkpoint's reader says so
-    rows = config.get("vocab_size", (config.get("text_config") or {}).get("vocab_size"))
-    return rows if isinstance(rows, int) else None

@@ -14,6 +14,7 @@ from sparse_ft.masks.checks import check_masks
 from sparse_ft.masks.files import load_masks
 from sparse_ft.models.checkpoint import Checkpoint, open_checkpoint
 from sparse_ft.models.loading import resolve_device
+from sparse_ft.models.tokenizers import embedding_rows
 from sparse_ft.pruning.generator import MaskGenerator
 from sparse_ft.pruning.output import MaskFile
 from sparse_ft.pruning.settings import Calibration
@@ -21,7 +22,7 @@ from sparse_ft.pruning.shrink import shrink_checkpoint
 from sparse_ft.study.config import CellConfig, MaskConfig
 from sparse_ft.study.settings import pruning_settings
 from sparse_ft.study.workbench import Workbench
-from sparse_ft.tasks.examples import calibration_tokens
+from sparse_ft.tasks.examples import calibration_tokens, check_ids
 
 __all__ = [
     "GivenMasks",
@@ -75,6 +76,7 @@ def _generator(config: MaskConfig, bench: Workbench) -> MaskGenerator:
         task, tokenizer = bench.task(config.task, config.data_dir), bench.tokenizer(config.model)
         samples, length = config.calibration_samples, config.calibration_seq_len
         tokens = calibration_tokens(task, tokenizer, samples, length, config.seed)
+        check_ids(tokens.flatten().tolist(), embedding_rows(checkpoint.folder))
         about = {"task": config.task, "samples": samples, "length": length, "seed": config.seed}
         calibration = Calibration(tokens, about)
     return MaskGenerator(checkpoint.folder, settings, calibration, config.model, bench.progress)

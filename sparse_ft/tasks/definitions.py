@@ -20,7 +20,15 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from sparse_ft.errors import UserError
 from sparse_ft.files import write_text
 from sparse_ft.progress import SILENT, Progress
-from sparse_ft.tasks.sources import ADAPTED, PACKAGED, line_number, local_rows, packaged_data_dir, write_rows
+from sparse_ft.tasks.sources import (
+    ADAPTED,
+    PACKAGED,
+    adapt_row,
+    line_number,
+    local_rows,
+    packaged_data_dir,
+    write_rows,
+)
 
 __all__ = [
     "eval_split",
@@ -66,6 +74,7 @@ def load_task(
     with quiet():
         if data_dir is None:
             task = _from_hub(name, path)
+            _check_hub_rows(task, name)
             source = f"hub:{task.config.dataset_path}"
         else:
             packaged = str(data_dir) == PACKAGED
@@ -221,9 +230,14 @@ def _from_folder(name: str, path: Path, folder: Path, num_fewshot: int | None) -
         raise
     except Exception as error:  # lm-eval tries the first row, by templates and functions that raise anything
         first = folder / name / f"{_scored(config)}.jsonl"
-        raise UserError(f"{first}:1 does not fit {name} ({_reason(error)})") from error
+        raise UserError(f"{first}:{line_number(first, 0)} does not fit {name} ({_reason(error)})") from error
     if name not in ADAPTED:  # whose answers were looked at as they were read
-        _check_answers(task, name, folder)
+
+        def place(split: str, index: int | None) -> str:
+            path = folder / name / f"{split}.jsonl"
+            return f"{path}, a row" if index is None else f"{path}:{line_number(path, index)}"
+
+        _check_answers(task, {task.config.training_split, task.config.validation_split, task.config.test_split}, place)
     return task
 
 
@@ -239,11 +253,31 @@ def _dataset(rows: list[dict[str, Any]], path: Path) -> datasets.Dataset:
         raise UserError(f"{path} has a column of mixed values ({_reason(error)})") from error
 
 
-def _check_answers(task: Task, name: str, folder: Path) -> None:
-    """Raises UserError for a row whose question or answer cannot be made, or whose answer is none of its choices."""
-    splits = {task.config.training_split, task.config.validation_split, task.config.test_split} - {None}
-    for split in sorted(splits):
-        path, rows = folder / name / f"{split}.jsonl", task.dataset[split]
+def _check_hub_rows(task: Task, name: str) -> None:
+    """The same look at what the hub gave: rows to train on, and rows to score (other splits may hide their answers)."""
+
+    def place(split: str, index: int | None) -> str:
+        return f"{task.config.dataset_path} on the hub: {split}, " + ("a row" if index is None else f"row {index}")
+
+    splits = {task.config.training_split, eval_split(task)}
+    if name not in ADAPTED:
+        _check_answers(task, splits, place)
+        return
+    for split in sorted(splits - {None}):
+        for index, row in enumerate(task.dataset[split]):
+            adapt_row(name, row, place(split, index))
+
+
+def _check_answers(task: Task, splits: set[str | None], place: Callable[[str, int | None], str]) -> None:
+    """Raises UserError for a row whose question or answer cannot be made, or whose answer is none of its choices.
+
+    Args:
+        task: with its rows.
+        splits: those to look at; None among them is none.
+        place: a split and a row's number (from 0; None where it cannot be told) -> where that is.
+    """
+    for split in sorted(splits - {None}):
+        rows = task.dataset[split]
         docs = task.config.process_docs(rows) if task.config.process_docs else rows
         for index, doc in enumerate(docs):
             try:
@@ -254,7 +288,7 @@ def _check_answers(task: Task, name: str, folder: Path) -> None:
                     task.doc_to_target(doc)
             except Exception as error:  # UserError, or whatever a template or function raises
                 # Rows that a task's own filter leaves out shift the others; then the row cannot be named.
-                where = f"{path}:{line_number(path, index)}" if len(docs) == len(rows) else f"{path}, a row"
+                where = place(split, index if len(docs) == len(rows) else None)
                 reason = str(error) if isinstance(error, UserError) else f"no prompt and answer ({_reason(error)})"
                 raise UserError(f"{where}: {reason}") from error
 

@@ -184,18 +184,16 @@ def token_stream(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, at_le
         if characters < budget or len(tokens) >= at_least + 64:
             break
         budget *= 2
-    if len(tokens) > 1 and tokens[-1] == tokenizer.eos_token_id:
-        tokens = tokens[:-1]  # a tokenizer that closes every text
     return tokens
 
 
-def check_ids(ids: Iterable[int], model: torch.nn.Module) -> None:
-    """Refuses token ids that the model's embedding does not have: on a GPU they end the whole process.
+def check_ids(ids: Iterable[int], rows: int) -> None:
+    """Refuses token ids that an embedding of so many rows does not have: on a GPU they end the whole process.
 
     Raises:
         UserError: naming the largest.
     """
-    largest, rows = max(ids, default=0), model.config.get_text_config().vocab_size
+    largest = max(ids, default=0)
     if largest >= rows:
         raise UserError(
             f"the text has token {largest}, but the model's embedding has {rows} rows; tokenizer and model do not"

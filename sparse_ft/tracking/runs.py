@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 import time
@@ -203,9 +204,10 @@ class Tracker:
             run_id: whose.
             params: name -> value. Those that ``mlflow run`` logged as they were typed are left alone. Longer
                 values than mlflow holds (6,000 characters) are cut: the whole is for an artifact.
-            metrics: name -> number; None is not logged, for what was not measured stays empty.
+            metrics: name -> number; None, NaN and infinities are not logged: what was not measured stays empty,
+                and sqlite would hold 1.8e308 for an infinity.
             tags: name -> value; None is not logged.
-            curves: name -> [(step, value), ...], steps as integers.
+            curves: name -> [(step, value), ...], steps as integers; the same of their values.
         """
         now = int(time.time() * 1000)
         given = self._given.get(run_id, set())
@@ -222,7 +224,9 @@ class Tracker:
                 for name, value in (tags or {}).items()
                 if value is not None
             ],
-            "metrics": [Metric(name, float(value), now, int(step)) for name, value, step in points],
+            "metrics": [
+                Metric(name, float(value), now, int(step)) for name, value, step in points if math.isfinite(value)
+            ],
         }
         while any(rest.values()):
             batch: dict[str, list] = {}

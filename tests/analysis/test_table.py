@@ -1,4 +1,5 @@
 import math
+import sys
 import warnings
 
 import pandas as pd
@@ -162,10 +163,14 @@ def test_what_all_seeds_share_is_its_own_mean_and_does_not_deviate():
     assert (point["perplexity_untuned"], point["perplexity_untuned_std"]) == (883.4003189873405, 0.0)
 
 
-def test_an_infinite_perplexity_has_no_deviation():
-    rows = [cell(seed=seed, metrics={"eval/perplexity": value}) for seed, value in enumerate((10.0, math.inf))]
-    point = grouped_table(cell_table(rows)).iloc[0]
-    assert point["perplexity"] == math.inf and math.isnan(point["perplexity_std"])
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, sys.float_info.max, -sys.float_info.max, "inf"])
+def test_what_is_no_number_was_not_measured(value):
+    """The largest float is what mlflow keeps in sqlite for an infinity."""
+    rows = [cell(seed=seed, metrics={"eval/perplexity": found}) for seed, found in enumerate((10.0, value))]
+    table = cell_table(rows)
+    assert table["perplexity"].tolist()[0] == 10.0 and math.isnan(table["perplexity"].tolist()[1])
+    point = grouped_table(table).iloc[0]
+    assert point["perplexity"] == 10.0 and math.isnan(point["perplexity_std"])
 
 
 def test_one_seed_has_the_error_of_its_questions_and_no_deviation():

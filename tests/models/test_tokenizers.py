@@ -3,6 +3,8 @@
 import json
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from tokenizers import processors
 from transformers import AutoTokenizer
 
@@ -37,11 +39,13 @@ CLOSING = {
 OPEN = {"eos only": [], "two at each end": [1, 1]}
 
 
-def _folder(tmp_path, change):
+def _folder(tmp_path, change, rows=512, said=512):
+    """A tokenizer beside an embedding of so many rows, whose configuration says that it has ``said``."""
     tokenizer = tiny_tokenizer()
     change(tokenizer)
     tokenizer.save_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 512}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": said}))
+    save_file({"model.embed_tokens.weight": torch.zeros(rows, 4)}, tmp_path / "model.safetensors")
     return tmp_path
 
 
@@ -88,8 +92,9 @@ def test_no_special_tokens_is_one_line(tmp_path):
     assert "\n" not in str(told.value)
 
 
-def test_a_tokenizer_of_another_model_is_one_line(tmp_path):
-    folder = _folder(tmp_path, lambda t: None)
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 300}))
+@pytest.mark.parametrize("said", [300, 512])
+def test_a_tokenizer_of_another_model_is_one_line(said, tmp_path):
+    """Told by the embedding itself: a configuration may say more than there is."""
+    folder = _folder(tmp_path, lambda t: None, rows=300, said=said)
     with pytest.raises(UserError, match=r"512 tokens.*300"):
         load_tokenizer(folder)

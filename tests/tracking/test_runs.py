@@ -209,15 +209,14 @@ def test_one_call_logs_everything(tracker: Tracker, monkeypatch: pytest.MonkeyPa
     tracker.log(
         run_id,
         params={"cfg/r": 16, "cfg/mode": Mode.DENSE, "cfg/data_dir": None},
-        metrics={"eval/accuracy": 0.5, "eval/loss": None, "train/loss": math.nan},
+        metrics={"eval/accuracy": 0.5, "eval/loss": None, "train/loss": math.nan, "eval/perplexity": math.inf},
         tags={"kind": "cell", "same_as": None},
-        curves={"loss_curve": [(0, 3.0), (10, 2.0), (20, 1.5)]},
+        curves={"loss_curve": [(0, 3.0), (10, 2.0), (20, 1.5), (30, math.nan), (40, -math.inf)]},
     )
     assert len(calls) == 1
     run = tracker.run(run_id)
     assert run["params"] == {"cfg/r": "16", "cfg/mode": "dense", "cfg/data_dir": "none"}
-    assert run["metrics"]["eval/accuracy"] == 0.5 and math.isnan(run["metrics"]["train/loss"])
-    assert "eval/loss" not in run["metrics"] and "same_as" not in run["tags"]
+    assert run["metrics"] == {"eval/accuracy": 0.5, "loss_curve": 1.5} and "same_as" not in run["tags"]
     assert tracker.curve(run_id, "loss_curve") == [(0, 3.0), (10, 2.0), (20, 1.5)]
     tracker.log(run_id)
     assert len(calls) == 1
