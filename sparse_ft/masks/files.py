@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,15 +46,15 @@ def load_masks(path: str | Path) -> MaskSet:
         UserError: the file is missing, truncated, edited, or no mask file of sparse_ft.
     """
     path = Path(path)
-    header, packed = _read(path, _by_suffix(path, _READERS))
-    try:
+    with _one_line(path):
+        header, packed = _by_suffix(path, _READERS)(path)
+        _check_version(path, header)
         masks = MaskSet(packed, header["shapes"], header["metadata"])
-    except (TypeError, ValueError) as error:
-        raise UserError(f"Mask file {path} is damaged: {error}. Make it again with compute_masks.") from None
-    if masks.checksum != header["checksum"]:
+        found = masks.checksum
+    if found != header["checksum"]:
         raise UserError(
-            f"Mask file {path} was changed after it was written: its checksum is {masks.checksum[:12]}, it says"
-            f" {str(header['checksum'])[:12]}. Make it again with compute_masks."
+            f"Mask file {path} was changed after it was written: its checksum is {found[:12]}, it says"
+            f" {header['checksum'][:12]}. Make it again with compute_masks."
         )
     return masks
 
@@ -66,7 +67,9 @@ def read_header(path: str | Path) -> dict[str, Any]:
         UserError: as `load_masks`, except for damage in the bits.
     """
     path = Path(path)
-    header, _ = _read(path, _by_suffix(path, _HEADER_READERS))
+    with _one_line(path):
+        header, _ = _by_suffix(path, _HEADER_READERS)(path)
+        _check_version(path, header)
     return header
 
 
@@ -229,19 +232,28 @@ def _by_suffix(path: str | Path, choices: Mapping[str, Callable]) -> Callable:
     return choices[suffix]
 
 
-def _read(path: Path, reader: Callable) -> Any:
-    if not path.is_file():
-        raise UserError(f"Mask file {path} does not exist. Make it with compute_masks.")
-    try:
-        header, packed = reader(path)
-    except NotOursError:
-        raise UserError(f"{path} is no mask file of sparse_ft. Make one with compute_masks.") from None
-    except MemoryError:
-        raise  # the readers take no more than the file has: this machine is too small for these masks
-    except Exception as error:  # three foreign parsers read bytes that anybody may have made
-        said = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"Mask file {path} cannot be read, it is truncated, damaged or foreign: {said}") from None
+def _check_version(path: Path, header: Mapping[str, Any]) -> None:
     if header["version"] != FORMAT_VERSION:
         found = str(header["version"])[:60]
         raise UserError(f"Mask file {path} has format version {found}, this program reads {FORMAT_VERSION}.")
-    return header, packed
+
+
+@contextmanager
+def _one_line(path: Path) -> Iterator[None]:
+    """Whatever three foreign parsers say of bytes that anybody may have made, as a UserError."""
+    if not path.is_file():
+        raise UserError(f"Mask file {path} does not exist. Make it with compute_masks.")
+    try:
+        yield
+    except UserError:
+        raise
+    except NotOursError:
+        raise UserError(f"{path} is no mask file of sparse_ft. Make one with compute_masks.") from None
+    except MemoryError:  # the readers take little more than the file has
+        size = path.stat().st_size
+        raise UserError(
+            f"Mask file {path} has {size:,} bytes, and this process may not take that much memory."
+        ) from None
+    except Exception as error:
+        said = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"Mask file {path} cannot be read, it is truncated, damaged or foreign: {said}") from None

@@ -25,6 +25,7 @@ __all__ = ["HEADER_KEY", "NotOursError", "parse_header", "read_npz", "read_pt", 
 HEADER_KEY = "sparse_ft_masks"
 _LARGEST_HEADER = 64 << 20  # bytes; that of an eight-expert model of 70 B weights has 1.5 MB
 _NUMBERS = ("sparsity", "achieved")
+_COUNTS = ("samples", "length")  # of the calibration text
 _TEXTS = ("method", "importance", "scope", "model", "fingerprint", "source_fingerprint", "pattern", "allocation")
 # What the pickle of a mask file names. Anything else, harmless or not, is another file's.
 _PICKLED = {"torch._utils _rebuild_tensor_v2", "torch ByteStorage", "collections OrderedDict"}
@@ -140,10 +141,11 @@ def _check_metadata(about: Mapping[str, Any]) -> None:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
             raise ValueError(f"its {key} is {str(value)[:60]!r}, not a number between 0 and 1")
     for key in _TEXTS:
-        if not isinstance(about.get(key) or "", str):
+        if not isinstance(about.get(key, ""), str):
             raise ValueError(f"its {key} is {str(about[key])[:60]!r}, not text")
-    if not isinstance(about.get("calibration") or {}, dict):
-        raise ValueError("its calibration is no table")
+    calibration = about.get("calibration") or {}
+    if not isinstance(calibration, dict) or any(type(calibration.get(key, 0)) is not int for key in _COUNTS):
+        raise ValueError(f"its calibration is {str(calibration)[:60]}, not a table with numbers of samples and tokens")
     notes = about.get("notes") or []
     if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
         raise ValueError("its notes are no list of texts")
