@@ -17,11 +17,12 @@ __all__ = ["check_study", "read_study"]
 
 _LARGEST_FILE = 1 << 20  # bytes
 _LARGEST_STUDY = 100_000  # values in the file, aliases written out; cells of a grid
-_NAME = re.compile(r"[^\W_.-][^/\\\x00-\x1f\x7f]{0,99}|_[^/\\\x00-\x1f\x7f]{0,99}")
+_NAME = re.compile(r"\w([^/\\]{0,98}[^/\\ .])?")
+_LONGEST_NAME = 200  # bytes; file systems take 255, and the folder's own files put theirs around it
 
 
-def read_study(path: Path) -> Any:
-    """What the YAML file says, as plain data.
+def read_study(path: Path, what: str = "Study") -> Any:
+    """What the YAML file says, as plain data; ``what`` names it in messages.
 
     Raises:
         UserError: it cannot be read, is not YAML, names a key twice, or grows without end.
@@ -30,11 +31,11 @@ def read_study(path: Path) -> Any:
         with path.open("rb") as file:
             content = file.read(_LARGEST_FILE + 1)
     except FileNotFoundError:
-        raise UserError(f"Study {path} does not exist; configs/ holds examples.") from None
-    except OSError as error:
-        raise UserError(f"Study {path} cannot be read: {error.strerror or error}.") from None
+        raise UserError(f"{what} {path} does not exist; configs/ holds examples.") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in its name
+        raise UserError(f"{what} {path} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
     if len(content) > _LARGEST_FILE:
-        raise UserError(f"Study {path} is larger than {_LARGEST_FILE} bytes; is it a study?")
+        raise UserError(f"{what} {path} is larger than {_LARGEST_FILE} bytes; is it the right file?")
     try:
         loader = YamlLoader(content.decode("utf-8-sig"))
         try:
@@ -46,9 +47,11 @@ def read_study(path: Path) -> Any:
         finally:
             loader.dispose()
     except RecursionError:
-        raise UserError(f"Study {path} is nested too deeply.") from None
+        raise UserError(f"{what} {path} is nested too deeply.") from None
+    except MemoryError:
+        raise UserError(f"{what} {path} needs more memory than this process may take.") from None
     except (yaml.YAMLError, ValueError, TypeError, OverflowError, AttributeError, KeyError, IndexError) as error:
-        raise UserError(f"Study {path} is not valid YAML: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"{what} {path} is not valid YAML: {' '.join(str(error).split())[:300]}") from None
 
 
 def check_study(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
@@ -58,10 +61,10 @@ def check_study(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
         UserError: the first that is wrong.
     """
     name = content.get("name", path.stem)
-    if isinstance(name, bool) or not isinstance(name, (str, int, float)) or not _NAME.fullmatch(str(name)):
+    if isinstance(name, bool) or not isinstance(name, (str, int, float)) or not _names_a_folder(str(name)):
         raise UserError(
-            f"Study {path}: name is '{str(name)[:60]!s}'; it names a folder: 1 to 100 letters without / and \\,"
-            " beginning with a letter or digit."
+            f"Study {path}: name is '{str(name)[:60]}'; it names a folder: 1 to 100 letters that can be seen, without /"
+            " and \\, beginning with a letter or digit and not ending with a space or dot."
         )
     for part in ("grid", "cell", "search"):
         if not isinstance(content.get(part) or {}, dict):
@@ -77,6 +80,10 @@ def check_study(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
     if cells > _LARGEST_STUDY:
         raise UserError(f"Study {path} has {cells:,} cells; the most are {_LARGEST_STUDY:,}. Divide its grid.")
     return {**content, "name": str(name), "grid": grid}
+
+
+def _names_a_folder(name: str) -> bool:
+    return bool(_NAME.fullmatch(name)) and name.isprintable() and len(name.encode()) <= _LONGEST_NAME
 
 
 def _size(node: yaml.Node, known: dict[int, int]) -> int:
