@@ -179,7 +179,7 @@ def run_cell(
         shutil.rmtree(target)
     shutil.rmtree(folder / "trainer", ignore_errors=True)
     if cell.keep_samples:
-        result.artifacts.append((folder / "samples", "samples"))
+        result.artifacts += [(file, "samples") for file in scores.written]
     result.metrics.update(clock.metrics())
     return result
 
@@ -209,6 +209,7 @@ class _Scores:
         self._samples = folder / "samples"
         self._settings = evaluation_settings(cell)
         self.protocol: dict[str, Any] = {}
+        self.written: list[Path] = []  # the folder may hold an earlier cell's
 
     def __call__(self, model: torch.nn.Module, stage: str, **changes: Any) -> Evaluation:
         progress = _Staged(self._bench.progress, stage)
@@ -216,7 +217,7 @@ class _Scores:
         self.protocol = evaluation.protocol
         if evaluation.samples:
             lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in evaluation.samples)
-            write_text(self._samples / f"{stage.replace(' ', '_')}.jsonl", "".join(lines))
+            self.written.append(write_text(self._samples / f"{stage.replace(' ', '_')}.jsonl", "".join(lines)))
         return evaluation
 
     def answers(self, model: torch.nn.Module) -> dict[str, float]:

@@ -206,7 +206,7 @@ def run_cerebras_cell(
         (folder / rest).unlink(missing_ok=True)
     shutil.rmtree(folder / "model_dir", ignore_errors=True)
     if cell.keep_samples:
-        result.artifacts.append((folder / "samples", "samples"))
+        result.artifacts += [(file, "samples") for file in scores.written]
     result.metrics.update(clock.metrics())
     return result
 

@@ -96,7 +96,6 @@ def train(config: CellConfig) -> int:
     tracker, folder = Tracker(), Path(config.output_dir)
     run_id = tracker.start(config.title, {"kind": "cell"})
     with _logged(tracker, run_id):
-        _forget_samples(folder)
         log_cell_inputs(tracker, run_id, config)
         masks = given.file if given else None
         if kind is not None:
@@ -189,13 +188,6 @@ def rebuild(config: RebuildConfig) -> int:
     rebuild_checkpoint(Tracker(), config.run_id, target, Workbench(shown_progress()))
     print(f"rebuilt, bit for bit: {target}")
     return 0
-
-
-def _forget_samples(folder: Path) -> None:
-    """Removes what an earlier run into this folder wrote of its answers: they would be logged as this run's."""
-    names = ("score.jsonl", "score_untuned.jsonl", "score_re-masked.jsonl")
-    for file in [*(folder / "samples" / name for name in names), *(folder / "samples").glob("score_at_step_*.jsonl")]:
-        file.unlink(missing_ok=True)
 
 
 def _optional(value: str) -> str | None:

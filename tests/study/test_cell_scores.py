@@ -70,3 +70,23 @@ def test_perplexity_of_a_text_of_ones_own(trained, tmp_path):
     )
     assert int(run["params"]["protocol/perplexity_tokens"]) == 4 * 15
     assert run["metrics"]["eval/perplexity"] > 1
+
+
+def test_a_run_logs_what_it_wrote_and_deletes_nothing(trained, tmp_path):
+    """Twice into one folder, the second time with other masks and fewer scores."""
+    first = trained(task="hellaswag", mode="sparse_to_dense", eval_limit=2, keep_samples="true", keep="none")
+    mine = tmp_path / "cell" / "samples" / "mine.jsonl"
+    mine.write_text("mine")
+    before = {path for path in (tmp_path / "cell").rglob("*") if path.is_file()}
+    values = {"sparsity": 0.7, "score_untuned": "false", "eval_limit": 2, "keep_samples": "true"}
+    second = trained(task="hellaswag", **values)
+    assert second["run_id"] != first["run_id"]
+    files = Tracker().artifacts(second["run_id"])
+    assert [name for name in files if name.startswith("samples/")] == ["samples/score.jsonl"]
+    assert {name for name in files if name.startswith("masks/masks")} == {
+        "masks/masks_sparsity70_unstructured.safetensors"
+    }
+    assert not [name for name in files if "sparsity50" in name]
+    assert "samples/score_untuned.jsonl" in Tracker().artifacts(first["run_id"])
+    assert all(path.is_file() for path in before)
+    assert mine.read_text() == "mine"
