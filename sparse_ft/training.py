@@ -58,19 +58,22 @@ class TrainingSettings:
         """Refuses settings that cannot train.
 
         Raises:
-            UserError: naming the first such setting.
+            UserError: naming all such settings.
         """
+        problems = []
         for name in ("max_steps", "batch_size", "gradient_accumulation"):
             if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+                problems.append(f"{name} is {getattr(self, name)}; it must be at least 1.")
         if not 0 < self.learning_rate < 10:
-            raise UserError(f"learning_rate is {self.learning_rate}; it must be above 0 (typical: 1e-4 to 5e-4).")
+            problems.append(f"learning_rate is {self.learning_rate}; it must be above 0 (typical: 1e-4 to 5e-4).")
         if not 0 <= self.warmup_fraction < 1:
-            raise UserError(f"warmup_fraction is {self.warmup_fraction}; it must lie in [0, 1).")
+            problems.append(f"warmup_fraction is {self.warmup_fraction}; it must lie in [0, 1).")
         if self.gradient_checkpointing not in ("none", "reentrant", "non_reentrant"):
-            raise UserError(
+            problems.append(
                 f"gradient_checkpointing is '{self.gradient_checkpointing}'; choose none, reentrant or non_reentrant."
             )
+        if problems:
+            raise UserError(" ".join(problems))
 
 
 @dataclass

@@ -23,7 +23,10 @@ def csv_text(frame: pd.DataFrame) -> str:
 
 
 def _plain(value: Any) -> Any:
-    if not isinstance(value, str) or not value.lstrip(" ").startswith(_FORMULA):
+    if not isinstance(value, str):
+        return value
+    value = value.replace("\r\n", "\n").replace("\r", "\n")  # which pandas quotes; what follows a bare \r begins a row
+    if not value.lstrip(" ").startswith(_FORMULA):
         return value
     try:
         float(value)

@@ -63,16 +63,17 @@ class EvaluationSettings:
     keep_samples: bool = False
 
     def check(self) -> None:
-        """Raises UserError for values out of range."""
+        """Raises UserError (one line) that names all values out of range."""
         rules = [
             ("limit", self.limit is None or self.limit >= 1, "1 or more, or null"),
             ("batch_size", _is_batch_size(self.batch_size), "auto, or 1 or more"),
             ("perplexity_tokens", self.perplexity_tokens is None or self.perplexity_tokens >= 0, "0 or more"),
             ("perplexity_seq_len", self.perplexity_seq_len >= 2, "2 or more"),
         ]
-        for name, holds, expected in rules:
-            if not holds:
-                raise UserError(f"{name} is {getattr(self, name)!r}; it must be {expected}")
+        wrong = [(name, expected) for name, holds, expected in rules if not holds]
+        if wrong:
+            said = (f"{name} is {getattr(self, name)!r}; it must be {expected}" for name, expected in wrong)
+            raise UserError(". ".join(said))
 
 
 @dataclass(frozen=True)

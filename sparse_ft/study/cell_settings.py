@@ -54,11 +54,14 @@ def cell_problems(cell: CellConfig) -> list[str]:
     corpus = cell.perplexity_corpus
     if cell.perplexity_tokens != 0 and corpus not in ("task", "wikitext2") and not Path(corpus).is_file():
         problems.append(f"perplexity_corpus is '{corpus}'; there is no such file. Give task, wikitext2 or a text file.")
-    checks: list[Callable[[], object]] = [training_settings(cell).check, lambda: lora_settings(cell)]
+    checks: list[Callable[[], object]] = [
+        training_settings(cell).check,
+        replace(evaluation_settings(cell), batch_size="auto", limit=None).check,
+        lambda: target_names(cell.target_modules),
+        lambda: lora_settings(replace(cell, target_modules="all")),
+    ]
     if cell.register_as not in ("none", "auto"):
         checks.append(lambda: check_registered_name(cell.register_as))
-    if count(cell.eval_limit) is None or cell.eval_limit >= 1:
-        checks.append(replace(evaluation_settings(cell), batch_size="auto").check)
     kind = mask_set_of(cell) if not cell.pruned or 0 <= cell.sparsity <= 1 else None
     if kind is not None:
         checks.append(lambda: pruning_settings(replace(kind, sparsities=levels_text([cell.sparsity]))).check())

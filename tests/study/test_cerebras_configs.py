@@ -8,6 +8,9 @@ from sparse_ft.cerebras.config import check_config
 from sparse_ft.errors import UserError
 from sparse_ft.study.cerebras import CerebrasSettings, load_settings
 from sparse_ft.study.cerebras_configs import write_study_configs
+from sparse_ft.study.config import MaskConfig
+from sparse_ft.study.mask_sets import make_masks
+from sparse_ft.study.workbench import Workbench
 
 SHAPE = {
     "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -87,6 +90,34 @@ def test_every_mask_set_and_model_has_a_place_of_its_own_and_patterns_are_spelt_
     }
     written = [json.loads(file.read_text()) for file in (tmp_path / "out" / "models").glob("*/config.json")]
     assert sorted(config["rope_parameters"]["rope_theta"] for config in written) == [1e4, 1e6]
+
+
+@pytest.mark.parametrize(
+    ("cell", "name"),
+    [
+        ({"method": "semi_structured", "pattern": "2:4"}, "masks_sparsity50_semi_structured_2of4.safetensors"),
+        ({"method": "semi_structured", "pattern": "1:2"}, "masks_sparsity50_semi_structured_1of2.safetensors"),
+        ({"sparsity": 0.125}, "masks_sparsity12.5_unstructured.safetensors"),
+        ({"sparsity": 1 / 3}, None),
+        ({"method": "structured", "sparsity": 0.3}, "masks_sparsity30_structured.safetensors"),
+        ({"method": "random"}, "masks_sparsity50_random.safetensors"),
+    ],
+)
+def test_mask_files_have_the_names_that_the_mask_engine_gives_them(study, tmp_path, cell, name):
+    folder = yaml.safe_load(study().read_text())["grid"]["model"][0]
+    path = tmp_path / "one.yaml"
+    values = {"lora_dropout": 0.0, "data_dir": "made", **cell}
+    path.write_text(yaml.safe_dump({"grid": {"model": [folder]}, "cell": values, "dense_baseline": False}))
+    write_study_configs(path, tmp_path / "out", CerebrasSettings())
+    (entry,) = json.loads((tmp_path / "out" / "index.json").read_text())
+    made = MaskConfig(model="tiny-llama", sparsities=str(cell.get("sparsity", 0.5)), **without_sparsity(cell))
+    (file,) = make_masks(made, Workbench(), tmp_path / "made")
+    assert Path(entry["masks"]).name == file.path.name
+    assert name in (None, file.path.name)
+
+
+def without_sparsity(cell):
+    return {key: value for key, value in cell.items() if key != "sparsity"}
 
 
 def test_a_cell_that_modelzoo_cannot_take_is_named(study, tmp_path):

@@ -2,7 +2,9 @@ from pathlib import Path
 
 import pytest
 
-from sparse_ft.study.config import SweepConfig
+from sparse_ft.errors import UserError
+from sparse_ft.study.cell_settings import cell_problems, check_cell
+from sparse_ft.study.config import CellConfig, SweepConfig
 from sparse_ft.study.driver import sweep
 from sparse_ft.study.executors import executor_problems
 from sparse_ft.study.plan import Study, load_study, make_plan
@@ -96,3 +98,19 @@ def test_the_full_studies_are_what_they_say(name, models):
     assert len(plan.cells) == models * (180 + 3)
     assert sum(number is not None for number in plan.same_as) == models * 15  # five of six at 0 %, for 3 tasks
     assert len(plan.mask_sets) == models * 3
+
+
+def test_all_that_is_wrong_with_a_cell_is_said_at_once():
+    cell = CellConfig(
+        sparsity=2, max_steps=0, batch_size=0, learning_rate=0.0, warmup_fraction=1.0, lora_r=0, seed=-1,
+        perplexity_seq_len=1, perplexity_tokens=-3, target_modules="q_proj,,v_proj", register_as="a/b",
+        weight_decay=-1.0, eval_limit=0, perplexity_corpus="/no/such/file",
+    )  # fmt: skip
+    said = " ".join(cell_problems(cell))
+    for name in (
+        "sparsity", "max_steps", "batch_size", "learning_rate", "warmup_fraction", "seed", "target_modules",
+        "weight_decay", "eval_limit", "perplexity_corpus", "a/b", "lora_r", "perplexity_seq_len", "perplexity_tokens",
+    ):  # fmt: skip
+        assert name in said, name
+    with pytest.raises(UserError, match=r"max_steps.*batch_size.*warmup_fraction"):
+        check_cell(cell)
