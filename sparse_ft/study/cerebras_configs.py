@@ -98,17 +98,21 @@ def _write(cell: CellConfig, masks: Path | None, root: Path, settings: CerebrasS
     config, model = _model_config(cell.model), _slug(cell.model)  # two models may end alike
     folder = root / "cells" / f"{_slug(cell.title)}-{cell.key()[:8]}"
     hf_config = root / "models" / model / "config.json"
-    if not hf_config.exists():
+    if not hf_config.exists() or json.loads(hf_config.read_text(encoding="utf-8")) != config:
         write_json(hf_config, config)
+    plan = trainer_plan(cell, config, settings.device, settings.cluster)
+    # What the rows of a training are: cells that differ in any of it must not read each other's.
+    rows = [cell.data_dir, cell.seed, plan.max_steps, plan.batch_size]
+    rows_name = f"{cell.max_seq_len}-{hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:8]}"
     written = create_sparse_config(
         config,
-        root / "data" / model / cell.task / str(cell.max_seq_len),
+        root / "data" / model / cell.task / rows_name,
         masks,
         cell.mode,
         hf_config=hf_config,
         start=folder / "start.mdl",
         model_dir=folder / "model_dir",
-        plan=trainer_plan(cell, config, settings.device, settings.cluster),
+        plan=plan,
         masks_exist=cell.mode == "full",
     )
     return write_config(folder / "fit.yaml", written)

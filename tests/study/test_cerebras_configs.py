@@ -88,6 +88,11 @@ def test_every_mask_set_and_model_has_a_place_of_its_own_and_patterns_are_spelt_
         "masks_sparsity50_semi_structured_2of4.safetensors",
         "masks_sparsity50_semi_structured_1of2.safetensors",
     }
+    seeds = {"name": "t", "grid": {"model": models[:1], "seed": [0, 1], "data_dir": ["here", "there"]}}
+    path.write_text(yaml.safe_dump(seeds | {"dense_baseline": False}))
+    rows = {str(yaml.safe_load(file.read_text())).split("/data/")[1].split("'")[0]
+            for file in write_study_configs(path, tmp_path / "rows", CerebrasSettings())}  # fmt: skip
+    assert len(rows) == 4
     written = [json.loads(file.read_text()) for file in (tmp_path / "out" / "models").glob("*/config.json")]
     assert sorted(config["rope_parameters"]["rope_theta"] for config in written) == [1e4, 1e6]
 
