@@ -61,8 +61,16 @@ def check_mask_set(config: MaskConfig, bench: Workbench) -> None:
     """Whether the masks are possible at all: settings, shapes, device, text to look at. Makes none.
 
     Raises:
-        UserError: they are not.
+        UserError: they are not; all that is wrong with the parameters is said at once, before the model is looked for.
     """
+    problems = [] if 0 <= config.seed < 2**32 else [f"seed is {config.seed}; it must lie between 0 and {2**32 - 1}."]
+    for check in (lambda: pruning_settings(config).check(), lambda: resolve_device(config.device)):
+        try:
+            check()
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError(" ".join(problems))
     _generator(config, bench)
 
 

@@ -4,9 +4,10 @@ import pytest
 
 from sparse_ft.errors import UserError
 from sparse_ft.study.cell_settings import cell_problems, check_cell
-from sparse_ft.study.config import CellConfig, SweepConfig
+from sparse_ft.study.config import CellConfig, MaskConfig, SweepConfig
 from sparse_ft.study.driver import sweep
 from sparse_ft.study.executors import executor_problems
+from sparse_ft.study.mask_sets import check_mask_set
 from sparse_ft.study.plan import Study, load_study, make_plan
 from sparse_ft.study.preflight import check_plan, check_resources, estimate_disk
 from sparse_ft.study.workbench import Workbench
@@ -114,3 +115,9 @@ def test_all_that_is_wrong_with_a_cell_is_said_at_once():
         assert name in said, name
     with pytest.raises(UserError, match=r"max_steps.*batch_size.*warmup_fraction"):
         check_cell(cell)
+
+
+def test_all_that_is_wrong_with_masks_is_said_at_once():
+    config = MaskConfig(model="no/model", sparsities="1.5", seed=-1, device="cuda:99")
+    with pytest.raises(UserError, match=r"seed is -1.*1\.5.*cuda:99"):
+        check_mask_set(config, Workbench())
