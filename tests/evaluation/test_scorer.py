@@ -125,6 +125,9 @@ def test_a_model_without_the_option_takes_lm_evals_road(checkpoint):
         def tie_weights(self):
             self.inner.tie_weights()
 
+        def get_input_embeddings(self):
+            return self.inner.get_input_embeddings()
+
         def forward(self, input_ids):
             return self.inner(input_ids)
 
