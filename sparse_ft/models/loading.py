@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -34,7 +35,6 @@ __all__ = [
     "saved_tokenizer",
 ]
 
-_SHARD = "2GB"  # of a checkpoint's file: what is read or written whole is no more than this
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -147,11 +147,22 @@ def saved_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         raise UserError(f"{folder} has no tokenizer that transformers can read: {error}") from error
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: str | Path) -> Path:
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: str | Path,
+    max_shard_size: str = "2GB",
+) -> Path:
     """Writes a plain Hugging Face checkpoint; the folder appears when it is complete.
 
     Tied weights are stored once, and the experts of a Mixtral under the names its hub checkpoints use.
     An earlier checkpoint in that place is replaced.
+
+    Args:
+        model: with no adapters.
+        tokenizer: saved beside it; None: none.
+        folder: to be written.
+        max_shard_size: of one file. Saving takes memory for no more than two of them, reading for one.
 
     Raises:
         UserError: the folder holds something that is no checkpoint.
@@ -164,14 +175,33 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
     if unmerged:
         raise ValueError(f"merge the adapters first: the model has {unmerged[0]}")
     _repair_generation_config(model)
-    with quiet_transformers(), atomic_folder(folder) as part:
-        model.save_pretrained(part, max_shard_size=_SHARD)
+    with quiet_transformers(), atomic_folder(folder) as part, _shard_by_shard(model):
+        model.save_pretrained(part, max_shard_size=max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(part)
         mode = (part / "config.json").stat().st_mode
         for file in part.glob("*.safetensors"):  # safetensors writes them for the owner's eyes only
             file.chmod(mode)
     return folder
+
+
+@contextmanager
+def _shard_by_shard(model: PreTrainedModel) -> Iterator[None]:
+    """Has ``save_pretrained`` split fused experts when it writes them.
+
+    It splits those of all blocks before it writes any, half a copy of a Mixtral, unless the model says that it is
+    partly on a CPU.
+    """
+    own = vars(model).get("hf_device_map")
+    model.hf_device_map = {"": "cpu"}
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")
+            yield
+    finally:
+        del model.hf_device_map
+        if own is not None:
+            model.hf_device_map = own
 
 
 def prunable_shapes(model: PreTrainedModel, fused: bool = False) -> dict[str, tuple[int, ...]]:

@@ -146,6 +146,15 @@ def test_saving_gives_back_the_same_checkpoint(kind: str, folders, tmp_path: Pat
     assert len(modes) == 1  # who may read the config may read the weights
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_saving_in_shards_gives_back_the_same_weights(kind: str, folders, tmp_path: Path):
+    target = save_model(load_model(folders[kind], "float32", "cpu"), None, tmp_path / "shards", "20KB")
+    assert len(list(target.glob("*.safetensors"))) > 4
+    before, after = Checkpoint(folders[kind]), Checkpoint(target)
+    assert after.names == before.names
+    assert all(torch.equal(before.tensor(name), after.tensor(name)) for name in before.names)
+
+
 def test_tied_embeddings_stay_tied_and_are_stored_once(folders, tmp_path: Path):
     model = load_model(folders["tiny-llama"], "float32", "cpu")
     with torch.no_grad():
