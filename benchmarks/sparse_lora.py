@@ -2,11 +2,13 @@
 
     python benchmarks/sparse_lora.py                      one linear map, d = T = 2048, r = 16, fp32 and bf16
     python benchmarks/sparse_lora.py --model FOLDER       also whole training steps of a checkpoint
+    python benchmarks/sparse_lora.py --model FOLDER --dtypes mixed    on a CPU without bfloat16 instructions
     python benchmarks/sparse_lora.py --llama-7b           also of a LLaMA-7B shape with random weights (a GPU)
 
 The variants take turns in one process, so that whatever else the machine does hits them alike; ratios are
-taken within a round, figures are medians over the rounds. Needs torch, transformers, peft, safetensors and
-sparse_ft, nothing else.
+taken within a round, figures are medians over the rounds. "Ours" rounds with dither, as it does by default; what that
+takes is printed below each table as a ratio to rounding to the nearest, with its limit beside it. Needs torch,
+transformers, peft, safetensors and sparse_ft, nothing else.
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ from sparse_ft.models.names import role
 
 SPARSITY = 0.5
 SCALING = 2.0  # alpha / r
+DITHER_LIMIT = 1.10  # of a whole training step on a CPU
+NEAREST = "ours, unstructured, to the nearest"
 
 
 class NaiveLayer(nn.Module):
@@ -76,6 +80,7 @@ def alternate(
         name: {
             "seconds": statistics.median(times),
             "ratio": statistics.median(t / p for t, p in zip(times, seconds["plain LoRA"], strict=True)),
+            "to_nearest": statistics.median(t / n for t, n in zip(times, seconds[NEAREST], strict=True)),
             "rounds": times,
             "peak_bytes": peak_bytes(steps[name], device),
         }
@@ -133,15 +138,16 @@ def linear_steps(d: int, tokens: int, rank: int, dtype: torch.dtype, device: tor
             layer.weight.data *= mask.to(device)
         return layer
 
-    def sparse(kind: str) -> nn.Module:
+    def sparse(kind: str, rounding: str = "dithered") -> nn.Module:
         mask = random_mask(d, d, kind, 1)
-        layer = SparseLoRALayer(base(mask), "default", config=SparseLoRAConfig(**common), **common)
+        layer = SparseLoRALayer(base(mask), "default", config=SparseLoRAConfig(**common, rounding=rounding), **common)
         layer.attach_mask(pack_bits(mask), kind)
         return layer
 
     layers = {
         "plain LoRA": PeftLinear(base(), "default", config=LoraConfig(**common), **common),
         "ours, unstructured": sparse("unstructured"),
+        NEAREST: sparse("unstructured", "nearest"),
         "ours, structured": sparse("structured"),
         "naive, unstructured": NaiveLayer(base(), rank, random_mask(d, d, "unstructured", 1).to(device)),
     }
@@ -178,21 +184,22 @@ def model_steps(
         return MaskSet(packed, prunable_shapes(model))
 
     def prepared(kind: str) -> nn.Module:
-        model, settings = make(), LoraSettings(r=rank, alpha=SCALING * rank)
+        rounding = "nearest" if kind == NEAREST else "dithered"
+        model, settings = make(), LoraSettings(r=rank, alpha=SCALING * rank, rounding=rounding)
         if kind == "plain LoRA":
             model = apply_sparse_lora(model, settings, "dense")
         elif kind == "naive, unstructured":
             model = with_naive_layers(model, rank, masks(model, "unstructured"))
         else:
             mode = "sparse_to_sparse"
-            model = apply_sparse_lora(model, settings, mode, masks(model, kind.removeprefix("ours, ")))
+            model = apply_sparse_lora(model, settings, mode, masks(model, kind.split(", ")[1]))
         if checkpointing:
             model.enable_input_require_grads()
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         return model.train()
 
     steps = {}
-    for kind in ("plain LoRA", "ours, unstructured", "ours, structured", "naive, unstructured"):
+    for kind in ("plain LoRA", "ours, unstructured", NEAREST, "ours, structured", "naive, unstructured"):
         model = prepared(kind)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
         ids = torch.randint(3, model.config.vocab_size, (rows, length), device=device)
@@ -219,10 +226,19 @@ def with_naive_layers(model: nn.Module, rank: int, masks: MaskSet) -> nn.Module:
     return model
 
 
-def load(folder: str, dtype: torch.dtype, device: torch.device) -> Callable[[], nn.Module]:
-    from sparse_ft.models.loading import load_model
+def load(folder: str, dtype: torch.dtype, device: torch.device, mixed: bool) -> Callable[[], nn.Module]:
+    """``mixed``: only the adapted weights have the dtype, and all that is computed is float32."""
+    from sparse_ft.models.loading import load_model, prunable_shapes
 
-    return lambda: load_model(folder, dtype, device)
+    def make() -> nn.Module:
+        model = load_model(folder, torch.float32 if mixed else dtype, device)
+        for name in prunable_shapes(model) if mixed else ():
+            layer = model.get_submodule(name.removesuffix(".weight"))
+            layer.weight.data = layer.weight.data.to(dtype)
+            layer.forward = lambda x, layer=layer: F.linear(x, layer.weight.float(), layer.bias)
+        return model
+
+    return make
 
 
 def llama_7b(layers: int, device: torch.device) -> Callable[[], nn.Module]:
@@ -245,11 +261,12 @@ def llama_7b(layers: int, device: torch.device) -> Callable[[], nn.Module]:
     return make
 
 
-def table(title: str, results: dict[str, dict], flops: dict[str, float] | None = None, rate: float = 0.0) -> None:
+def table(title: str, results: dict[str, dict], flops: dict[str, float], rate: float, limit: float | None) -> None:
+    """Prints one table; ``limit``: of dithered rounding's ratio, where there is one."""
     plain = results["plain LoRA"]
     print(f"\n{title}")
-    print("| variant | ms a step | x plain | peak MB | x plain |" + (" TFLOP/s | of matmul |" if flops else ""))
-    print("|---|---:|---:|---:|---:|" + ("---:|---:|" if flops else ""))
+    print("| variant | ms a step | x plain | peak MB | x plain | TFLOP/s | of matmul |")
+    print("|---|---:|---:|---:|---:|---:|---:|")
     for name, row in results.items():
         cells = [
             name,
@@ -258,23 +275,29 @@ def table(title: str, results: dict[str, dict], flops: dict[str, float] | None =
             f"{row['peak_bytes'] / 1e6:.1f}",
             f"{row['peak_bytes'] / plain['peak_bytes']:.2f}",
         ]
-        if flops:
-            speed = flops[name] / row["seconds"]
-            row["flops_per_second"] = speed
-            cells += [f"{speed / 1e12:.3f}", f"{speed / rate:.2f}"]
+        speed = flops[name] / row["seconds"]
+        row["flops_per_second"] = speed
+        cells += [f"{speed / 1e12:.3f}", f"{speed / rate:.2f}"]
         print("| " + " | ".join(cells) + " |")
+    ratio = f"dithered / nearest, unstructured: {results['ours, unstructured']['to_nearest']:.3f}"
+    print(ratio + (f" (limit {limit:.2f})" if limit else ""))
 
 
 def gemm_flops(weights: float, tokens: int, recompute: bool) -> dict[str, float]:
     """Floating point operations of the big products alone: forward, dX, and dW where a variant needs it."""
-    passes = {"plain LoRA": 2, "ours, unstructured": 3, "ours, structured": 2, "naive, unstructured": 3}
+    three = {"ours, unstructured": 3, NEAREST: 3, "naive, unstructured": 3}
+    passes = {"plain LoRA": 2, "ours, structured": 2, **three}
     return {name: 2.0 * (count + recompute) * tokens * weights for name, count in passes.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtypes", default="float32,bfloat16")
+    parser.add_argument(
+        "--dtypes",
+        default="float32,bfloat16",
+        help="mixed: bfloat16 weights and float32 activations, for whole steps on a CPU without bfloat16 instructions",
+    )
     parser.add_argument("--d", type=int, default=2048, help="size of the single map; 0 leaves it out")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--rank", type=int, default=16)
@@ -301,18 +324,19 @@ def main() -> None:
     print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, sparsity {SPARSITY}, r = {args.rank}")
     figures: dict[str, dict] = {}
     for dtype_name in args.dtypes.split(","):
-        dtype = getattr(torch, dtype_name)
-        rate = matmul_rate(device, dtype, 8192 if device.type == "cuda" else 2048, clock)
+        mixed = dtype_name == "mixed"
+        dtype = torch.bfloat16 if mixed else getattr(torch, dtype_name)
+        rate = matmul_rate(device, torch.float32 if mixed else dtype, 8192 if device.type == "cuda" else 2048, clock)
         print(f"\n{dtype_name}: matrix product {rate / 1e12:.3f} TFLOP/s")
-        if args.d:
+        if args.d and not mixed:
             steps = linear_steps(args.d, args.tokens, args.rank, dtype, device)
             results = alternate(steps, args.rounds, device, clock)
             title = f"one linear map, {dtype_name}, d = {args.d}, T = {args.tokens}"
-            table(title, results, gemm_flops(args.d**2, args.tokens, False), rate)
+            table(title, results, gemm_flops(args.d**2, args.tokens, False), rate, None)
             figures[title] = results
         makers = {}
         if args.model:
-            makers[Path(args.model).name] = load(args.model, dtype, device)
+            makers[Path(args.model).name] = load(args.model, dtype, device, mixed)
         if args.llama_7b and dtype == torch.bfloat16:
             makers[f"LLaMA-7B shape, {args.layers} blocks"] = llama_7b(args.layers, device)
         for label, make in makers.items():
@@ -320,7 +344,8 @@ def main() -> None:
             results = alternate(steps, args.rounds, device, clock)
             weights = block_weights(make())
             title = f"{label}, {dtype_name}, {args.rows} x {args.length} tokens, checkpointing {args.checkpointing}"
-            table(title, results, gemm_flops(weights, args.rows * args.length, args.checkpointing), rate)
+            flops = gemm_flops(weights, args.rows * args.length, args.checkpointing)
+            table(title, results, flops, rate, DITHER_LIMIT if device.type == "cpu" else None)
             figures[title] = results
             del steps
     if args.json:
