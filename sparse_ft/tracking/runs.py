@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from sparse_ft.errors import UserError, masked
 from sparse_ft.tracking.parameters import text_of
+from sparse_ft.tracking.reading import PARENT, Reader
 from sparse_ft.tracking.stores import (
     artifact_location,
     exists,
@@ -31,19 +31,17 @@ from sparse_ft.tracking.stores import (
     unusable,
 )
 
-__all__ = ["PARENT", "Tracker"]
+__all__ = ["Tracker"]
 
-PARENT = "mlflow.parentRunId"  # the tag by which the UI nests runs
 _BATCH = {"params": 100, "metrics": 1000, "tags": 100}  # what one log_batch takes
 _BATCH_TOTAL = 1000
 _PARAM_LENGTH, _TAG_LENGTH = 6000, 8000
-_NOT_THERE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "BAD_REQUEST")  # the person's, not the store's
 _STATUSES = ("FINISHED", "FAILED", "KILLED")
 
 Curve = Sequence[tuple[int, float]]
 
 
-class Tracker:
+class Tracker(Reader):
     """An experiment in a tracking store.
 
     Cheap to make and safe in several processes at once: workers make their own from ``uri`` and the parent's
@@ -258,101 +256,6 @@ class Tracker:
             text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
         self.client.log_text(run_id, text, name)
 
-    # -- what is read
-
-    def run(self, run_id: str) -> dict[str, Any]:
-        """One run as plain data; see `search`.
-
-        Raises:
-            UserError: there is no such run in the store.
-        """
-        try:
-            return _plain(self.client.get_run(run_id))
-        except MlflowException as error:
-            if error.error_code not in _NOT_THERE:  # the store is away: no word on the run
-                raise
-            raise UserError(f"there is no run {run_id} in {self.uri}; is MLFLOW_TRACKING_URI right?") from error
-
-    def children(self, parent_run_id: str, status: str | None = None) -> list[dict[str, Any]]:
-        """All runs below a parent, oldest first; only those of one status (RUNNING, FINISHED, ...) if asked."""
-        wanted = f" and attributes.status = '{status}'" if status else ""
-        experiment = self.run(parent_run_id)["experiment_id"]
-        return self.search(f"tags.`{PARENT}` = '{parent_run_id}'{wanted}", experiment)
-
-    def search(self, query: str = "", experiment_id: str | None = None) -> list[dict[str, Any]]:
-        """All runs that a query in mlflow's search language finds, oldest first.
-
-        Returns:
-            One dict per run: ``run_id``, ``name``, ``status``, ``parent_run_id`` (or None), ``experiment_id``,
-            ``artifact_uri``, ``start_time`` and ``end_time`` (seconds since 1970, the latter None while it
-            runs), ``params`` and ``tags`` (strings), ``metrics`` (last values, floats).
-
-        Raises:
-            UserError: a query that mlflow does not understand.
-        """
-        found: list[dict[str, Any]] = []
-        token = None
-        while True:
-            try:
-                page = self.client.search_runs(
-                    [experiment_id or self.experiment_id],
-                    query,
-                    max_results=1000,
-                    order_by=["attributes.start_time ASC"],
-                    page_token=token,
-                )
-            except MlflowException as error:
-                if error.error_code not in _NOT_THERE:
-                    raise
-                raise UserError(f"cannot search runs for {query!r}: {error.message}") from error
-            found += map(_plain, page)
-            token = page.token
-            if not token:
-                return found
-
-    def experiment(self, name: str) -> str:
-        """The id of an experiment that must be there, by its name or id.
-
-        Raises:
-            UserError: no such experiment; the message lists those there are.
-        """
-        known = {item.name: item.experiment_id for item in self.client.search_experiments()}
-        if name in known or name in known.values():
-            return known.get(name, name)
-        raise UserError(f"there is no experiment '{name}' in {self.uri}; it has {', '.join(sorted(known)) or 'none'}")
-
-    def curve(self, run_id: str, metric: str) -> list[tuple[int, float]]:
-        """All points of a metric of a run, by step."""
-        return sorted((point.step, point.value) for point in self.client.get_metric_history(run_id, metric))
-
-    def artifacts(self, run_id: str, folder: str | None = None) -> list[str]:
-        """Paths of all artifacts of a run (files, not folders), or of those in one of its folders."""
-        names: list[str] = []
-        for item in self.client.list_artifacts(run_id, folder):
-            names += self.artifacts(run_id, item.path) if item.is_dir else [item.path]
-        return sorted(names)
-
-    def fetch(self, run_id: str, name: str, folder: str | Path | None = None) -> Path:
-        """The local path of an artifact (a file or a folder), downloaded where the store is not local.
-
-        Args:
-            run_id: whose.
-            name: the artifact's path in the run.
-            folder: where downloads go; by default a temporary folder, which is the caller's to remove.
-
-        Raises:
-            UserError: the run has no such artifact.
-        """
-        try:
-            return Path(self.client.download_artifacts(run_id, name, folder and str(folder)))
-        except (MlflowException, OSError) as error:
-            raise UserError(f"run {run_id} has no artifact {name} that can be read: {error}") from error
-
-    def fetch_text(self, run_id: str, name: str) -> str:
-        """An artifact's text."""
-        with tempfile.TemporaryDirectory() as scratch:
-            return self.fetch(run_id, name, scratch).read_text(encoding="utf-8")
-
     # -- inside
 
     def _create(self, experiment_id: str, name: str, tags: Mapping[str, Any]) -> str:
@@ -390,23 +293,6 @@ class Tracker:
                 f"{found.experiment_id}) or choose another name"
             )
         return found.experiment_id
-
-
-def _plain(run: Any) -> dict[str, Any]:
-    info, data = run.info, run.data
-    return {
-        "run_id": info.run_id,
-        "name": info.run_name,
-        "status": info.status,
-        "parent_run_id": data.tags.get(PARENT),
-        "experiment_id": info.experiment_id,
-        "artifact_uri": info.artifact_uri,
-        "start_time": info.start_time / 1000,
-        "end_time": info.end_time / 1000 if info.end_time and info.status != "RUNNING" else None,
-        "params": dict(data.params),
-        "metrics": dict(data.metrics),
-        "tags": dict(data.tags),
-    }
 
 
 def _cut(text: str, length: int) -> str:

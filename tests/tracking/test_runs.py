@@ -14,7 +14,8 @@ import pytest
 import yaml
 
 from sparse_ft.errors import UserError
-from sparse_ft.tracking.runs import PARENT, Tracker
+from sparse_ft.tracking.reading import PARENT
+from sparse_ft.tracking.runs import Tracker
 
 
 @pytest.fixture(autouse=True)
