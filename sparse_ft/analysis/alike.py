@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -47,6 +48,8 @@ def why_not_comparable(row: Mapping[str, Any], base: Mapping[str, Any] | pd.Seri
         base: the baseline's point; None where there is none.
         ways: from `ways_of_points`.
     """
+    if math.isnan(row["accuracy"]):
+        return "it has no accuracy of a tuned model"
     if base is None:
         return "there is no dense fine-tuned baseline"
     if not base["accuracy"] > 0:

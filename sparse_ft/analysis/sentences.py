@@ -64,7 +64,8 @@ def _answer(cells: pd.DataFrame, table: pd.DataFrame, model: str, task: str, nam
     scored = here[here["accuracy"].notna()]
     if scored.empty:
         done = int((own["status"] == "FINISHED").sum())
-        return f"{subject}: no cell has a score ({done} of {len(own)} finished)."
+        said = f"{subject}: no cell has a score of a tuned model ({done} of {len(own)} finished)."
+        return " ".join([said, *_warnings(own)])
     if scored["variant"].nunique() > 1:
         return _best_of(subject, scored)
     parts = []

@@ -209,7 +209,19 @@ def _record(row: Row) -> dict[str, Any]:
     record |= {name: tags.get(name) for name in TAGS}
     for name in ("status", "run_id", "parent_run_id", "name"):
         record[name] = row.get(name)
+    if "no_weight_moved" in (record["warning"] or ""):
+        _not_tuned(record)
     return record
+
+
+def _not_tuned(record: dict[str, Any]) -> None:
+    """Takes the scores of a tuned model from a cell whose training moved no weight: they are the untuned one's."""
+    record.pop("acc_norm", None)
+    for name in [f"{score}{error}" for score in ("accuracy", "loss", "perplexity") for error in ("", "_stderr")]:
+        value = record.pop(name, math.nan)
+        record.pop(f"{name}_remasked", None)
+        if _missing(record.get(f"{name}_untuned")):
+            record[f"{name}_untuned"] = value
 
 
 def _metric_name(key: str) -> str:

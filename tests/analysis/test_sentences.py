@@ -81,7 +81,7 @@ def test_an_answer_is_refused_where_dense_is_no_better_than_guessing():
 
 def test_no_baseline_no_score_and_another_protocol():
     assert "has no dense fine-tuned baseline" in said([scored(0.7)])[0]
-    assert "no cell has a score (0 of 1 finished)" in said([cell(status="FAILED")])[0]
+    assert "no cell has a score of a tuned model (0 of 1 finished)" in said([cell(status="FAILED")])[0]
     other = scored(0.8, mode="dense", sparsity=0.0, params={"protocol/num_fewshot": "5"})
     assert "another protocol" in said([other, scored(0.7)])[0]
 

@@ -6,8 +6,11 @@ import pandas as pd
 import pytest
 from synthetic import cell, demo, study
 
+from sparse_ft.analysis.performance import performance_table
 from sparse_ft.analysis.table import cell_table, grouped_table
 from sparse_ft.errors import UserError
+
+TUNED = {"accuracy", "acc_norm", "loss", "perplexity"}
 
 
 def test_one_row_a_cell_and_only_cells():
@@ -23,6 +26,24 @@ def test_what_was_not_measured_is_empty():
     assert table["loss"].isna().all()
     assert math.isnan(table.loc[table["status"] == "FAILED", "accuracy"].item())
     assert math.isnan(table["accuracy_remasked"].iloc[0])  # sparse_to_sparse is not re-masked
+
+
+def test_a_cell_whose_weights_did_not_move_has_no_score_of_a_tuned_model():
+    idle = {"warning": "masks of others; no_weight_moved: training changed no weight"}
+    rows = [cell(sparsity=0.5), cell(sparsity=0.6, tags=idle), cell(mode="sparse_to_dense", sparsity=0.6, tags=idle)]
+    del rows[1]["metrics"]["eval/accuracy_untuned"]  # it then is the one number there is
+    scores = {row["params"]["cfg/mode"] + row["params"]["cfg/sparsity"]: row["metrics"] for row in rows}
+    table = cell_table(rows)
+    idle = table[table["sparsity"] == 0.6].set_index("mode")
+    tuned = [name for name in table if name.removesuffix("_remasked").removesuffix("_stderr") in TUNED]
+    assert len(tuned) > 8 and idle[tuned].isna().all(axis=None)
+    assert idle.loc["sparse_to_sparse", "accuracy_untuned"] == scores["sparse_to_sparse0.6"]["eval/accuracy"]
+    untuned = scores["sparse_to_dense0.6"]["eval/accuracy_untuned"]
+    assert idle.loc["sparse_to_dense", "accuracy_untuned"] == untuned
+    points = performance_table(table, grouped_table(table))
+    reasons = points.set_index("sparsity")["recovery_reason"]
+    assert set(reasons[0.6]) == {"it has no accuracy of a tuned model"}
+    assert reasons[0.5] == "there is no dense fine-tuned baseline"
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
