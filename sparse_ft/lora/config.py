@@ -29,7 +29,7 @@ class LoraSettings:
             which keeps small updates in the mean, or ``nearest``. Without effect in float32.
 
     Raises:
-        UserError: a rank or alpha that is not positive, a dropout outside [0, 1), an unknown rounding.
+        UserError: naming each of a rank or alpha that is not positive, a dropout outside [0, 1), an unknown rounding.
     """
 
     r: int = 16
@@ -39,14 +39,17 @@ class LoraSettings:
     rounding: str = "dithered"
 
     def __post_init__(self) -> None:
+        problems = []
         if self.r < 1:
-            raise UserError(f"lora_r is {self.r}: the rank of an adapter is 1 or more.")
+            problems.append(f"lora_r is {self.r}: the rank of an adapter is 1 or more.")
         if not 0 < self.alpha < math.inf:
-            raise UserError(f"lora_alpha is {self.alpha}: it must be positive.")
+            problems.append(f"lora_alpha is {self.alpha}: it must be positive.")
         if not 0 <= self.dropout < 1:
-            raise UserError(f"lora_dropout is {self.dropout}: it lies in [0, 1).")
+            problems.append(f"lora_dropout is {self.dropout}: it lies in [0, 1).")
         if self.rounding not in ROUNDINGS:
-            raise UserError(f"rounding is '{self.rounding}', it must be one of {', '.join(ROUNDINGS)}.")
+            problems.append(f"rounding is '{self.rounding}', it must be one of {', '.join(ROUNDINGS)}.")
+        if problems:
+            raise UserError(" ".join(problems))
         if self.target_modules is not None:
             object.__setattr__(self, "target_modules", tuple(self.target_modules))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -117,34 +117,38 @@ class PruningSettings:
         return tuple(sorted(self.sparsities))
 
     def check(self) -> None:
-        """Raises UserError (one line) for a value or combination that makes no sense."""
-        _one_of("method", self.method, METHODS)
-        if not callable(self.importance):
-            _one_of("importance", self.importance, IMPORTANCES)
-        _one_of("scope", self.scope, SCOPES)
-        _one_of("allocation", self.allocation, ALLOCATIONS)
-        _one_of("statistics", self.statistics, STATISTICS)
-        _one_of("dtype", self.dtype, _DTYPES)
-        self._check_numbers()
-        for refused, why in self._refusals():
-            if refused:
-                raise UserError(why)
+        """Refuses values and combinations that make no sense.
 
-    def _check_numbers(self) -> None:
-        if not self.sparsities:
-            raise UserError("sparsities is empty. Give at least one level, such as 0.5.")
-        for level in self.sparsities:
-            if not (isinstance(level, (int, float)) and math.isfinite(level) and 0 <= level <= 1):
-                raise UserError(f"sparsities: {level} is not between 0 and 1. 50 % is 0.5.")
-        labels = [level_label(level) for level in self.sparsities]
-        if len(set(labels)) < len(labels):
-            raise UserError(f"sparsities name one level twice: {', '.join(map(str, self.sparsities))}.")
+        Raises:
+            UserError: naming all of them; combinations only of values that make sense by themselves.
+        """
+        problems = [*self._unknown_choices(), *self._wrong_numbers()]
+        problems = problems or [why for refused, why in self._refusals() if refused]
+        if problems:
+            raise UserError(" ".join(problems))
+
+    def _unknown_choices(self) -> Iterator[str]:
+        choices = {"method": METHODS, "scope": SCOPES, "allocation": ALLOCATIONS, "statistics": STATISTICS}
+        choices |= {"dtype": _DTYPES} | ({} if callable(self.importance) else {"importance": IMPORTANCES})
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                yield f"{name} '{getattr(self, name)}' is none of {', '.join(allowed)}."
+
+    def _wrong_numbers(self) -> Iterator[str]:
+        levels = self.sparsities
+        if not levels:
+            yield "sparsities is empty. Give at least one level, such as 0.5."
+        wrong = [x for x in levels if not (isinstance(x, (int, float)) and math.isfinite(x) and 0 <= x <= 1)]
+        if wrong:
+            yield f"sparsities: {', '.join(map(str, wrong))} is not between 0 and 1. 50 % is 0.5."
+        elif len({level_label(level) for level in levels}) < len(levels):
+            yield f"sparsities name one level twice: {', '.join(map(str, levels))}."
         if self.threads is not None and self.threads < 1:
-            raise UserError(f"threads is {self.threads}; give at least 1, or leave it out for all cores.")
+            yield f"threads is {self.threads}; give at least 1, or leave it out for all cores."
         if self.needs_calibration and (self.calibration_samples < 1 or self.calibration_seq_len < 2):
-            raise UserError("calibration_samples must be at least 1 and calibration_seq_len at least 2.")
+            yield "calibration_samples must be at least 1 and calibration_seq_len at least 2."
         if self.owl_outlier <= 0 or not 0 <= self.owl_range <= 0.5:
-            raise UserError("owl_outlier must be above 0 and owl_range between 0 and 0.5.")
+            yield "owl_outlier must be above 0 and owl_range between 0 and 0.5."
 
     def _refusals(self) -> list[tuple[bool, str]]:
         n, m = self.pattern_n, self.pattern_m
@@ -191,8 +195,3 @@ class PruningSettings:
                 "OWL gives every block its own sparsity: it needs method unstructured and scope layer or row.",
             ),
         ]
-
-
-def _one_of(what: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise UserError(f"{what} '{value}' is none of {', '.join(allowed)}.")

@@ -40,6 +40,17 @@ def test_what_makes_no_sense_is_refused_in_one_line(how, says):
     assert "\n" not in str(error.value)
 
 
+def test_all_that_is_wrong_is_said_at_once():
+    with pytest.raises(UserError) as error:
+        PruningSettings(method="magic", scope="block", sparsities=(0.5, 7, float("nan")), threads=0).check()
+    for part in ("method 'magic'", "scope 'block'", "sparsities: 7, nan is not", "threads is 0"):
+        assert part in str(error.value)
+    with pytest.raises(UserError) as error:
+        PruningSettings(method="structured", scope="row", importance="sparsegpt").check()
+    for part in ("SparseGPT prunes unstructured", "scope row is not its own", "structured pruning removes whole"):
+        assert part in str(error.value)
+
+
 @pytest.mark.parametrize(
     "how",
     [
