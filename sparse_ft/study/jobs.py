@@ -13,7 +13,8 @@ from sparse_ft.study.config import CellConfig, MaskConfig
 from sparse_ft.study.failures import BREAKS_WORKER, NOT_THE_CELLS, RETRIED_AT_ONCE, Failure
 
 _IN_A_ROW = 3  # failures of one kind after which a worker gets no more work
-_AT_ONCE = 10.0  # seconds in which a cell fails that had no chance
+_NUMBERS = re.compile(r"0x[0-9a-f]+|\b[0-9a-f]{8,}\b|\d+")  # addresses and Ray's ids among them
+_AT_ONCE = 30.0  # seconds in which a cell fails that had no chance; a new process imports torch and mlflow in them
 
 __all__ = ["Job", "Listener", "MaskJob", "Outcome", "Queue", "Work", "breaks_worker", "halved"]
 
@@ -209,7 +210,7 @@ class Queue:
             streak.clear()
             return
         # Numbers and addresses differ from cell to cell; a store that is away has many words for it.
-        words = "" if failure.kind == "infrastructure" else re.sub(r"0x[0-9a-f]+|\d+", "#", failure.message)
+        words = "" if failure.kind == "infrastructure" else _NUMBERS.sub("#", failure.message)
         if streak and streak[-1] != (failure.kind, words):
             streak.clear()
         streak.append((failure.kind, words))

@@ -117,6 +117,9 @@ class Phases:
             else:
                 self.holes.append(_hole_of(self.ledger.failed[job.key][-1]))
                 display.recorded(failed=True)
+        # Those that are tried again only because somebody asks come last: where they fail again, and stop the worker,
+        # the others have been run.
+        waiting.sort(key=lambda job: self.ledger.failure_class(job.key) in self.ledger.asked)
         queue = Queue(waiting, self.max_retries)
         display.awaits(job.cell for job in waiting)
         try:

@@ -12,6 +12,7 @@ from typing import Any
 from sparse_ft.errors import UserError
 from sparse_ft.levels import levels_text, parse_levels
 from sparse_ft.study.config import CellConfig, MaskConfig
+from sparse_ft.study.failures import parse_retry
 from sparse_ft.study.mask_sets import mask_file
 from sparse_ft.study.parsing import Parser
 from sparse_ft.study.settings import pruning_settings
@@ -36,6 +37,7 @@ class Study:
             says.
         register: put the whole models that are kept into the model registry too.
         search: an Optuna search over some fields, instead of trying every point; see `sparse_ft.study.search`.
+        retry: failure classes that are tried again on resuming beside those that always are.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Study:
     keep: str = ""
     register: bool = False
     search: Mapping[str, Any] | None = None
+    retry: frozenset[str] = frozenset()
 
     @property
     def kept(self) -> str:
@@ -123,7 +126,9 @@ def load_study(path: str | Path) -> Study:
             raise UserError(f"Study {path}: {switch} is '{content[switch]}'; it must be true or false.")
     content = check_study(path, content)
     grid = {axis: _axis(path, axis, values) for axis, values in content["grid"].items()}
-    return Study(**{**content, "grid": grid, "cell": content.get("cell") or {}})
+    classes = content.get("retry") or "none"
+    retry = parse_retry(",".join(map(str, classes)) if isinstance(classes, list) else str(classes))
+    return Study(**{**content, "grid": grid, "cell": content.get("cell") or {}, "retry": retry})
 
 
 def make_cell(values: Mapping[str, Any], where: str = "the cell") -> CellConfig:

@@ -110,7 +110,7 @@ def start_study(
         UserError: somebody drives the same study, or the one to go on with; a failure class that does not exist.
     """
     identity = plan_identity(plan, identities)
-    name, mine, asked = plan.study.name, driver_name(), parse_retry(config.retry)
+    name, mine, asked = plan.study.name, driver_name(), parse_retry(config.retry) | plan.study.retry
     claim = {"plan_key": plan_key(plan), "driver": mine, "heartbeat": time.time(), "complete": False}
     with store_lock(tracker.uri):  # two that start at once: the second one finds the first
         found = find_unfinished(tracker, plan) if config.resume == "none" else None

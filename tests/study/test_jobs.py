@@ -77,7 +77,7 @@ def test_a_batch_of_one_cannot_be_halved():
 def test_a_worker_whose_cells_fail_alike_in_a_row_gets_no_more_and_another_goes_on():
     queue = Queue([_job(seed=seed) for seed in range(6)], max_retries=0)
     for number in range(3):
-        failure = Failure("bug", f"error {number} at 0x7f{number}", "where")
+        failure = Failure("bug", f"error {number} at 0x7f{number} of actor {number}9a7f26d5353c3", "where")
         queue.settle(0, Outcome(queue.take(0), "run", "FAILED", 0.1, failure=failure))
     assert queue.take(0) is None
     assert "3 cells in a row failed alike (bug: error 2" in queue.stopped

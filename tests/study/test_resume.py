@@ -90,6 +90,17 @@ def test_what_cannot_end_differently_is_not_tried_again(config, capsys):
     assert sweep(study) == 1
     (again,) = _study()[1]
     assert again["run_id"] != cells[0]["run_id"]
+    # Whoever asks for it has it tried again, on the command line or in the file; that is no change of the study.
+    capsys.readouterr()
+    assert sweep(replace(study, retry="non_finite_loss", max_retries=1)) == 1
+    assert len(_study()[1]) == 2
+    config(grid, cell={"max_steps": 60, "max_seq_len": 64}, retry=["bug", "non_finite_loss"])
+    assert sweep(replace(study, max_retries=1)) == 1
+    assert len(_study()[1]) == 3
+    assert "the configuration has changed" not in capsys.readouterr().out
+    config(grid, cell={"max_steps": 60, "max_seq_len": 64}, retry=["bugs"])
+    with pytest.raises(UserError, match="there is no failure class 'bugs'"):
+        sweep(study)
 
 
 def test_only_a_study_that_nobody_drives_is_gone_on_with(config):

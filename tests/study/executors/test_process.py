@@ -6,47 +6,11 @@ import time
 from dataclasses import replace
 
 import psutil
-import pytest
+from workers import BrokenDevice, Watching
 
-from sparse_ft.study.config import CellConfig
 from sparse_ft.study.executors.process import ProcessExecutor, _surroundings, default_workers, visible_gpus
 from sparse_ft.study.executors.serial import SerialExecutor
-from sparse_ft.study.jobs import Job, Listener, Queue
-from sparse_ft.study.worker import WorkerSetup
-from sparse_ft.tracking.runs import Tracker
-
-
-class Watching(Listener):
-    """Remembers what it is told; calls ``at_stage`` for every stage."""
-
-    def __init__(self, at_stage=lambda worker, stage: None):
-        self.stages, self.outcomes, self.jobs, self._at_stage = [], [], {}, at_stage
-
-    def started(self, worker, job):
-        self.jobs[worker] = job
-
-    def stage(self, worker, stage, total, unit):
-        self.stages.append(stage)
-        self._at_stage(worker, stage)
-
-    def ended(self, worker, outcome, over=True):
-        self.outcomes.append((outcome, over))
-
-
-@pytest.fixture
-def study(tmp_path, small):
-    tracker = Tracker()
-    parent = tracker.start("study", {"kind": "study"})
-    setup = WorkerSetup(tracker.uri, parent, tmp_path / "untuned")
-
-    def jobs(count, **values):
-        cells = [
-            CellConfig(**{"model": "tiny-llama", "mode": "dense", **small, "seed": n, **values}) for n in range(count)
-        ]
-        folder = tmp_path / "cells"
-        return [Job(cell, None, folder / str(cell.seed), key=f"cell {cell.seed}") for cell in cells]
-
-    return tracker, parent, setup, jobs
+from sparse_ft.study.jobs import Queue
 
 
 def _worker_of(tracker, parent, key):
@@ -148,23 +112,10 @@ def test_the_gpus_given_out_are_those_that_torch_counts(monkeypatch):
     assert (visible_gpus(), default_workers()) == (["5", "GPU-9"], 2)
 
 
-class _BrokenDevice(WorkerSetup):
-    """Real workers, whose device fails for good in the first cell that a process runs: every further one would too."""
-
-    def build(self, bench=None):
-        worker = super().build(bench)
-
-        def broken(*args, **kwargs):
-            raise RuntimeError("CUDA error: device-side assert triggered")
-
-        worker._cell = broken
-        return worker
-
-
 def test_a_device_error_costs_its_process_and_three_in_a_row_the_worker(study, tmp_path):
     tracker, parent, setup, jobs = study
     listen = Watching()
-    executor = ProcessExecutor(_BrokenDevice(**vars(setup)), listen, 1, logs=tmp_path / "logs")
+    executor = ProcessExecutor(BrokenDevice(**vars(setup)), listen, 1, logs=tmp_path / "logs")
     try:
         queue = Queue(jobs(5), max_retries=0)
         executor.run(queue)
@@ -178,7 +129,7 @@ def test_a_device_error_costs_its_process_and_three_in_a_row_the_worker(study, t
 def test_a_device_error_in_the_drivers_own_process_ends_the_phase(study):
     tracker, parent, setup, jobs = study
     queue = Queue(jobs(3))
-    SerialExecutor(_BrokenDevice(**vars(setup)), Watching()).run(queue)
+    SerialExecutor(BrokenDevice(**vars(setup)), Watching()).run(queue)
     assert [outcome.failure.kind for outcome in queue.outcomes] == []
     assert (queue.left, "this process can use it no more" in queue.stopped) == (3, True)
     assert [run["tags"]["failure_class"] for run in tracker.children(parent)] == ["worker_lost"]

@@ -1,19 +1,22 @@
 """A Ray cluster of two nodes on this machine, one of which is killed in the middle of a study."""
 
 import signal
+import sys
 import threading
 from collections import Counter
 
 import pytest
+from workers import BrokenDevice, Watching
 
 from sparse_ft.errors import UserError
 from sparse_ft.study.config import SweepConfig
 from sparse_ft.study.driver import sweep
+from sparse_ft.study.jobs import Queue
 from sparse_ft.tracking.runs import Tracker
 
 ray = pytest.importorskip("ray", reason="ray is an optional extra: pip install 'sparse_ft[ray]'")
 
-from sparse_ft.study.executors.ray import cores_each  # noqa: E402
+from sparse_ft.study.executors.ray import RayExecutor, cores_each  # noqa: E402
 from sparse_ft.study.worker import WorkerSetup  # noqa: E402
 
 SMOKE = {"model": ["tiny-llama"], "sparsity": [0.5, 0.7], "mode": ["sparse_to_dense", "sparse_to_sparse"]}
@@ -70,6 +73,20 @@ def test_a_node_killed_in_the_middle_of_the_smoke_study_costs_no_cell(cluster, s
     assert again["tags"]["cell_key"] == lost["tags"]["cell_key"]
     assert again["metrics"]["sparsity/violations"] == 0
     assert parent["metrics"]["study/holes"] == 0
+
+
+def test_a_device_error_costs_its_actor_and_three_in_a_row_the_worker(study):
+    tracker, parent, setup, jobs = study
+    ray.cloudpickle.register_pickle_by_value(sys.modules[BrokenDevice.__module__])  # actors cannot import it
+    executor = RayExecutor(BrokenDevice(**vars(setup)), Watching(), 1)
+    try:
+        queue = Queue(jobs(5), max_retries=0)
+        executor.run(queue)
+    finally:
+        executor.close()
+    assert [outcome.failure.kind for outcome in queue.outcomes] == ["worker_lost"] * 3
+    assert len({run["tags"]["worker"] for run in tracker.children(parent)}) == 3  # a new actor for each
+    assert (queue.left, "3 cells in a row failed alike" in queue.stopped) == (2, True)
 
 
 def test_an_address_where_no_cluster_answers_is_one_line(tmp_path):

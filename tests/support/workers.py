@@ -1,0 +1,34 @@
+"""What listens to an executor, and workers whose device is broken."""
+
+from sparse_ft.study.jobs import Listener
+from sparse_ft.study.worker import WorkerSetup
+
+
+class Watching(Listener):
+    """Remembers what it is told; calls ``at_stage`` for every stage."""
+
+    def __init__(self, at_stage=lambda worker, stage: None):
+        self.stages, self.outcomes, self.jobs, self._at_stage = [], [], {}, at_stage
+
+    def started(self, worker, job):
+        self.jobs[worker] = job
+
+    def stage(self, worker, stage, total, unit):
+        self.stages.append(stage)
+        self._at_stage(worker, stage)
+
+    def ended(self, worker, outcome, over=True):
+        self.outcomes.append((outcome, over))
+
+
+class BrokenDevice(WorkerSetup):
+    """Real workers, whose device fails for good in the first cell that a process runs: every further one would too."""
+
+    def build(self, bench=None):
+        worker = super().build(bench)
+
+        def broken(*args, **kwargs):
+            raise RuntimeError("CUDA error: device-side assert triggered")
+
+        worker._cell = broken
+        return worker
