@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tokenizers import processors
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, ByT5Tokenizer
 
 from sparse_ft.errors import UserError
 from sparse_ft.models.loading import load_tokenizer, saved_tokenizer
@@ -64,6 +64,17 @@ def test_no_text_is_closed(kind, tmp_path):
         task = load_task(name, made_data_dir())
         assert training_examples(task, tokenizer, 512, limit=3) == training_examples(task, opened, 512, limit=3)
     assert token_stream(["one two", "three"], tokenizer) == token_stream(["one two", "three"], opened)
+
+
+def test_a_tokenizer_without_a_template_that_closes_every_text_is_one_line(tmp_path):
+    """One in Python, whose closing token is code: it cannot be taken away."""
+    folder = _folder(tmp_path, lambda t: None)
+    (tmp_path / "tokenizer.json").unlink()
+    ByT5Tokenizer(extra_ids=0).save_pretrained(folder)
+    assert AutoTokenizer.from_pretrained(folder).encode("a")[-1] == 1
+    with pytest.raises(UserError, match=r"the tokenizer closes every text with \['</s>'\], so that") as error:
+        load_tokenizer(folder)
+    assert "\n" not in str(error.value)
 
 
 def test_what_is_saved_is_the_users_own(tmp_path):

@@ -15,7 +15,16 @@ pytestmark = [
 ]
 
 
-def test_two_workers_fill_a_study_and_a_search(study_file, tmp_path, monkeypatch):
+PASSWORD = "correct-horse"
+
+
+def with_password(address: str) -> str:
+    """The same place for somebody with a password, which these servers do not ask for."""
+    scheme, _, place = address.partition("://")
+    return f"{scheme}://sparse:{PASSWORD}@{place.rpartition('@')[2]}"
+
+
+def test_two_workers_fill_a_study_and_a_search(study_file, tmp_path, monkeypatch, capfd):
     workers = {"executor": "process", "max_workers": 2, "output_dir": str(tmp_path / "out")}
     space = {"learning_rate": {"low": 1e-4, "high": 1e-2, "log": True}, "sparsity": [0.3, 0.6]}
     search = {
@@ -29,6 +38,7 @@ def test_two_workers_fill_a_study_and_a_search(study_file, tmp_path, monkeypatch
         s3_server(tmp_path / "s3", "team") as reached,
         mlflow_server(tmp_path, store, *options, environment=reached) as address,
     ):
+        address, trials = (with_password(place) for place in (address, trials))
         monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
         grid = {"model": ["tiny-llama"], "sparsity": [0.3, 0.6], "mode": ["sparse_to_dense", "sparse_to_sparse"]}
         assert sweep(SweepConfig(config=str(study_file(grid)), **workers)) == 0
@@ -54,3 +64,11 @@ def test_two_workers_fill_a_study_and_a_search(study_file, tmp_path, monkeypatch
         sparse = next(run for run in cells["small"] if run["params"]["cfg/sparsity"] == "0.6")
         rebuilt = RebuildConfig(run_id=sparse["run_id"], output_dir=str(tmp_path / "rebuilt"))
         assert rebuild(rebuilt) == 0  # its adapter and masks came back from there
+
+        written = {name: s3.get_object(Bucket="team", Key=name)["Body"].read() for name in objects}
+        written |= {str(file): file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()}
+        written |= {run["run_id"]: repr(run).encode() for run in tracker.search()}
+        secrets = [PASSWORD.encode(), reached["AWS_SECRET_ACCESS_KEY"].encode()]
+        assert not [name for name, content in written.items() if any(secret in content for secret in secrets)]
+    shown = "".join(capfd.readouterr())
+    assert PASSWORD not in shown and "small" in shown

@@ -37,7 +37,7 @@ def s3_server(folder: Path, bucket: str) -> Iterator[dict[str, str]]:
     port = _free_port()
     folder.mkdir()
     address = f"http://127.0.0.1:{port}"
-    key = {"aws_access_key_id": "sparse", "aws_secret_access_key": "sparse"}
+    key = {"aws_access_key_id": "sparse", "aws_secret_access_key": "battery-staple"}
     client = boto3.client("s3", endpoint_url=address, region_name="us-east-1", **key)
 
     def answers() -> None:
