@@ -209,7 +209,7 @@ def _record(row: Row) -> dict[str, Any]:
     record |= {name: tags.get(name) for name in TAGS}
     for name in ("status", "run_id", "parent_run_id", "name"):
         record[name] = row.get(name)
-    if "no_weight_moved" in (record["warning"] or ""):
+    if "no_weight_moved: " in (record["warning"] or ""):
         _not_tuned(record)
     return record
 

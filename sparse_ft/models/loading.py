@@ -162,7 +162,8 @@ def save_model(
         model: with no adapters.
         tokenizer: saved beside it; None: none.
         folder: to be written.
-        max_shard_size: of one file. Saving takes memory for no more than two of them, reading for one.
+        max_shard_size: of one file. Saving takes memory for no more than two of them, reading for one
+            (a tensor that is larger than that has a file of its own).
 
     Raises:
         UserError: the folder holds something that is no checkpoint.

@@ -1,6 +1,8 @@
 """What listens to an executor, and workers whose device is broken."""
 
-from sparse_ft.study.jobs import Listener
+from collections.abc import Callable
+
+from sparse_ft.study.jobs import Listener, Queue
 from sparse_ft.study.worker import WorkerSetup
 
 
@@ -32,3 +34,17 @@ class BrokenDevice(WorkerSetup):
 
         worker._cell = broken
         return worker
+
+
+def check_that_three_device_errors_stop_a_worker(study: tuple, executor: Callable) -> None:
+    """``executor``: makes one of one worker, from its setup and what listens to it."""
+    tracker, parent, setup, jobs = study
+    running = executor(BrokenDevice(**vars(setup)), Watching())
+    try:
+        queue = Queue(jobs(5), max_retries=0)
+        running.run(queue)
+    finally:
+        running.close()
+    assert [outcome.failure.kind for outcome in queue.outcomes] == ["worker_lost"] * 3
+    assert len({run["tags"]["worker"] for run in tracker.children(parent)}) == 3  # a new process for each
+    assert (queue.left, "3 cells in a row failed alike" in queue.stopped) == (2, True)

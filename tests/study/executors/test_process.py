@@ -6,7 +6,7 @@ import time
 from dataclasses import replace
 
 import psutil
-from workers import BrokenDevice, Watching
+from workers import BrokenDevice, Watching, check_that_three_device_errors_stop_a_worker
 
 from sparse_ft.study.executors.process import ProcessExecutor, _surroundings, default_workers, visible_gpus
 from sparse_ft.study.executors.serial import SerialExecutor
@@ -113,17 +113,9 @@ def test_the_gpus_given_out_are_those_that_torch_counts(monkeypatch):
 
 
 def test_a_device_error_costs_its_process_and_three_in_a_row_the_worker(study, tmp_path):
-    tracker, parent, setup, jobs = study
-    listen = Watching()
-    executor = ProcessExecutor(BrokenDevice(**vars(setup)), listen, 1, logs=tmp_path / "logs")
-    try:
-        queue = Queue(jobs(5), max_retries=0)
-        executor.run(queue)
-    finally:
-        executor.close()
-    assert [outcome.failure.kind for outcome in queue.outcomes] == ["worker_lost"] * 3
-    assert len({run["tags"]["worker"] for run in tracker.children(parent)}) == 3  # a new process for each
-    assert (queue.left, "3 cells in a row failed alike" in queue.stopped) == (2, True)
+    check_that_three_device_errors_stop_a_worker(
+        study, lambda setup, listen: ProcessExecutor(setup, listen, 1, logs=tmp_path / "logs")
+    )
 
 
 def test_a_device_error_in_the_drivers_own_process_ends_the_phase(study):

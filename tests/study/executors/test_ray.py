@@ -6,12 +6,11 @@ import threading
 from collections import Counter
 
 import pytest
-from workers import BrokenDevice, Watching
+from workers import check_that_three_device_errors_stop_a_worker
 
 from sparse_ft.errors import UserError
 from sparse_ft.study.config import SweepConfig
 from sparse_ft.study.driver import sweep
-from sparse_ft.study.jobs import Queue
 from sparse_ft.tracking.runs import Tracker
 
 ray = pytest.importorskip("ray", reason="ray is an optional extra: pip install 'sparse_ft[ray]'")
@@ -76,17 +75,8 @@ def test_a_node_killed_in_the_middle_of_the_smoke_study_costs_no_cell(cluster, s
 
 
 def test_a_device_error_costs_its_actor_and_three_in_a_row_the_worker(study):
-    tracker, parent, setup, jobs = study
-    ray.cloudpickle.register_pickle_by_value(sys.modules[BrokenDevice.__module__])  # actors cannot import it
-    executor = RayExecutor(BrokenDevice(**vars(setup)), Watching(), 1)
-    try:
-        queue = Queue(jobs(5), max_retries=0)
-        executor.run(queue)
-    finally:
-        executor.close()
-    assert [outcome.failure.kind for outcome in queue.outcomes] == ["worker_lost"] * 3
-    assert len({run["tags"]["worker"] for run in tracker.children(parent)}) == 3  # a new actor for each
-    assert (queue.left, "3 cells in a row failed alike" in queue.stopped) == (2, True)
+    ray.cloudpickle.register_pickle_by_value(sys.modules["workers"])  # actors cannot import it
+    check_that_three_device_errors_stop_a_worker(study, lambda setup, listen: RayExecutor(setup, listen, 1))
 
 
 def test_an_address_where_no_cluster_answers_is_one_line(tmp_path):
