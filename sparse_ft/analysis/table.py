@@ -245,6 +245,7 @@ def _resolve_same(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
             if copied and name != "minutes" and _missing(record.get(name)):
                 record[name] = value
         record["minutes"] = math.nan
+        record["warning"] = record["warning"] or twin["warning"]
     return records
 
 

@@ -19,7 +19,7 @@ from sparse_ft.study.identity import cell_key
 from sparse_ft.study.jobs import Job, MaskJob, Outcome, Queue, halved
 from sparse_ft.study.mask_sets import mask_file, read_manifest
 from sparse_ft.study.plan import Plan
-from sparse_ft.study.recording import log_cell_inputs, log_identity
+from sparse_ft.study.recording import log_cell_inputs
 from sparse_ft.study.resume import Ledger
 from sparse_ft.tracking.parameters import flatten_config
 from sparse_ft.tracking.runs import Tracker
@@ -214,8 +214,7 @@ class Phases:
             if failure is not None:
                 tags |= {"failure_class": failure.kind, "failure_message": failure.message}
             run_id = self.tracker.start_child(self.parent, job.title, tags)
-            log_cell_inputs(self.tracker, run_id, job.cell)
-            log_identity(self.tracker, run_id, job.identity)
+            log_cell_inputs(self.tracker, run_id, job.cell, job.identity)
             self.tracker.finish(run_id, "FINISHED" if failure is None else "FAILED")
             display.recorded(failed=failure is not None)
             if failure is not None:

@@ -18,7 +18,6 @@ __all__ = [
     "log_cell_inputs",
     "log_cell_result",
     "log_failure",
-    "log_identity",
     "log_mask_files",
     "log_mask_inputs",
     "log_masks",
@@ -28,19 +27,18 @@ __all__ = [
 _TAG_ROOM = 1000  # characters; all remarks are in the mask files' metadata
 
 
-def log_cell_inputs(tracker: Tracker, run_id: str, cell: CellConfig, planned: CellConfig | None = None) -> None:
-    """The cell's configuration, as parameters ``cfg/...`` and as ``config.yaml``.
+def log_cell_inputs(
+    tracker: Tracker, run_id: str, cell: CellConfig, identity: Mapping[str, str], planned: CellConfig | None = None
+) -> None:
+    """The cell's configuration, as parameters ``cfg/...`` and as ``config.yaml``, and what its names stand for, as
+    parameters ``identity/...``; see `sparse_ft.study.identity`.
 
     A cell that runs with a smaller batch than ``planned`` is the planned one in the parameters, by which results are
     compared, and the one that ran in the file, from which it can be repeated.
     """
-    tracker.log(run_id, params=flatten_config((planned or cell).canonical()))
+    names = flatten_config((planned or cell).canonical())
+    tracker.log(run_id, params=names | flatten_config(dict(identity), "identity"))
     tracker.log_dict(run_id, cell.canonical(), "config.yaml")
-
-
-def log_identity(tracker: Tracker, run_id: str, identity: Mapping[str, str]) -> None:
-    """What the cell's names stand for, as parameters ``identity/...``; see `sparse_ft.study.identity`."""
-    tracker.log(run_id, params=flatten_config(dict(identity), "identity"))
 
 
 def log_cell_result(tracker: Tracker, run_id: str, result: CellResult) -> None:

@@ -30,7 +30,6 @@ from sparse_ft.study.recording import (
     log_cell_inputs,
     log_cell_result,
     log_failure,
-    log_identity,
     log_mask_files,
     log_mask_inputs,
     log_masks,
@@ -93,17 +92,16 @@ def train(config: CellConfig) -> int:
         kind = replace(kind, sparsities=levels_text([config.sparsity]))
         check_mask_set(kind, bench)
 
+    identity = cell_identity(config, bench)
     tracker, folder = Tracker(), Path(config.output_dir)
     run_id = tracker.start(config.title, {"kind": "cell"})
     with _logged(tracker, run_id):
-        log_cell_inputs(tracker, run_id, config)
+        log_cell_inputs(tracker, run_id, config, identity)
         masks = given.file if given else None
         if kind is not None:
             (masks,) = make_masks(kind, bench, folder / "masks")
             log_mask_files(tracker, run_id, [masks])
             tracker.log(run_id, tags=mask_tags([masks]))
-        identity = cell_identity(config, bench)
-        log_identity(tracker, run_id, identity)
         tracker.log(run_id, tags={"cell_key": cell_key(config, identity, masks.checksum if masks else "")})
         result = run_cell(config, masks, bench, folder, warn_foreign=True)
         log_cell_result(tracker, run_id, result)

@@ -21,7 +21,6 @@ from sparse_ft.study.recording import (
     log_cell_inputs,
     log_cell_result,
     log_failure,
-    log_identity,
     log_mask_inputs,
     log_masks,
 )
@@ -128,12 +127,14 @@ class Worker:
 
     def _begin(self, job: Job, run_id: str, began: float) -> Outcome | None:
         """Logs what the cell is given, under its names and behind them; the outcome where that is not to be run."""
-        log_cell_inputs(self._tracker, run_id, job.cell, job.planned)
-        if isinstance(job.masks, Failure):
-            log_identity(self._tracker, run_id, job.identity)
-            return self._failed(job, run_id, began, job.masks)
-        identity = cell_identity(job.cell, self._bench)
-        log_identity(self._tracker, run_id, identity)
+        identity, masks = job.identity, job.masks
+        try:
+            if not isinstance(masks, Failure):
+                identity = cell_identity(job.cell, self._bench)
+        finally:
+            log_cell_inputs(self._tracker, run_id, job.cell, identity, job.planned)
+        if isinstance(masks, Failure):
+            return self._failed(job, run_id, began, masks)
         check_identity(job.identity, identity, job.title)
         return None
 
@@ -180,8 +181,7 @@ def close_lost(tracker: Tracker, parent: str, job: Work, run_id: str, failure: F
         kind = {"kind": "cell", "cell_key": job.key} if isinstance(job, Job) else {"kind": "masks", "mask_key": job.key}
         run_id = tracker.start_child(parent, job.title, {**kind, "attempt": job.attempt})
         if isinstance(job, Job):
-            log_cell_inputs(tracker, run_id, job.cell, job.planned)
-            log_identity(tracker, run_id, job.identity)
+            log_cell_inputs(tracker, run_id, job.cell, job.identity, job.planned)
     _close(tracker, run_id, failure)
     if isinstance(job, Job):
         shutil.rmtree(job.folder, ignore_errors=True)

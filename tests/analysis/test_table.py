@@ -81,6 +81,16 @@ def test_same_as_shows_the_scores_of_the_run_it_names_but_not_its_time():
     assert math.isnan(alone["accuracy"].item())
 
 
+def test_same_as_shows_the_warning_of_the_run_it_names():
+    idle = "no_weight_moved: training changed no weight"
+    ran = cell(sparsity=0.0, tags={"warning": idle})
+    named = cell(sparsity=0.0, mode="sparse_to_dense", tags={"same_as": ran["run_id"]})
+    named["metrics"] = {}
+    table = cell_table([ran, named]).set_index("mode")
+    assert table.loc["sparse_to_dense", "warning"] == idle
+    assert math.isnan(table.loc["sparse_to_dense", "accuracy"])
+
+
 def test_dense_has_no_method_whatever_the_defaults_were():
     row = cell(mode="dense", params={"cfg/method": "unstructured", "cfg/sparsity": "0.5"})
     table = cell_table([row])
