@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["NonFiniteScoresError", "check_likelihoods", "check_metrics", "watched_logits"]
+__all__ = ["NonFiniteScoresError", "check_likelihoods", "check_metrics", "finite", "watched_logits"]
 
 
 class NonFiniteScoresError(RuntimeError):
@@ -38,6 +38,19 @@ def check_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
         if not math.isfinite(value):
             raise NonFiniteScoresError(f"{name} is {value}; the model has no such score")
     return kept
+
+
+@contextmanager
+def finite(what: str) -> Iterator[None]:
+    """Says of a number that Python refuses to compute (lm-eval's perplexities are ``math.exp``) that it is no score.
+
+    Raises:
+        NonFiniteScoresError: a number inside was above every float.
+    """
+    try:
+        yield
+    except OverflowError as error:
+        raise NonFiniteScoresError(f"{what}: a score is above every float ({error}); it has none") from error
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sparse_ft.environment import arithmetic_variables, one_process
 from sparse_ft.errors import UserError
-from sparse_ft.evaluation.finite import check_metrics
+from sparse_ft.evaluation.finite import check_metrics, finite
 from sparse_ft.evaluation.perplexity import corpus_texts, perplexity
 from sparse_ft.evaluation.scorer import Scorer
 from sparse_ft.evaluation.standard_errors import ratio_standard_error
@@ -122,7 +122,7 @@ def evaluate(
 
     Raises:
         UserError: a setting is out of range, or the perplexity corpus cannot be had.
-        NonFiniteScoresError: the model's logits, or a score, are NaN or infinite.
+        NonFiniteScoresError: the model's logits, or a score, are NaN or infinite, or above every float.
     """
     settings = settings or EvaluationSettings()
     settings.check()
@@ -132,7 +132,7 @@ def evaluate(
         scorer = Scorer(model, tokenizer, settings.batch_size, progress, settings.share_contexts)
         scorer.stage = f"scoring {name}"
         task.set_fewshot_seed(DEFAULT_OTHER_SEED)
-        with without_bar(task):
+        with without_bar(task), finite(name):
             results = lm_eval.evaluator.evaluate(scorer, {"tasks": {name: task}}, limit=settings.limit)
         # One record per filter; each filter sees the same answers.
         every = results["samples"][name]

@@ -57,6 +57,15 @@ def test_a_perplexity_above_every_float_is_absent_and_its_loss_is_there(model, t
     assert all(math.isfinite(value) for value in found.metrics.values())
 
 
+def test_a_score_of_lm_eval_above_every_float_is_none(model, tokenizer, tmp_path):
+    (tmp_path / "lambada_openai").mkdir()
+    (tmp_path / "lambada_openai" / "test.jsonl").write_text('{"text": "the water of the river and the sea"}\n')
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1e6)
+    with pytest.raises(NonFiniteScoresError, match="lambada_openai: a score is above every float"):
+        evaluate(model, tokenizer, load_task("lambada_openai", tmp_path), EvaluationSettings(perplexity_tokens=0))
+
+
 def test_only_a_standard_error_may_be_missing():
     assert check_metrics({"acc": 0.5, "acc_stderr": math.nan, "loss_stderr": math.inf}) == {"acc": 0.5}
     with pytest.raises(NonFiniteScoresError, match="acc is nan"):
