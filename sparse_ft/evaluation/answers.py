@@ -7,15 +7,13 @@ import math
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import Task
-from lm_eval.defaults import DEFAULT_OTHER_SEED
 from transformers import PreTrainedTokenizerBase
 
+from sparse_ft.evaluation.prepared import prepared
 from sparse_ft.evaluation.scorer import Scorer
-from sparse_ft.evaluation.scores import EvaluationSettings, fewshot, kept_mode, without_bar
+from sparse_ft.evaluation.scores import EvaluationSettings
 from sparse_ft.evaluation.standard_errors import ratio_standard_error
-from sparse_ft.models.loading import quiet_transformers
 from sparse_ft.progress import SILENT, Progress
-from sparse_ft.tasks.definitions import quiet
 from sparse_ft.tasks.examples import gold_continuation, gold_index
 
 __all__ = ["answer_loss"]
@@ -42,12 +40,10 @@ def answer_loss(
     settings = settings or EvaluationSettings()
     if task.OUTPUT_TYPE == "loglikelihood_rolling":
         return {}
-    with quiet(), quiet_transformers(), kept_mode(model), fewshot(task, settings.num_fewshot):
+    with prepared(model, task, settings.num_fewshot):
         scorer = Scorer(model, tokenizer, settings.batch_size, progress)
         scorer.stage = f"answer loss {task.config.task}"
-        task.set_fewshot_seed(DEFAULT_OTHER_SEED)
-        with without_bar(task):
-            task.build_all_requests(limit=settings.limit, rank=0, world_size=1)
+        task.build_all_requests(limit=settings.limit, rank=0, world_size=1)
         pairs: dict[int, tuple[str, str]] = {}
         for request in task.instances:
             if task.OUTPUT_TYPE == "generate_until":

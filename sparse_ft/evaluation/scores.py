@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,11 +20,11 @@ from sparse_ft.environment import arithmetic_variables, one_process
 from sparse_ft.errors import UserError
 from sparse_ft.evaluation.finite import check_metrics, finite
 from sparse_ft.evaluation.perplexity import corpus_texts, perplexity
+from sparse_ft.evaluation.prepared import prepared
 from sparse_ft.evaluation.scorer import Scorer
 from sparse_ft.evaluation.standard_errors import ratio_standard_error
-from sparse_ft.models.loading import quiet_transformers
 from sparse_ft.progress import SILENT, Progress
-from sparse_ft.tasks.definitions import quiet, set_fewshot, task_protocol
+from sparse_ft.tasks.definitions import task_protocol
 from sparse_ft.tasks.examples import gold_continuation, gold_index
 
 __all__ = ["Evaluation", "EvaluationSettings", "evaluate"]
@@ -128,11 +125,10 @@ def evaluate(
     settings.check()
     name = task.config.task
     corpus, texts = corpus_texts(settings.perplexity_corpus, task)
-    with quiet(), quiet_transformers(), kept_mode(model), fewshot(task, settings.num_fewshot):
+    with prepared(model, task, settings.num_fewshot):
         scorer = Scorer(model, tokenizer, settings.batch_size, progress, settings.share_contexts)
         scorer.stage = f"scoring {name}"
-        task.set_fewshot_seed(DEFAULT_OTHER_SEED)
-        with without_bar(task), finite(name):
+        with finite(name):
             results = lm_eval.evaluator.evaluate(scorer, {"tasks": {name: task}}, limit=settings.limit)
         # One record per filter; each filter sees the same answers.
         every = results["samples"][name]
@@ -247,41 +243,3 @@ def _is_batch_size(value: int | str) -> bool:
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-@contextmanager
-def kept_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Leaves the model in the mode (train or eval) it came in; scoring puts it into eval."""
-    training = model.training
-    try:
-        model.eval()
-        yield
-    finally:
-        model.train(training)
-
-
-@contextmanager
-def fewshot(task: Task, num_fewshot: int | None) -> Iterator[None]:
-    """The task with so many examples before each question; None: its own number."""
-    before = task.config.num_fewshot or 0
-    try:
-        set_fewshot(task, before if num_fewshot is None else num_fewshot)
-        yield
-    finally:
-        task.set_config("num_fewshot", before)
-
-
-@contextmanager
-def without_bar(task: Task) -> Iterator[None]:
-    """Takes away the bar that lm-eval draws on stderr, unasked, while it builds the requests."""
-    build = task.build_all_requests
-
-    def silent(**kwargs: Any) -> None:
-        with redirect_stderr(io.StringIO()):
-            build(**kwargs)
-
-    task.build_all_requests = silent
-    try:
-        yield
-    finally:
-        del task.build_all_requests
