@@ -14,7 +14,7 @@ from sparse_ft.errors import UserError
 from sparse_ft.models.cerebras_names import Place, places, strip_prefix
 from sparse_ft.models.checkpoint import Checkpoint, Entry
 from sparse_ft.models.mdl import MdlFile
-from sparse_ft.models.skeleton import config_values, model_config
+from sparse_ft.models.skeleton import config_values
 
 __all__ = ["CerebrasCheckpoint"]
 
@@ -102,7 +102,7 @@ def _find_config(path: Path) -> dict[str, Any]:
     for folder in (path.parent, path.parent.parent):
         file = folder / "config.json"
         if file.is_file():
-            return config_values(model_config(file))
+            return config_values(file)
     raise UserError(
         f"There is no config.json beside {path} or one folder up: copy the one of the Hugging Face model there, it"
         " tells the architecture."

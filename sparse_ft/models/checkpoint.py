@@ -24,7 +24,7 @@ from sparse_ft.errors import UserError
 from sparse_ft.files import atomic_folder, write_json
 from sparse_ft.models.folder import WeightFiles, read_json, weight_files
 from sparse_ft.models.names import place, prunable_names
-from sparse_ft.models.skeleton import Skeleton, build_skeleton, config_values, model_config
+from sparse_ft.models.skeleton import Skeleton, build_skeleton, config_values
 from sparse_ft.progress import SILENT, Progress
 
 __all__ = ["Checkpoint", "Entry", "copy_checkpoint", "copy_other_files", "open_checkpoint"]
@@ -84,7 +84,7 @@ class Checkpoint:
     @cached_property
     def config(self) -> dict[str, Any]:
         """The configuration's values as transformers has them, its defaults included."""
-        return config_values(model_config(self.folder))
+        return config_values(self.folder)
 
     @cached_property
     def names(self) -> list[str]:

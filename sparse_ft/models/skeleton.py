@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,9 +51,7 @@ def model_config(path: str | Path) -> PretrainedConfig:
     """
     from transformers import AutoConfig
 
-    file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
-    if not file.is_file():
-        raise UserError(f"Checkpoint {file.parent} has no config.json.")
+    file = _config_file(path)
     check_architecture(read_json(file))
     try:
         config = AutoConfig.from_pretrained(str(file.parent), local_files_only=True, trust_remote_code=False)
@@ -63,9 +62,32 @@ def model_config(path: str | Path) -> PretrainedConfig:
     return config
 
 
-def config_values(config: PretrainedConfig) -> dict[str, Any]:
-    """All values of a configuration, defaults of its class included, as ``save_pretrained`` writes them."""
-    return config.to_diff_dict()
+def config_values(path: str | Path) -> dict[str, Any]:
+    """All values of `model_config`, defaults of its class included, as ``save_pretrained`` writes them.
+
+    Args:
+        path: as `model_config` takes it.
+    """
+    file = _config_file(path)
+    return copy.deepcopy(_values(_ConfigFile(file.read_bytes(), file)))
+
+
+@dataclass(frozen=True)
+class _ConfigFile:
+    content: bytes
+    path: Path = field(compare=False)
+
+
+@lru_cache(maxsize=16)  # a study opens hundreds of checkpoints of a few configurations
+def _values(file: _ConfigFile) -> dict[str, Any]:
+    return model_config(file.path).to_diff_dict()
+
+
+def _config_file(path: str | Path) -> Path:
+    file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise UserError(f"Checkpoint {file.parent} has no config.json.")
+    return file
 
 
 def build_skeleton(values: Mapping[str, Any]) -> Skeleton:

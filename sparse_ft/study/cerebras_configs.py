@@ -16,7 +16,7 @@ from sparse_ft.cerebras.config import create_sparse_config, write_config
 from sparse_ft.errors import UserError
 from sparse_ft.files import write_json
 from sparse_ft.models.catalog import locate_config
-from sparse_ft.models.skeleton import config_values, model_config
+from sparse_ft.models.skeleton import config_values
 from sparse_ft.pruning.output import level_stem
 from sparse_ft.study.cell_settings import check_cell
 from sparse_ft.study.cerebras import CerebrasSettings, check_trainable, load_settings, trainer_plan
@@ -138,4 +138,4 @@ def _slug(title: str) -> str:
 
 @cache
 def _model_config(model: str) -> Mapping[str, Any]:
-    return config_values(model_config(locate_config(model)))
+    return config_values(locate_config(model))
