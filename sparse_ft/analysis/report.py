@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import base64
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from html import escape
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
-from sparse_ft.analysis.html import Column, figure, number, percent, plus_minus, table, text
+from sparse_ft.analysis.columns import Column, Table, number, percent, plus_minus, text
 from sparse_ft.analysis.panels import short_names
 from sparse_ft.analysis.sentences import Sentence
 from sparse_ft.analysis.terminal import MODE_NAMES
 
 __all__ = ["ReportFigure", "ReportParts", "report_html"]
 
-# Nothing may be loaded from anywhere, whatever ends up in a title or a message.
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+_OWN = {"style": "css", "script": "js"}  # of the page's folder, written into it as they are
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,18 @@ class ReportFigure:
     path: Path
     title: str
     caption: str
+
+    @property
+    def wide(self) -> bool:
+        """Whether it gets a row of its own."""
+        width = re.search(rb'<svg[^>]* width="([\d.]+)pt"', self.path.read_bytes()[:4000])
+        return width is None or float(width.group(1)) > 520
+
+    @property
+    def data(self) -> str:
+        """The file as a data URI."""
+        kind = {".svg": "image/svg+xml", ".png": "image/png"}[self.path.suffix]
+        return f"data:{kind};base64,{base64.b64encode(self.path.read_bytes()).decode('ascii')}"
 
 
 @dataclass
@@ -48,33 +61,32 @@ class ReportParts:
 
 
 def report_html(parts: ReportParts) -> str:
-    """The whole page as a string. It loads nothing, and runs in a sandboxed frame (``allow-scripts``)."""
-    sections = [
-        ("answer", "Answer", _answer(parts)),
-        ("protocol", "Protocol", _protocol(parts.protocol)),
-        ("figures", "Figures", _figures(parts)),
-        ("points", "Points of the curves", _points(parts.points)),
-        ("cells", "Cells", _cells(parts.cells)),
-        ("missing", "What is missing", _missing(parts.cells, parts.holes)),
-    ]
-    if parts.baseline is not None:
-        sections.append(("published", "Published numbers", _published(parts.baseline)))
-    links = "".join(f'<button type="button" data-part="{key}">{name}</button>' for key, name, _ in sections)
-    body = "".join(f'<section id="{key}"><h2>{name}</h2>{content}</section>' for key, name, content in sections)
-    title = parts.title or "Sparse fine-tuning study"
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<link rel="icon" href="data:,"><title>{escape(title)}</title><style>{_asset("report.css")}</style></head>\n'
-        f"<body><main><h1>{escape(title)}</h1><p>{escape(_question(parts.cells))}</p>"
-        f'<p class="muted">{escape(_counts(parts.cells))}</p><nav aria-label="parts of the page">{links}</nav>\n'
-        f"{body}</main>\n<script>{_asset('report.js')}</script></body></html>\n"
+    """The whole page as a string."""
+    page = Environment(
+        loader=PackageLoader("sparse_ft.analysis", "page"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-
-
-def _asset(name: str) -> str:
-    return (resources.files("sparse_ft.analysis") / "assets" / name).read_text("utf-8")
+    own = {name: Markup(page.loader.get_source(page, f"report.{end}")[0]) for name, end in _OWN.items()}
+    return page.get_template("report.html").render(
+        **own,
+        title=parts.title or "Sparse fine-tuning study",
+        question=_question(parts.cells),
+        counts=_counts(parts.cells),
+        notice=_notice(parts),
+        answers=[sentence.text for sentence in parts.sentences] if len(parts.cells) else [],
+        protocol=_protocol(parts.protocol),
+        figures=parts.figures,
+        skipped=parts.skipped,
+        points=_points(parts.points),
+        cells=_cells(parts.cells),
+        twins=len(parts.cells) > 0 and parts.cells["same_as"].notna().any(),
+        reasons=_reasons(parts.holes),
+        holes=_holes(parts.holes),
+        published=None if parts.baseline is None else _published(parts.baseline),
+    )
 
 
 def _question(cells: pd.DataFrame) -> str:
@@ -103,28 +115,21 @@ def _counts(cells: pd.DataFrame) -> str:
     )
 
 
-def _answer(parts: ReportParts) -> str:
+def _notice(parts: ReportParts) -> str | None:
     if parts.cells.empty:
-        return (
-            '<p class="notice">This study has no cells: no run of it is tagged kind=cell. Nothing was measured, so '
-            "there is nothing to draw.</p>"
-        )
-    notice = ""
+        return "This study has no cells: no run of it is tagged kind=cell. There is nothing to show."
     unfinished = int((parts.cells["status"] != "FINISHED").sum())
     if unfinished == len(parts.cells):
-        notice = '<p class="notice">No cell of this study has finished. The reasons stand under “What is missing”.</p>'
-    elif len(parts.holes):
-        notice = (
-            f'<p class="notice">{len(parts.holes)} cell{"s" * (len(parts.holes) != 1)} of this study '
-            f"{'has' if len(parts.holes) == 1 else 'have'} no result; the answers below rest on the others.</p>"
+        return "No cell of this study has finished. The reasons stand under “What is missing”."
+    if len(parts.holes):
+        return (
+            f"{len(parts.holes)} cell{'s' * (len(parts.holes) != 1)} of this study "
+            f"{'has' if len(parts.holes) == 1 else 'have'} no result; the answers below rest on the others."
         )
-    elif len(parts.cells) == 1:
-        notice = '<p class="notice">This study has a single cell: there is nothing to compare it with.</p>'
-    items = "".join(f"<li>{escape(sentence.text)}</li>" for sentence in parts.sentences)
-    return f'{notice}<ul class="answers">{items}</ul>'
+    return "This study has a single cell: there is nothing to compare it with." if len(parts.cells) == 1 else None
 
 
-def _protocol(protocol: Mapping[str, Any]) -> str:
+def _protocol(protocol: Mapping[str, Any]) -> Table | None:
     rows = [{"key": key, "where": "all cells", "value": value} for key, value in protocol.get("shared", {}).items()]
     for group in ("by_task", "by_model"):
         for where, values in protocol.get(group, {}).items():
@@ -132,23 +137,13 @@ def _protocol(protocol: Mapping[str, Any]) -> str:
     for key, values in protocol.get("varies", {}).items():
         rows.append({"key": key, "where": "varies", "value": ", ".join(map(str, values))})
     if not rows:
-        return '<p class="muted">No finished cell has said how it was measured.</p>'
+        return None
     columns = [
         Column("what", text("key")),
         Column("where", text("where"), choices=True),
         Column("value", text("value"), wide=True),
     ]
-    frame = pd.DataFrame(rows).sort_values("key", kind="stable")
-    return f"<p>Numbers compare only where these agree.</p>{table(frame, columns)}"
-
-
-def _figures(parts: ReportParts) -> str:
-    if not parts.figures:
-        return '<p class="muted">Nothing to draw.</p>'
-    shown = "".join(figure(f.path, f.title, f.caption) for f in parts.figures)
-    notes = "".join(f"<li>{escape(name)}: {escape(why)}</li>" for name, why in parts.skipped.items())
-    notes = f'<h3>Not drawn</h3><ul class="muted">{notes}</ul>' if notes else ""
-    return f'<div class="gallery">{shown}</div>{notes}'
+    return Table(columns, pd.DataFrame(rows).sort_values("key", kind="stable"))
 
 
 def _identity(frame: pd.DataFrame) -> list[Column]:
@@ -167,9 +162,9 @@ def _value(name: str) -> Any:
     return lambda row: row.get(name, math.nan)
 
 
-def _points(points: pd.DataFrame) -> str:
+def _points(points: pd.DataFrame) -> Table | None:
     if points.empty:
-        return '<p class="muted">No cell has finished.</p>'
+        return None
     columns = [
         *_identity(points),
         Column("cells", number("n", ".0f"), _value("n")),
@@ -188,15 +183,12 @@ def _points(points: pd.DataFrame) -> str:
     ]  # fmt: skip
     if "recovery_reason" in points and points["recovery_reason"].fillna("").ne("").any():
         columns.append(Column("why no recovery", text("recovery_reason"), wide=True))
-    return (
-        "<p>Means over seeds. ± is one standard error; recovery is the share of the dense fine-tuned accuracy, "
-        f"measured under the same protocol.</p>{table(points, columns)}"
-    )
+    return Table(columns, points)
 
 
-def _cells(cells: pd.DataFrame) -> str:
+def _cells(cells: pd.DataFrame) -> Table | None:
     if cells.empty:
-        return '<p class="muted">None.</p>'
+        return None
     columns = [
         *_identity(cells),
         Column("achieved %", percent("sparsity_achieved"), _value("sparsity_achieved")),
@@ -212,34 +204,38 @@ def _cells(cells: pd.DataFrame) -> str:
         Column("status", lambda row: str(row["status"]).lower(), choices=True),
         Column("run", text("run_id")),
     ]
-    same = cells["same_as"].notna().any()
-    if same:
+    if cells["same_as"].notna().any():
         columns.append(Column("same as", text("same_as")))
-    note = "<p>Cells at 0 % that are one computation show the scores of the run named in the last column.</p>"
-    return (note if same else "") + table(cells, columns)
+    return Table(columns, cells)
 
 
-def _missing(cells: pd.DataFrame, holes: pd.DataFrame) -> str:
+def _reasons(holes: pd.DataFrame) -> Table | None:
     if holes.empty:
-        return "<p>Nothing: every cell has a score.</p>" if len(cells) else "<p>There is no plan to compare with.</p>"
+        return None
     counts = holes["reason"].value_counts().rename_axis("reason").reset_index(name="cells")
-    summary = table(counts, [Column("reason", text("reason")), Column("cells", number("cells", ".0f"),
-                                                                      _value("cells"))], small=True)  # fmt: skip
+    columns = [Column("reason", text("reason")), Column("cells", number("cells", ".0f"), _value("cells"))]
+    return Table(columns, counts, small=True)
+
+
+def _holes(holes: pd.DataFrame) -> Table | None:
+    if holes.empty:
+        return None
+    named = holes.assign(series=holes["method"], status=None)
     columns = [
-        *_identity(holes.assign(series=holes["method"])),
+        *_identity(named),
         Column("reason", text("reason"), choices=True),
         Column("message", text("message"), wide=True),
         Column("run", text("run_id")),
     ]
-    return summary + table(holes.assign(series=holes["method"], status=None), columns)
+    return Table(columns, named)
 
 
-def _published(baseline: Mapping[str, pd.DataFrame]) -> str:
+def _published(baseline: Mapping[str, pd.DataFrame]) -> dict[str, Table | None]:
     joined, rest = baseline["joined"], baseline["not_comparable"]
     head = [Column("model", text("model"), choices=True), Column("task", text("task"), choices=True)]
     tail = [Column("source", text("source"), wide=True), Column("protocol", text("protocol"), wide=True)]
     level = [Column("mode", _mode, choices=True), Column("sparsity %", percent("sparsity"), _value("sparsity"))]
-    parts = []
+    tables: dict[str, Table | None] = {"joined": None, "rest": None}
     if len(joined):
         columns = [
             *head,
@@ -251,9 +247,7 @@ def _published(baseline: Mapping[str, pd.DataFrame]) -> str:
             Column("difference", number("difference", "+,.4g"), _value("difference")),
             *tail,
         ]
-        parts.append(f"<p>Measured under equal protocols:</p>{table(joined, columns)}")
-    else:
-        parts.append("<p>No published number was measured under the protocol of this study.</p>")
+        tables["joined"] = Table(columns, joined)
     if len(rest):
         columns = [
             *head,
@@ -265,5 +259,5 @@ def _published(baseline: Mapping[str, pd.DataFrame]) -> str:
             Column("why not comparable", text("reason"), wide=True),
             *tail,
         ]
-        parts.append(f"<h3>Not comparable</h3>{table(rest, columns)}")
-    return "".join(parts)
+        tables["rest"] = Table(columns, rest)
+    return tables
