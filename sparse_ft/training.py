@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 import warnings
@@ -45,7 +44,6 @@ class TrainingSettings:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     gradient_checkpointing: str = "none"  # none | reentrant | non_reentrant
-    save_steps: int = 0  # 0: no Trainer checkpoints
     rounding: str = "dithered"
     seed: int = 0
 
@@ -141,7 +139,6 @@ def train(
     output_dir: str | Path,
     pad_token_id: int = 0,
     progress: Progress = SILENT,
-    resume_from: str | Path | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> TrainingResult:
     """Trains the parameters of ``model`` that require gradients, in place, and leaves it in eval mode.
@@ -154,20 +151,17 @@ def train(
         model: a causal language model or a PEFT model around one, on its device.
         examples: tokenised examples, see `sparse_ft.tasks.examples`.
         settings: see `TrainingSettings`.
-        output_dir: where the Trainer may write its checkpoints (nothing is written when ``save_steps`` is 0).
+        output_dir: the Trainer's; nothing is written there.
         pad_token_id: any id; padding is masked.
-        resume_from: a Trainer checkpoint to go on from.
         callbacks: of the Trainer, besides the ones that measure here. What they take counts as training time.
 
     Raises:
-        UserError: settings that cannot train, no examples, or a checkpoint trained under other masks.
+        UserError: settings that cannot train, or no examples.
         NonFiniteLossError: the loss became NaN or infinite.
     """
     settings.check()
     if not examples:
         raise UserError("There are no training examples; is the task's train split empty?")
-    if resume_from is not None:
-        _check_masks(model, Path(resume_from))
     rows = [{"input_ids": example.input_ids, "answer_start": example.answer_start} for example in examples]
     check_ids((max(example.input_ids) for example in examples), model.get_input_embeddings().weight.shape[0])
     device = next(model.parameters()).device
@@ -195,7 +189,7 @@ def train(
     try:
         with current, warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # transformers warns of names that it uses itself
-            trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+            trainer.train()
     finally:
         progress.stop()
         model.config.use_cache = use_cache
@@ -264,9 +258,7 @@ def _arguments(settings: TrainingSettings, output_dir: str | Path, device: torch
         logging_strategy="steps",
         logging_steps=1,
         logging_nan_inf_filter=False,  # a NaN must be seen, not replaced by the mean
-        save_strategy="steps" if settings.save_steps else "no",
-        save_steps=settings.save_steps or 500,
-        save_total_limit=1,
+        save_strategy="no",
         report_to="none",
         disable_tqdm=True,
         dataloader_pin_memory=device.type == "cuda",
@@ -283,21 +275,6 @@ def _optimizer(settings: TrainingSettings, model: torch.nn.Module) -> tuple[type
     if not low or settings.rounding == "nearest":
         return None
     return DitheredAdamW, {"lr": settings.learning_rate, "seed": settings.seed}
-
-
-def _check_masks(model: torch.nn.Module, checkpoint: Path) -> None:
-    """The Trainer reads an adapter's tensors without its configuration, where the masks' checksum is."""
-    file = checkpoint / "adapter_config.json"
-    if not file.is_file():
-        return
-    trained = json.loads(file.read_text(encoding="utf-8")).get("mask_checksum")
-    for config in getattr(model, "peft_config", {}).values():
-        here = getattr(config, "mask_checksum", None)
-        if here != trained:
-            raise UserError(
-                f"{checkpoint} was trained under the masks {str(trained)[:12]}, the model has {str(here)[:12]}:"
-                " resume with the mask file that it began with."
-            )
 
 
 class _Watch(TrainerCallback):

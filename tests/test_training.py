@@ -1,5 +1,4 @@
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -7,9 +6,6 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from sparse_ft.errors import UserError
-from sparse_ft.lora import LoraSettings, apply_sparse_lora
-from sparse_ft.masks.mask_set import MaskSet
-from sparse_ft.models.loading import prunable_shapes
 from sparse_ft.progress import Progress
 from sparse_ft.tasks.examples import Example
 from sparse_ft.training import AnswerCollator, NonFiniteLossError, TrainingSettings, _arguments, train
@@ -170,24 +166,6 @@ def test_no_examples_is_an_error(model, tmp_path):
         train(model, [], TrainingSettings(), tmp_path)
 
 
-def test_a_checkpoint_of_other_masks_is_not_taken_up(folder, examples, tmp_path):
-    shapes = prunable_shapes(AutoModelForCausalLM.from_pretrained(folder))
-
-    def sparse(seed):
-        generator = torch.Generator().manual_seed(seed)
-        masks = MaskSet.from_bool({n: torch.rand(shape, generator=generator) > 0.5 for n, shape in shapes.items()})
-        return apply_sparse_lora(AutoModelForCausalLM.from_pretrained(folder), LoraSettings(r=2), masks=masks)
-
-    settings = TrainingSettings(max_steps=2, batch_size=2, save_steps=1)
-    train(sparse(0), examples, settings, tmp_path)
-    checkpoint = tmp_path / "checkpoint-2"
-    further = replace(settings, max_steps=3)
-    assert train(sparse(0), examples, further, tmp_path / "on", resume_from=checkpoint).steps == 1
-    with pytest.raises(UserError, match="was trained under the masks"):
-        train(sparse(1), examples, further, tmp_path / "other", resume_from=checkpoint)
-    assert not (tmp_path / "other").exists()
-
-
 def test_a_batch_is_the_batch_asked_for_however_many_gpus_there_are(tmp_path):
     arguments = _arguments(TrainingSettings(batch_size=3), tmp_path, torch.device("cuda:1"))
     arguments._n_gpu = 8  # what transformers counts on such a machine, to put a whole batch on each
@@ -213,32 +191,6 @@ def test_every_step_has_a_learning_rate(steps, warmup, model, examples, tmp_path
     assert rates == pytest.approx([0.01 * factor for factor in expected])
     assert min(rates) > 0
     assert any(not torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-
-
-def test_a_resumed_training_is_the_uninterrupted_one(folder, examples, tmp_path):
-    class Rates(TrainerCallback):
-        def __init__(self, stop_before=None):
-            self.rates, self.stop_before = [], stop_before
-
-        def on_step_begin(self, args, state, control, **kwargs):
-            if state.global_step == self.stop_before:
-                raise KeyboardInterrupt
-
-        def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
-            self.rates.append(optimizer.param_groups[0]["lr"])
-
-    settings = TrainingSettings(learning_rate=0.01, max_steps=6, batch_size=2, warmup_fraction=0.5, save_steps=2)
-    whole, begun, rest = Rates(), Rates(stop_before=2), Rates()
-    through, resumed = (AutoModelForCausalLM.from_pretrained(folder) for _ in range(2))
-    curve = train(through, examples, settings, tmp_path / "whole", callbacks=[whole]).loss_curve
-    with pytest.raises(KeyboardInterrupt):
-        model = AutoModelForCausalLM.from_pretrained(folder)
-        train(model, examples, settings, tmp_path / "begun", callbacks=[begun])
-    checkpoint = tmp_path / "begun" / "checkpoint-2"
-    found = train(resumed, examples, settings, tmp_path / "rest", resume_from=checkpoint, callbacks=[rest])
-    assert begun.rates + rest.rates == whole.rates and len(rest.rates) == 4
-    assert found.loss_curve[-4:] == curve[-4:]
-    assert all(torch.equal(tensor, resumed.state_dict()[name]) for name, tensor in through.state_dict().items())
 
 
 def test_ids_that_the_model_does_not_have_are_one_line(model, examples, tmp_path):

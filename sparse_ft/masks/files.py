@@ -8,7 +8,6 @@ import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from sparse_ft.files import atomic_path
 from sparse_ft.masks.mask_set import MaskSet, combine_digests, packed_shape
 from sparse_ft.masks.readers import HEADER_KEY, NotOursError, read_npz, read_pt, read_safetensors
 
-__all__ = ["FORMATS", "FORMAT_VERSION", "HEADER_ROOM", "MaskFileWriter", "load_masks", "read_header", "save_masks"]
+__all__ = ["FORMATS", "FORMAT_VERSION", "HEADER_ROOM", "MaskFileWriter", "load_masks", "save_masks"]
 
 FORMATS = ("safetensors", "npz", "pt")
 FORMAT_VERSION = 1
@@ -57,20 +56,6 @@ def load_masks(path: str | Path) -> MaskSet:
             f" {header['checksum'][:12]}. Make it again with compute_masks."
         )
     return masks
-
-
-def read_header(path: str | Path) -> dict[str, Any]:
-    """``{"checksum", "shapes", "metadata", "version"}`` of a mask file, without its bits (safetensors) where
-    the format allows it.
-
-    Raises:
-        UserError: as `load_masks`, except for damage in the bits.
-    """
-    path = Path(path)
-    with _one_line(path):
-        header, _ = _by_suffix(path, _HEADER_READERS)(path)
-        _check_version(path, header)
-    return header
 
 
 def make_header(checksum: str, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, Any]) -> str:
@@ -220,9 +205,6 @@ def _save_pt(masks: MaskSet, path: Path) -> None:
 
 
 _READERS = {".safetensors": read_safetensors, ".npz": read_npz, ".pt": read_pt}
-_HEADER_READERS = {
-    ".safetensors": partial(read_safetensors, bits=False), ".npz": partial(read_npz, bits=False), ".pt": read_pt,
-}  # fmt: skip
 
 
 def _by_suffix(path: str | Path, choices: Mapping[str, Callable]) -> Callable:

@@ -30,9 +30,9 @@ def unpack_bits(packed: torch.Tensor, columns: int) -> torch.Tensor:
     return torch.from_numpy(bits.view(np.bool_))
 
 
-def count_kept(packed: torch.Tensor) -> int:
+def count_kept(packed: torch.Tensor | np.ndarray) -> int:
     """Number of set bits in ``uint8`` packed bits, without unpacking them."""
-    flat = np.ascontiguousarray(packed.numpy()).reshape(-1)
+    flat = np.ascontiguousarray(packed).reshape(-1)
     whole = flat.size // 8 * 8
     count = int(np.bitwise_count(flat[:whole].view(np.uint64)).sum()) if _HAS_BITCOUNT else _table_count(flat[:whole])
     return count + _table_count(flat[whole:])

@@ -60,7 +60,7 @@ def parse_header(text: str | bytes) -> dict[str, Any]:
     return header
 
 
-def read_safetensors(path: Path, bits: bool = True) -> Content:
+def read_safetensors(path: Path) -> Content:
     """Header and packed bits of a ``.safetensors`` file (which checks its own sizes)."""
     with safe_open(path, framework="pt") as file:
         text = (file.metadata() or {}).get(HEADER_KEY)
@@ -69,10 +69,10 @@ def read_safetensors(path: Path, bits: bool = True) -> Content:
         raise NotOursError("it has no header")
     header = parse_header(text)
     _check_names(header, names)
-    return header, load_file(path) if bits else {}
+    return header, load_file(path)
 
 
-def read_npz(path: Path, bits: bool = True) -> Content:
+def read_npz(path: Path) -> Content:
     """Header and packed bits of a ``.npz`` file; one whose arrays are compressed is refused."""
     with zipfile.ZipFile(path) as file:
         members = _stored(file, path)
@@ -80,8 +80,6 @@ def read_npz(path: Path, bits: bool = True) -> Content:
             raise NotOursError("it has no header")
         header = parse_header(_npy(file, HEADER_KEY, None).tobytes())
         _check_names(header, {name.removesuffix(".npy") for name in members} - {HEADER_KEY})
-        if not bits:
-            return header, {}
         arrays = {name: _npy(file, name, packed_shape(shape)) for name, shape in header["shapes"].items()}
     return header, {name: torch.from_numpy(array) for name, array in arrays.items()}
 

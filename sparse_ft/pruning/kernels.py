@@ -14,7 +14,6 @@ __all__ = [
     "add_digit_histogram",
     "add_histogram",
     "count_equal",
-    "count_set_bits",
     "group_ranks",
     "pack_at_least",
     "random_keys",
@@ -76,19 +75,6 @@ def strip_signs(keys, mask):
         keys[i] = key
         largest = max(largest, key)
     return largest
-
-
-@njit(cache=True, nogil=True)
-def count_set_bits(words):
-    """Number of set bits in uint64 ``words`` (1-D)."""
-    total = 0
-    for i in range(words.size):
-        x = words[i]
-        x -= (x >> np.uint64(1)) & np.uint64(0x5555555555555555)
-        x = (x & np.uint64(0x3333333333333333)) + ((x >> np.uint64(2)) & np.uint64(0x3333333333333333))
-        x = (x + (x >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
-        total += np.int64((x * np.uint64(0x0101010101010101)) >> np.uint64(56))
-    return total
 
 
 @njit(cache=True, nogil=True)

@@ -16,9 +16,8 @@ from sparse_ft.files import write_json
 from sparse_ft.levels import level_label
 from sparse_ft.masks.figures import save_heatmap, save_histogram
 from sparse_ft.masks.files import FORMATS, MaskFileWriter, load_masks, save_masks
-from sparse_ft.masks.mask_set import MaskSet
+from sparse_ft.masks.mask_set import MaskSet, count_kept
 from sparse_ft.masks.statistics import statistics_of_counts
-from sparse_ft.pruning.kernels import count_set_bits
 
 __all__ = ["LevelFiles", "MaskFile", "level_stem"]
 
@@ -106,7 +105,7 @@ class LevelFiles:
         if len(self._writers) < len(self.levels):
             self._open()
         self._writers[level].append(name, packed)
-        self._kept[level][name] += _set_bits(packed)
+        self._kept[level][name] += count_kept(packed)
 
     def finish(
         self,
@@ -168,9 +167,3 @@ class LevelFiles:
         """Other formats cannot be written row by row: they are converted from a safetensors file."""
         hidden = "" if self._format == "safetensors" else ".converting-"
         return self.folder / f"{hidden}masks_{stem}.safetensors"
-
-
-def _set_bits(packed: np.ndarray) -> int:
-    flat = packed.reshape(-1)
-    whole = flat.size // 8 * 8
-    return int(count_set_bits(flat[:whole].view(np.uint64))) + int(np.bitwise_count(flat[whole:]).sum())

@@ -12,9 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from peft import PeftModel
 
+from sparse_ft.analysis.performance import pareto_front as front_of
 from sparse_ft.errors import UserError
 from sparse_ft.files import atomic_folder
 from sparse_ft.levels import level_label
@@ -96,16 +98,10 @@ def _not_of(run: Run, folder: Path) -> str | None:
 
 def pareto_front(runs: Sequence[Run]) -> list[Run]:
     """The cells that no other beats in both accuracy and sparsity of the merged model, sparsest first."""
-
-    def rank(run: Run) -> tuple[float, float]:
-        return -run["metrics"]["sparsity/after_merge"], -run["metrics"]["eval/accuracy"]
-
-    scored = [run for run in runs if {"sparsity/after_merge", "eval/accuracy"} <= set(run["metrics"])]
-    front: list[Run] = []
-    for run in sorted(scored, key=rank):
-        if not front or run["metrics"]["eval/accuracy"] > front[-1]["metrics"]["eval/accuracy"]:
-            front.append(run)
-    return front
+    names = ("eval/accuracy", "sparsity/after_merge")
+    scored = [run for run in runs if set(names) <= set(run["metrics"])]
+    points = np.array([[run["metrics"][name] for name in names] for run in scored]).reshape(-1, 2)
+    return [scored[number] for number in front_of(points[:, 0], points[:, 1])]
 
 
 def keep_models(

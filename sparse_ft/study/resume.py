@@ -68,10 +68,6 @@ class Ledger:
         done = [run for run in self.cells if run["status"] == "FINISHED" and run["tags"].get("cell_key") == key]
         return any(params.items() <= run["params"].items() for run in done)
 
-    def settled(self, key: str) -> bool:
-        """Whether another try could not end differently: FINISHED, or failed in a class that is not tried again."""
-        return key in self.finished or self.hopeless(key) is not None
-
     def hopeless(self, key: str) -> Run | None:
         """The failed run after which the cell is not tried again; None where it is."""
         runs = self.failed.get(key)

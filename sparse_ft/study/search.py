@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 import optuna
 from matplotlib.figure import Figure
 from optuna.trial import FrozenTrial, TrialState
@@ -15,6 +16,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from sparse_ft.analysis.performance import pareto_front
 from sparse_ft.errors import UserError
 from sparse_ft.files import atomic_path, write_json
 from sparse_ft.levels import level_label
@@ -191,7 +193,7 @@ def _by_kind(plan: Plan, phases: Phases) -> dict[tuple[Any, float], MaskFile | F
 def _forget_lost(study: optuna.Study) -> None:
     """Ends the trials that were being run by workers which are gone; called while no worker of ours lives."""
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+        study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
 
 
 def _log_best(
@@ -217,21 +219,11 @@ def _log_best(
 
 def _front(trials: list[FrozenTrial], directions: list[str]) -> list[FrozenTrial]:
     """The trials that no other beats in every objective; with one objective the best one."""
-
-    def better(direction: str, value: float) -> float:
-        return value if direction == "maximize" else -value
-
-    points = [tuple(map(better, directions, trial.values)) for trial in trials]
-    front = []
-    for number, point in enumerate(points):
-        beaten = any(
-            all(a >= b for a, b in zip(other, point, strict=True)) and (other != point or place < number)
-            for place, other in enumerate(points)
-            if place != number
-        )
-        if not beaten:
-            front.append(trials[number])
-    return sorted(front, key=lambda trial: trial.values[-1])
+    if not trials:
+        return []
+    signs = [1 if direction == "maximize" else -1 for direction in directions]
+    points = np.array([trial.values for trial in trials]) * signs
+    return [trials[number] for number in reversed(pareto_front(points[:, 0], points[:, -1]))]
 
 
 def _record(trial: FrozenTrial, names: list[str], best: bool) -> dict[str, Any]:

@@ -89,9 +89,3 @@ def test_signs_are_stripped_in_place(random, dtype):
     assert kernels.strip_signs(keys, mask) == expected.max()
     assert np.array_equal(keys, expected)
     assert kernels.strip_signs(keys[:0], mask) == 0
-
-
-def test_set_bits_are_counted(random):
-    words = random.integers(0, 1 << 64, 999, dtype=np.uint64)
-    words[:2] = 0, (1 << 64) - 1
-    assert kernels.count_set_bits(words) == np.bitwise_count(words).sum()
