@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from sparse_ft.errors import UserError
 
-__all__ = ["level_label", "levels_text", "mode_label", "parse_levels"]
+__all__ = ["level_label", "levels_text", "parse_levels"]
 
 
 def parse_levels(text: str) -> tuple[float, ...]:
@@ -42,8 +42,3 @@ def levels_text(levels: Iterable[float]) -> str:
 def level_label(sparsity: float) -> str:
     """The level in percent, for names of files and runs: 0.5 -> ``50``, 0.125 -> ``12.5``."""
     return f"{round(100 * sparsity, 8):.8f}".rstrip("0").rstrip(".")
-
-
-def mode_label(mode: str) -> str:
-    """The mode in short, for names of runs: ``sparse_to_dense`` -> ``s2d``, ``sparse_to_sparse`` -> ``s2s``."""
-    return {"sparse_to_dense": "s2d", "sparse_to_sparse": "s2s"}.get(mode, mode)

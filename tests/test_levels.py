@@ -1,7 +1,7 @@
 import pytest
 
 from sparse_ft.errors import UserError
-from sparse_ft.levels import level_label, levels_text, mode_label, parse_levels
+from sparse_ft.levels import level_label, levels_text, parse_levels
 
 
 @pytest.mark.parametrize(
@@ -49,8 +49,3 @@ def test_what_is_neither_is_refused(text):
 )
 def test_labels_are_percent(level, label):
     assert level_label(level) == label
-
-
-def test_modes_in_short_tell_where_a_model_ends():
-    names = [mode_label(mode) for mode in ("dense", "sparse_to_dense", "sparse_to_sparse", "full")]
-    assert names == ["dense", "s2d", "s2s", "full"]

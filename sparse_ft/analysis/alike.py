@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from sparse_ft.analysis.table import EVALUATION_PROTOCOL, GROUP
+from sparse_ft.settings.modes import FULL
 
 __all__ = ["Ways", "ways_of_points", "why_not_comparable"]
 
@@ -55,7 +56,7 @@ def why_not_comparable(row: Mapping[str, Any], base: Mapping[str, Any] | pd.Seri
     if not base["accuracy"] > 0:
         return f"the accuracy of the dense baseline is {base['accuracy']:.3f}"
     here, there = ways.get(_point(row), {}), ways.get(_point(base), {})
-    full = "full" in (row["mode"], base["mode"])  # there is no adapter to compare
+    full = FULL.name in (row["mode"], base["mode"])  # there is no adapter to compare
     for prefix, what in (
         ("protocol_", "the dense baseline was scored under another protocol"),
         ("cfg_", "the dense baseline was fine-tuned in another way"),

@@ -13,6 +13,7 @@ import pandas as pd
 
 from sparse_ft.analysis.table import GROUP
 from sparse_ft.errors import UserError
+from sparse_ft.settings.modes import MODES
 
 __all__ = ["BASELINE_COLUMNS", "BUILT_IN", "compare_baseline", "load_baseline", "model_key"]
 
@@ -21,7 +22,7 @@ BASELINE_COLUMNS = (
     "accuracy", "perplexity", "throughput", "source", "protocol",
 )  # fmt: skip
 BUILT_IN = ("shears", "wanda", "owl")
-MODES = ("dense", "untuned", "sparse_to_dense", "sparse_to_sparse", "full")
+_MODES = (*MODES, "untuned")
 _OPTIONAL = ("importance", "perplexity", "accuracy", "throughput")
 _NUMBERS = ("sparsity", "accuracy", "perplexity", "throughput")
 _MEASURES = ("accuracy", "perplexity", "throughput")
@@ -123,8 +124,8 @@ def _problem(row: pd.Series) -> str:
     for name in ("model", "task", "method", "mode", "source", "protocol"):
         if not row[name].strip():
             return f"{name} is empty"
-    if row["mode"] not in MODES:
-        return f"mode is {row['mode']}; it must be one of {', '.join(MODES)}"
+    if row["mode"] not in _MODES:
+        return f"mode is {row['mode']}; it must be one of {', '.join(_MODES)}"
     for name in _NUMBERS:
         value = row[name].strip()
         try:

@@ -15,7 +15,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from sparse_ft.analysis.panels import Sheet
 from sparse_ft.analysis.performance import chance_level, dense_baseline, majority_level
-from sparse_ft.analysis.style import DENSE, MODE_LABELS, RULE, Look, line_handle, looks
+from sparse_ft.analysis.style import DENSE, RULE, Look, line_handle, looks
+from sparse_ft.settings import modes
 
 __all__ = ["CHARTS", "Chart", "curve_figure", "legend_entries"]
 
@@ -79,7 +80,7 @@ def curve_figure(chart: Chart, cells: pd.DataFrame, table: pd.DataFrame, title: 
     ``cells`` gives the chance level, ``table`` is the performance table: lines are its means.
     """
     column = pd.to_numeric(table[chart.column], errors="coerce")
-    usable = np.isfinite(column) & (table["mode"] != "dense")
+    usable = np.isfinite(column) & (table["mode"] != modes.DENSE.name)
     usable &= (column > 0) if chart.log else True
     if not usable.any():
         return None
@@ -151,7 +152,7 @@ def _draw_rules(
         axes.axhline(height, **style, zorder=1)
         if np.isfinite(error):
             axes.axhspan(height - error, height + error, color=DENSE, alpha=0.07, linewidth=0, zorder=0)
-        name = "dense, fine-tuned" if chart.column in ("accuracy", "loss", "perplexity") else "dense"
+        name = "dense, fine-tuned" if chart.column in ("accuracy", "loss", "perplexity") else modes.DENSE.label
         rules[name] = line_handle(name, **style)
     levels = {"chance": chance_level(cells, task), "always the commonest answer": majority_level(cells, task)}
     for label, height in levels.items():
@@ -172,7 +173,7 @@ def legend_entries(
     for key in order:
         if key in used:
             series, variant, mode = key
-            parts = [series, f"({variant})" if variant and used[key].lines else "", MODE_LABELS.get(mode, mode)]
+            parts = [series, f"({variant})" if variant and used[key].lines else "", modes.mode_label(mode)]
             label = " · ".join(part for part in parts if part)
             style = used[key].style | ({"linestyle": "none"} if points else {})
             handles.setdefault(label, line_handle(label, **style))

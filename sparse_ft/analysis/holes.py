@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from sparse_ft.analysis.table import IDENTITY, NO_METHOD
+from sparse_ft.settings.modes import DENSE
 from sparse_ft.tracking.parameters import text_of
 
 __all__ = ["holes", "protocols"]
@@ -93,7 +94,7 @@ def _key(cell: Mapping[str, Any]) -> tuple[Any, ...]:
             return None if value is None or pd.isna(value) else int(value)
         return value or NO_METHOD
 
-    dense = cell.get("mode") == "dense"
+    dense = cell.get("mode") == DENSE.name
     pruned = ("method", "importance", "scope")
     return tuple(
         0.0 if dense and n == "sparsity" else NO_METHOD if dense and n in pruned else plain(n) for n in IDENTITY
@@ -104,7 +105,7 @@ def _is_present(cell: Mapping[str, Any], present: set[tuple[Any, ...]]) -> bool:
     key = _key(cell)
     if key in present:
         return True
-    given = [i for i, name in enumerate(IDENTITY) if cell.get(name) is not None or cell.get("mode") == "dense"]
+    given = [i for i, name in enumerate(IDENTITY) if cell.get(name) is not None or cell.get("mode") == DENSE.name]
     if len(given) == len(IDENTITY):
         return False
     return any(all(other[i] == key[i] for i in given if IDENTITY[i] != "seed" or cell.get("seed") is not None)

@@ -15,8 +15,9 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from sparse_ft.analysis.panels import Sheet, short_names
-from sparse_ft.analysis.style import LEVEL_COLOURS, MODE_LABELS, line_handle
+from sparse_ft.analysis.style import LEVEL_COLOURS, line_handle
 from sparse_ft.analysis.table import NO_METHOD, Row, series_label
+from sparse_ft.settings.modes import DENSE, mode_label
 
 __all__ = ["heatmap_figure", "layer_figure"]
 
@@ -29,7 +30,7 @@ def heatmap_figure(table: pd.DataFrame, title: str = "") -> Figure | None:
 
     The maps of a task share their colours; a cell without a score is crossed out.
     """
-    known = table[(table["mode"] != "dense") & table["accuracy"].notna() & (table["variant"] == "")]
+    known = table[(table["mode"] != DENSE.name) & table["accuracy"].notna() & (table["variant"] == "")]
     if known.empty:
         return None
     # Methods and levels as the study has them, so that maps line up and holes are seen.
@@ -39,9 +40,7 @@ def heatmap_figure(table: pd.DataFrame, title: str = "") -> Figure | None:
     rows = known[["model", "task"]].drop_duplicates().values.tolist()
     names = short_names(known["model"].drop_duplicates().tolist())
     titles = {
-        (model, task, mode): f"{task} · {names[model]} · {MODE_LABELS.get(mode, mode)}"
-        for model, task in rows
-        for mode in modes
+        (model, task, mode): f"{task} · {names[model]} · {mode_label(mode)}" for model, task in rows for mode in modes
     }
     map_width = max(len(levels) * _CELL_WIDTH, 0.078 * max(map(len, titles.values())))
     map_height = max(len(series) * _CELL_HEIGHT, 0.45)

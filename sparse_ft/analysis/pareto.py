@@ -12,6 +12,7 @@ from sparse_ft.analysis.figures import legend_entries
 from sparse_ft.analysis.panels import Sheet
 from sparse_ft.analysis.performance import pareto_front
 from sparse_ft.analysis.style import DENSE, RULE, Look, line_handle, looks
+from sparse_ft.settings import modes
 
 __all__ = ["pareto_figure"]
 
@@ -36,7 +37,7 @@ def pareto_figure(table: pd.DataFrame, title: str = "", column: str = "eval_samp
         if here.empty:
             return False
         for key, points in here.groupby(["series", "variant", "mode"], sort=False):
-            if points["mode"].iloc[0] == "dense":
+            if points["mode"].iloc[0] == modes.DENSE.name:
                 style = {"color": DENSE, "marker": "*", "markersize": 10, "linestyle": "none"}
                 extra["dense, fine-tuned"] = line_handle("dense, fine-tuned", **style)
             else:

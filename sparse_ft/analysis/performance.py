@@ -12,7 +12,7 @@ import pandas as pd
 from sparse_ft.analysis.alike import ways_of_points, why_not_comparable
 from sparse_ft.analysis.style import COLOURS
 from sparse_ft.analysis.table import GROUP, grouped_table
-from sparse_ft.levels import mode_label
+from sparse_ft.settings.modes import DENSE, MODES
 
 __all__ = ["CHANCE", "chance_level", "curves", "dense_baseline", "majority_level", "pareto_front", "performance_table"]
 
@@ -77,7 +77,7 @@ def dense_baseline(grouped: pd.DataFrame, model: str, task: str, variant: str = 
     computation (all masks are ones). Of several variants the one asked for, else the only one there is.
     """
     same = grouped[(grouped["model"] == model) & (grouped["task"] == task) & grouped["accuracy"].notna()]
-    for found in (same[same["mode"] == "dense"], same[same["sparsity"] == 0]):
+    for found in (same[same["mode"] == DENSE.name], same[same["sparsity"] == 0]):
         exact = found[found["variant"] == variant]
         if len(exact):
             return exact.iloc[0]
@@ -154,7 +154,7 @@ def curves(cells: pd.DataFrame, table: pd.DataFrame | None = None) -> list[dict[
             ]
             if measured:
                 points[metric] = measured
-        line = f"{mode_label(curve['mode'])} {curve['series']}"
+        line = f"{MODES[curve['mode']].short} {curve['series']}"
         parts = [line, *(curve[name] for name in ("task", "model", "variant") if curve[name])]
         if points:
             place = lines.index((curve["series"], curve["variant"], curve["mode"]))

@@ -17,7 +17,7 @@ from markupsafe import Markup
 from sparse_ft.analysis.columns import Column, Table, number, percent, plus_minus, text
 from sparse_ft.analysis.panels import short_names
 from sparse_ft.analysis.sentences import Sentence
-from sparse_ft.analysis.terminal import MODE_NAMES
+from sparse_ft.settings.modes import mode_label
 
 __all__ = ["ReportFigure", "ReportParts", "report_html"]
 
@@ -155,7 +155,7 @@ def _identity(frame: pd.DataFrame) -> list[Column]:
 
 
 def _mode(row: dict[str, Any]) -> str:
-    return MODE_NAMES.get(row["mode"], str(row["mode"]))
+    return mode_label(row["mode"])
 
 
 def _value(name: str) -> Any:

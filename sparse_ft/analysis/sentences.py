@@ -10,16 +10,12 @@ import pandas as pd
 
 from sparse_ft.analysis.panels import short_names
 from sparse_ft.analysis.performance import chance_level, dense_baseline, majority_level
+from sparse_ft.settings.modes import DENSE, FULL, SPARSE_TO_DENSE, SPARSE_TO_SPARSE
 
 __all__ = ["Sentence", "answers", "kept_level"]
 
 TASK_NAMES = {"boolq": "BoolQ", "hellaswag": "HellaSwag", "gsm8k": "GSM8K", "arc_easy": "ARC-Easy",
               "arc_challenge": "ARC-Challenge", "piqa": "PIQA", "winogrande": "WinoGrande"}  # fmt: skip
-MANNERS = {
-    "sparse_to_sparse": "trained sparse to sparse",
-    "sparse_to_dense": "with a dense adapter (the merged model is then dense)",
-    "full": "with all weights trained under the mask",
-}
 
 
 @dataclass(frozen=True)
@@ -77,7 +73,7 @@ def _answer(cells: pd.DataFrame, table: pd.DataFrame, model: str, task: str, nam
             f"{subject}: accuracy cannot tell the levels apart, because dense fine-tuning itself "
             f"({_score(base)}) is not clearly above {guess[1]} ({guess[0]:.3f}); read loss and perplexity instead."
         )
-    elif not (compared := scored[scored["mode"] != "dense"])["recovery"].notna().any() and len(compared):
+    elif not (compared := scored[scored["mode"] != DENSE.name])["recovery"].notna().any() and len(compared):
         reasons = compared["recovery_reason"].drop_duplicates().tolist()
         parts.append(f"{subject}: what sparsity costs is not known, because {' and '.join(reasons)}.")
     else:
@@ -103,19 +99,19 @@ def _warnings(own: pd.DataFrame) -> list[str]:
 
 def _kept_sentence(subject: str, own: pd.DataFrame, here: pd.DataFrame, base: pd.Series, share: float) -> str:
     clauses = []
-    pruned = here[here["mode"] != "dense"]
-    for mode in [mode for mode in MANNERS if (pruned["mode"] == mode).any()]:
-        lines = pruned[pruned["mode"] == mode]
+    pruned = here[here["mode"] != DENSE.name]
+    for mode in (SPARSE_TO_SPARSE, SPARSE_TO_DENSE, FULL):
+        lines = pruned[pruned["mode"] == mode.name]
         levels = [
             level
             for series in lines["series"].drop_duplicates()
-            if (level := _level(series, lines[lines["series"] == series], own[own["mode"] == mode], share))
+            if (level := _level(series, lines[lines["series"] == series], own[own["mode"] == mode.name], share))
         ]
         held, lost = ([text for holds, text in levels if holds is kind] for kind in (True, False))
         parts = [f"up to {_listed(held)}"] if held else []
         parts += [f"{'but ' if held else ''}at no level of {_listed(lost)}"] if lost else []
         if parts:
-            clauses.append(f"{', '.join(parts)}, {MANNERS[mode]}")
+            clauses.append(f"{', '.join(parts)}, {mode.sentence}")
     if not clauses:
         return f"{subject} reaches {_score(base)} when fine-tuned dense; no pruned cell has a score to compare."
     error = pruned["recovery_error"].max()
@@ -148,7 +144,7 @@ def _level(series: str, line: pd.DataFrame, own: pd.DataFrame, share: float) -> 
 
 def _perplexity_sentence(here: pd.DataFrame, base: pd.Series | None) -> str:
     """The line that was pruned hardest, before and after tuning, beside dense."""
-    known = here[(here["mode"] == "sparse_to_sparse") & (here["sparsity"] > 0) & here["perplexity"].notna()]
+    known = here[(here["mode"] == SPARSE_TO_SPARSE.name) & (here["sparsity"] > 0) & here["perplexity"].notna()]
     if known.empty:
         return ""
     first = known[known["series"] == known["series"].iloc[0]].sort_values("sparsity")

@@ -14,12 +14,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from sparse_ft.files import atomic_path
+from sparse_ft.settings import modes
 
 __all__ = [
     "COLOURS",
     "DENSE",
     "LEVEL_COLOURS",
-    "MODE_LABELS",
     "RULE",
     "Look",
     "drawing",
@@ -32,14 +32,6 @@ __all__ = [
 # (L* 33, 53, 69, 61, 46, 75, 25): printed in grey they stay apart, and the markers tell the rest.
 COLOURS = ("#0b4f8a", "#d55e00", "#4fb3a0", "#cc79a7", "#7a5c00", "#8ec3ee", "#5b2a6e")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-# Solid and filled where the merged model is sparse, dashed and hollow where it is not.
-_DASHES = {"sparse_to_sparse": "-", "sparse_to_dense": (0, (4, 1.8)), "full": (0, (1, 1.4)), "dense": "-"}
-MODE_LABELS = {
-    "sparse_to_sparse": "sparse to sparse",
-    "sparse_to_dense": "sparse to dense",
-    "full": "all weights, under the mask",
-    "dense": "dense",
-}
 DENSE, RULE = "#222222", "#777777"
 LEVEL_COLOURS = "cividis"  # lightness grows evenly, for the colour-blind and in grey alike
 _SETTINGS = {
@@ -93,7 +85,7 @@ def looks(table: pd.DataFrame) -> Mapping[tuple[str, str, str], Look]:
     With few variants each has its own colour; a search over many shows them as points in the colour of
     their series.
     """
-    pruned = table[table["mode"] != "dense"]
+    pruned = table[table["mode"] != modes.DENSE.name]
     names = pruned[["series", "variant"]].drop_duplicates()
     many = names["variant"].nunique() > 4
     order = names["series"].drop_duplicates().tolist() if many else list(names.itertuples(index=False, name=None))
@@ -101,8 +93,10 @@ def looks(table: pd.DataFrame) -> Mapping[tuple[str, str, str], Look]:
     for series, variant, mode in pruned[["series", "variant", "mode"]].drop_duplicates().itertuples(index=False):
         place = order.index(series if many else (series, variant))
         colour, marker = COLOURS[place % len(COLOURS)], _MARKERS[(place + place // len(COLOURS)) % len(_MARKERS)]
-        dashes = _DASHES.get(mode, (0, (3, 1, 1, 1)))
-        result[series, variant, mode] = Look(colour, marker, dashes, mode != "sparse_to_dense", not many)
+        row = modes.MODES.get(mode)
+        # Filled where the merged model is sparse, hollow where it is not.
+        dashes, filled = (row.dashes, not row.loses_zeros) if row else ((0, (3, 1, 1, 1)), True)
+        result[series, variant, mode] = Look(colour, marker, dashes, filled, not many)
     return result
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from sparse_ft.errors import UserError
+from sparse_ft.settings.modes import DENSE
 
 __all__ = [
     "EVALUATION_PROTOCOL",
@@ -123,7 +124,7 @@ def grouped_table(cells: pd.DataFrame) -> pd.DataFrame:
 def series_label(method: str, importance: str | None) -> str:
     """Name of a line: the method, and its importance where it has one (random pruning does not)."""
     if method in (NO_METHOD, "random") or not importance or importance == NO_METHOD:
-        return "dense" if method == NO_METHOD else method
+        return DENSE.label if method == NO_METHOD else method
     return f"{method} {importance}"
 
 
@@ -194,7 +195,7 @@ def _record(row: Row) -> dict[str, Any]:
     record: dict[str, Any] = {name: _value(params.get(f"cfg/{name}")) for name in IDENTITY}
     record["sparsity"] = _number(params.get("cfg/sparsity"))
     record["seed"] = _whole(params.get("cfg/seed"))
-    if record["mode"] == "dense":  # nothing is pruned, whatever the study's defaults were
+    if record["mode"] == DENSE.name:  # nothing is pruned, whatever the study's defaults were
         record |= {"method": NO_METHOD, "importance": NO_METHOD, "scope": NO_METHOD, "sparsity": 0.0}
     for name in ("method", "importance", "scope"):
         record[name] = record[name] or NO_METHOD
@@ -336,7 +337,7 @@ def _sorted(table: pd.DataFrame) -> pd.DataFrame:
     """By model and task, the dense baseline first, then method, mode, level, seed."""
     if table.empty:
         return table.reset_index(drop=True)
-    ranks = {"_pruned": table["mode"] != "dense", "_method": table["method"].map(_method_rank)}
+    ranks = {"_pruned": table["mode"] != DENSE.name, "_method": table["method"].map(_method_rank)}
     keys = ["model", "task", "_pruned", "_method", "series", "mode", "sparsity", "variant"]
     keys += ["seed"] if "seed" in table else []
     ranked = pd.DataFrame({name: ranks.get(name, table.get(name)) for name in keys})

@@ -14,10 +14,9 @@ from rich.text import Text
 
 from sparse_ft.analysis.numbers import shown, shown_with_error
 from sparse_ft.analysis.table import Row, cell_table
+from sparse_ft.settings.modes import DENSE, mode_label
 
-__all__ = ["MODE_NAMES", "print_table", "table_text", "terminal_table"]
-
-MODE_NAMES = {"sparse_to_dense": "sparse to dense", "sparse_to_sparse": "sparse to sparse"}
+__all__ = ["print_table", "table_text", "terminal_table"]
 
 
 def terminal_table(rows: Iterable[Row]) -> Table:
@@ -86,11 +85,7 @@ def table_text(table: Table) -> str:
 
 
 def _name(cell: dict[str, Any]) -> Text:
-    name = (
-        Text("dense")
-        if cell["mode"] == "dense"
-        else Text(f"{cell['series']}\n{MODE_NAMES.get(cell['mode'], cell['mode'])}")
-    )
+    name = Text(DENSE.label) if cell["mode"] == DENSE.name else Text(f"{cell['series']}\n{mode_label(cell['mode'])}")
     if cell["status"] != "FINISHED":
         said = cell["failure_class"] or str(cell["status"]).lower()
         name.append(f"\n{said}", style="bold red")

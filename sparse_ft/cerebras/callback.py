@@ -21,6 +21,9 @@ from sparse_ft.cerebras.masked_lora import merged_weight
 from sparse_ft.cerebras.sparsity import attach_masks
 from sparse_ft.errors import UserError
 from sparse_ft.masks.files import load_masks
+from sparse_ft.settings.modes import MODES, SPARSE_TO_SPARSE
+
+MaskedMode = Literal[tuple(name for name, mode in MODES.items() if mode.masked_base)]
 
 __all__ = ["MaskedLoRALinear", "SparseMask", "SparseMaskCallback"]
 
@@ -64,7 +67,7 @@ class SparseMaskCallback(Callback):
         self,
         masks: str,
         hf_config: str,
-        mode: Literal["sparse_to_dense", "sparse_to_sparse", "full"] = "sparse_to_sparse",
+        mode: MaskedMode = SPARSE_TO_SPARSE.name,
     ):
         """
         Args:
@@ -75,6 +78,7 @@ class SparseMaskCallback(Callback):
         self.masks = masks
         self.hf_config = hf_config
         self.mode = mode
+        self._masks_updates = MODES[mode].lora and MODES[mode].masked_update
         self._sparsity = None
 
     def setup(self, trainer) -> None:
@@ -92,18 +96,18 @@ class SparseMaskCallback(Callback):
         adapted = [module for module in trainer.model.modules() if isinstance(module, (LoRA_Linear, LoRA_Embedding))]
         self._check(adapted)
         self._sparsity = attach_masks(trainer.model, masks, trainer.optimizer)
-        if self.mode == "sparse_to_sparse":
+        if self._masks_updates:
             for module in adapted:
                 if not hasattr(module, "weight_mask"):
                     raise UserError("A LoRA sits on a weight without a mask; its merge would not be sparse.")
                 module.__class__ = MaskedLoRALinear
-        kept = "mask in every forward" if self.mode == "sparse_to_sparse" and adapted else "mask on the weights"
+        kept = "mask in every forward" if self._masks_updates and adapted else "mask on the weights"
         trainer.logger.info(
             f"SparseMask: {len(masks)} tensors, sparsity {mask_set.sparsity:.6f}, {kept}, masks {mask_set.checksum}"
         )
 
     def _check(self, adapted: list[torch.nn.Module]) -> None:
-        if (self.mode == "full") == bool(adapted):
+        if MODES[self.mode].lora != bool(adapted):
             raise UserError(
                 f"SparseMask mode {self.mode} with {len(adapted)} LoRA modules: full trains without a LoRA."
             )
@@ -114,7 +118,7 @@ class SparseMaskCallback(Callback):
                 raise UserError("lora_params.merge_weights must be false: ModelZoo's own merge is not masked.")
             if module.fan_in_fan_out:
                 raise UserError("lora_params.fan_in_fan_out must be false under a mask.")
-            if self.mode == "sparse_to_sparse" and isinstance(module.lora_dropout, torch.nn.Dropout):
+            if self._masks_updates and isinstance(module.lora_dropout, torch.nn.Dropout):
                 raise UserError(
                     "lora_params.dropout must be 0 in mode sparse_to_sparse: the update is part of the weight."
                 )

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from sparse_ft.cerebras.masked_lora import MERGE_MODES, merged_weight
+from sparse_ft.cerebras.masked_lora import merged_weight
 from sparse_ft.errors import UserError
 from sparse_ft.masks.checks import check_masks
 from sparse_ft.masks.mask_set import MaskSet
@@ -24,6 +24,7 @@ from sparse_ft.models.checkpoint import Checkpoint
 from sparse_ft.models.mdl import MdlFile, write_mdl
 from sparse_ft.models.names import prunable_names, slots
 from sparse_ft.progress import SILENT, Progress
+from sparse_ft.settings.modes import MODES
 
 __all__ = ["LoraPlan", "ModelZooMasks", "merge_checkpoint", "write_start_checkpoint"]
 
@@ -213,14 +214,15 @@ def merge_checkpoint(
         UserError: an unknown mode, masks or scaling missing, masks that are not those the checkpoint was trained
             with, or factors where ``full`` expects none.
     """
-    if mode not in MERGE_MODES:
-        raise UserError(f"mode is '{mode}', it must be one of {', '.join(MERGE_MODES)}.")
-    if (masks is None) != (mode == "dense"):
-        raise UserError(f"Mode {mode} merges {'without' if mode == 'dense' else 'under'} masks.")
+    if mode not in MODES:
+        raise UserError(f"mode is '{mode}', it must be one of {', '.join(MODES)}.")
+    kind = MODES[mode]
+    if (masks is not None) != kind.masked_base:
+        raise UserError(f"Mode {mode} merges {'under' if kind.masked_base else 'without'} masks.")
     file = MdlFile(trained)
     own = strip_prefix(file.entries)
     factors = [name for name in own if name.endswith(".lora_A")]
-    if bool(factors) != (mode != "full"):
+    if bool(factors) != kind.lora:
         raise UserError(f"{trained} has {len(factors)} LoRA factors, which does not go with mode {mode}.")
     if factors and scaling is None:
         raise UserError(f"{trained} holds a LoRA: say its scaling (alpha / r).")
@@ -253,7 +255,7 @@ def _merged(
     if f"{module}.lora_A" not in own:
         return weight
     factor_a, factor_b = file.read(own[f"{module}.lora_A"]), file.read(own[f"{module}.lora_B"])
-    return merged_weight(weight, factor_a, factor_b, scaling, mask if mode == "sparse_to_sparse" else None)
+    return merged_weight(weight, factor_a, factor_b, scaling, mask if MODES[mode].masked_update else None)
 
 
 def _by_place(where: Mapping[str, Place], source: Checkpoint) -> dict[str, list[str]]:

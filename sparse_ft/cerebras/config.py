@@ -16,10 +16,10 @@ from sparse_ft.cerebras.model_section import model_section
 from sparse_ft.errors import UserError
 from sparse_ft.files import write_text
 from sparse_ft.masks.files import load_masks
+from sparse_ft.settings.modes import MODES, SPARSE_TO_SPARSE
 
-__all__ = ["MODES", "Cluster", "TrainerPlan", "check_config", "create_sparse_config", "write_config"]
+__all__ = ["Cluster", "TrainerPlan", "check_config", "create_sparse_config", "write_config"]
 
-MODES = ("dense", "sparse_to_dense", "sparse_to_sparse", "full")
 _INIT_METHODS = ("random", "topk", "from_zeros", "checkerboard")
 _SPARSITY_KEYS = {"algorithm", "sparsity", "schedule", "init_method", "param_filter"}
 _LORA_KEYS = {"r", "alpha", "dropout", "fan_in_fan_out", "merge_weights", "target_modules"}
@@ -137,8 +137,9 @@ def create_sparse_config(
     plan = plan or TrainerPlan()
     if mode not in MODES:
         raise UserError(f"mode is '{mode}', it must be one of {', '.join(MODES)}.")
-    if (masks is None) != (mode == "dense"):
-        raise UserError(f"Mode {mode} {'takes no' if mode == 'dense' else 'needs'} masks.")
+    kind = MODES[mode]
+    if (masks is not None) != kind.masked_base:
+        raise UserError(f"Mode {mode} {'needs' if kind.masked_base else 'takes no'} masks.")
     model = model_section(config)
     init: dict[str, Any] = {
         "backend": {"backend_type": plan.device},
@@ -162,7 +163,7 @@ def create_sparse_config(
         if plan.cluster.micro_batch_size is not None:
             size = {"csx.performance.micro_batch_size": plan.cluster.micro_batch_size}
             init["callbacks"] += [{"ScopedTrainFlags": dict(size)}, {"ScopedValidateFlags": dict(size)}]
-    if mode == "full":
+    if not kind.lora:
         init["sparsity"] = _static_groups(config, masks)
     else:
         init["callbacks"].append({"Lora": {"lora_params": _lora_params(model, plan.lora)}})
@@ -308,7 +309,7 @@ def _check_lora(params: Mapping[str, Any] | None, mask: Mapping[str, Any] | None
         raise UserError("lora_params.r must be 1 or more: with 0 ModelZoo trains nothing.")
     if mask is not None and params.get("merge_weights"):
         raise UserError("lora_params.merge_weights must be false under masks: ModelZoo's own merge is not masked.")
-    if mask is not None and mask.get("mode", "sparse_to_sparse") == "sparse_to_sparse" and params.get("dropout"):
+    if mask is not None and mask.get("mode", SPARSE_TO_SPARSE.name) == SPARSE_TO_SPARSE.name and params.get("dropout"):
         raise UserError("lora_params.dropout must be 0 in mode sparse_to_sparse.")
     if _LAYER_CLASS not in (params.get("target_modules") or []):
         raise UserError(

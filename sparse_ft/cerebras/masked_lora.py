@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["MERGE_MODES", "merged_weight"]
-
-MERGE_MODES = ("dense", "sparse_to_dense", "sparse_to_sparse", "full")
+__all__ = ["merged_weight"]
 
 
 def merged_weight(

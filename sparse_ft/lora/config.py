@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 from sparse_ft.errors import UserError
 from sparse_ft.lora.rounding import ROUNDINGS
+from sparse_ft.settings.modes import MODES
 
-__all__ = ["MODES", "SPARSE_MODES", "LoraSettings", "chosen_projections"]
+__all__ = ["SPARSE_MODES", "LoraSettings", "chosen_projections"]
 
-SPARSE_MODES = ("sparse_to_dense", "sparse_to_sparse")
-MODES = ("dense", *SPARSE_MODES, "full")
+SPARSE_MODES = tuple(name for name, mode in MODES.items() if mode.lora and mode.masked_base)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from sparse_ft.lora.function import masked_weight, prune_
 from sparse_ft.lora.layer import MaskedBase
 from sparse_ft.lora.peft_config import SparseLoRAConfig
+from sparse_ft.settings.modes import MODES, SPARSE_TO_SPARSE
 
 __all__ = ["ParamWrapper", "expert_factors"]
 
@@ -52,16 +53,16 @@ class ParamWrapper(MaskedBase, peft_layer.ParamWrapper):
                  **kwargs: Any) -> None:  # fmt: skip
         super().__init__(base_layer, adapter_name, parameter_name=parameter_name, config=config, **kwargs)
         self.init_mask()
-        self._under_mask = {adapter_name: config.sparse_mode == "sparse_to_sparse"}
+        self._under_mask = {adapter_name: MODES[config.sparse_mode].masked_update}
 
     @property
     def lora_variants(self) -> dict[tuple[str, ...], None]:
-        return {(): None, ("sparse_to_sparse",): None}  # PEFT knows no variant classes for parameters
+        return {(): None, (SPARSE_TO_SPARSE.name,): None}  # PEFT knows no variant classes for parameters
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: SparseLoRAConfig, **kwargs: Any) -> None:
         super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
         if hasattr(self, "_under_mask"):  # a second adapter on a layer that exists
-            self._under_mask[adapter_name] = config.sparse_mode == "sparse_to_sparse"
+            self._under_mask[adapter_name] = MODES[config.sparse_mode].masked_update
 
     def is_masked(self, adapter_name: str) -> bool:
         """Whether this adapter lives under the mask (``sparse_to_sparse``)."""

@@ -15,6 +15,7 @@ from sparse_ft.lora.function import effective_weight, masked_linear, prune_, ran
 from sparse_ft.lora.peft_config import SparseLoRAConfig
 from sparse_ft.lora.rounding import noise_key
 from sparse_ft.masks.mask_set import unpack_bits
+from sparse_ft.settings.modes import SPARSE_TO_SPARSE
 
 __all__ = ["MaskedBase", "SparseLinearVariant", "SparseLoRALayer", "sparse_layer"]
 
@@ -185,7 +186,7 @@ class SparseLoRALayer(MaskedBase, Linear):
 
     @property
     def lora_variants(self) -> dict[tuple[str, ...], type[LoraVariant] | None]:
-        return {(): None, ("sparse_to_sparse",): SparseLinearVariant}
+        return {(): None, (SPARSE_TO_SPARSE.name,): SparseLinearVariant}
 
     def is_masked(self, adapter_name: str) -> bool:
         """Whether this adapter lives under the mask (``sparse_to_sparse``)."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparse_ft.errors import UserError
-from sparse_ft.lora.config import MODES, LoraSettings, chosen_projections
+from sparse_ft.lora.config import LoraSettings, chosen_projections
 from sparse_ft.lora.full import hold_masked_weights
 from sparse_ft.lora.layer import MaskedBase
 from sparse_ft.lora.merge import adapted_layers, refuse_shared
@@ -29,6 +29,7 @@ from sparse_ft.lora.peft_config import SparseLoRAConfig
 from sparse_ft.masks.mask_set import MaskSet, packed_shape
 from sparse_ft.models.loading import apply_masks, prunable_shapes
 from sparse_ft.models.names import role, slots
+from sparse_ft.settings.modes import DENSE, MODES, SPARSE_TO_SPARSE
 
 __all__ = [
     "apply_sparse_lora",
@@ -42,7 +43,7 @@ __all__ = [
 def apply_sparse_lora(
     model: PreTrainedModel,
     settings: LoraSettings | LoraConfig | None = None,
-    mode: str = "sparse_to_sparse",
+    mode: str = SPARSE_TO_SPARSE.name,
     masks: MaskSet | None = None,
     seed: int = 0,
 ) -> PeftModel | PreTrainedModel:
@@ -67,11 +68,13 @@ def apply_sparse_lora(
         raise UserError(f"mode is '{mode}', it must be one of {', '.join(MODES)}.")
     if isinstance(model, PeftModel) or any(isinstance(m, BaseTunerLayer) for m in model.modules()):
         raise UserError("The model carries adapters already; merge them first (merge_all_lora_weights).")
-    if mode == "dense" and masks is not None:
-        raise UserError("Mode dense takes no masks; choose sparse_to_dense, sparse_to_sparse or full.")
-    if masks is None and mode in ("sparse_to_dense", "sparse_to_sparse"):
+    kind = MODES[mode]
+    if masks is not None and not kind.masked_base:
+        others = ", ".join(name for name, other in MODES.items() if other.masked_base)
+        raise UserError(f"Mode {mode} takes no masks; choose one of {others}.")
+    if masks is None and kind.masked_base and kind.lora:
         raise UserError(f"Mode {mode} needs masks; make them with compute_masks.")
-    if mode == "full":
+    if not kind.lora:
         return hold_masked_weights(model, masks)
     config = _peft_config(model, settings or LoraSettings(), mode, masks, seed)
     refuse_shared(model, config)
@@ -201,7 +204,7 @@ def _peft_config(
     model: PreTrainedModel, settings: LoraSettings | LoraConfig, mode: str, masks: MaskSet | None, seed: int
 ) -> LoraConfig:
     if isinstance(settings, LoraConfig):
-        given = getattr(settings, "sparse_mode", "dense")
+        given = getattr(settings, "sparse_mode", DENSE.name)
         if given != mode:
             raise UserError(f"The configuration is one of mode {given}, but mode is {mode}.")
         if masks is not None:

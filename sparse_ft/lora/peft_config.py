@@ -11,6 +11,7 @@ from torch import nn
 from sparse_ft.errors import UserError
 from sparse_ft.lora.config import SPARSE_MODES
 from sparse_ft.lora.rounding import ROUNDINGS
+from sparse_ft.settings.modes import SPARSE_TO_SPARSE
 
 __all__ = ["SparseLoRAConfig"]
 
@@ -36,7 +37,7 @@ class SparseLoRAConfig(LoraConfig):
     """
 
     sparse_mode: str = field(
-        default="sparse_to_sparse",
+        default=SPARSE_TO_SPARSE.name,
         metadata={"help": "sparse_to_sparse: y = ((W + sBA).M)x; sparse_to_dense: y = (W.M)x + sBAx"},
     )
     mask_checksum: str | None = field(
@@ -48,7 +49,7 @@ class SparseLoRAConfig(LoraConfig):
         default=True,
         metadata={
             "help": "Set by sparse_mode; A and B start as in plain LoRA (B is zero).",
-            "lora_variants": ["mica", "sparse_to_sparse"],
+            "lora_variants": ["mica", SPARSE_TO_SPARSE.name],
         },
     )
 

@@ -25,6 +25,7 @@ from sparse_ft.models.checkpoint import Checkpoint
 from sparse_ft.models.loading import apply_masks, load_state_into, save_model, saved_tokenizer
 from sparse_ft.progress import Progress
 from sparse_ft.pruning.output import MaskFile
+from sparse_ft.settings.modes import MODES
 from sparse_ft.study.cell_settings import check_cell, count, evaluation_settings, lora_settings, training_settings
 from sparse_ft.study.config import CellConfig
 from sparse_ft.study.failures import ValidationFailedError
@@ -92,7 +93,7 @@ def run_cell(
         NonFiniteLossError: training diverged.
         ValidationFailedError: the merged checkpoint breaks what the mode promises.
     """
-    result, clock = CellResult(), _Clock()
+    result, clock, mode = CellResult(), _Clock(), MODES[cell.mode]
     folder.mkdir(parents=True, exist_ok=True)
     with clock("load"):
         check_cell(cell)
@@ -129,20 +130,20 @@ def run_cell(
         _log_training(result, trained, timed=rungs is None)
         if rungs is not None:
             result.series["eval/loss_while_training"] = rungs.losses
-        if cell.keep != "none" and cell.mode != "full":
+        if cell.keep != "none" and mode.lora:
             adapted.save_pretrained(folder / "adapter")
             result.artifacts.append((folder / "adapter", "adapter"))
         base_violations = 0
-        if cell.mode == "sparse_to_dense":
+        if mode.loses_zeros:
             with adapted.disable_adapter():  # what this mode keeps sparse is the base under the adapter
                 base_violations = sum(validate_sparsity_preserved(adapted, masks).values())
         with clock("eval_adapter"):
             # Of the other modes the trained model is the merged one, bit for bit: it is scored below.
-            before = scores.answers(adapted) if cell.mode in ("dense", "sparse_to_dense") else None
+            before = None if mode.masked_update else scores.answers(adapted)
         with clock("merge"):
             merged = merge_all_lora_weights(adapted, cell.rounding, cell.seed)
             del adapted
-            targets = None if cell.mode == "full" else lora_settings(cell).target_modules
+            targets = lora_settings(cell).target_modules if mode.lora else None
             moved = weights_moved(merged, start, masks, targets)
             result.metrics["train/weights_moved"] = moved
             if moved == 0:
@@ -155,7 +156,7 @@ def run_cell(
             validation = validate_checkpoint(
                 target,
                 obeyed,
-                base=None if cell.mode == "full" else start.folder,
+                base=start.folder if mode.lora else None,
                 target_modules=lora_settings(cell).target_modules,
                 progress=bench.progress,
             )
@@ -165,11 +166,11 @@ def run_cell(
             _log_scores(result, scored.metrics, "")
             _log_merge(result, before, scored.metrics)
             result.protocol.update(scores.protocol)
-        if masks is not None and masks.n_pruned == 0 and cell.mode != "full":
+        if masks is not None and masks.n_pruned == 0 and mode.lora:
             # Nothing is masked, so the re-masked model is the merged one, bit for bit. In both modes, for at 0 %
             # one of them runs for both.
             _log_scores(result, scored.metrics, "_remasked")
-        elif cell.mode == "sparse_to_dense":
+        elif mode.loses_zeros:
             with clock("eval_remasked"):
                 remask(merged, masks)
                 _log_scores(result, scores(merged, "score re-masked").metrics, "_remasked")
@@ -344,13 +345,14 @@ def _log_validation(
 ) -> None:
     """Violations are weights that break the mode's promise: masked weights that are not zero in the merged
     checkpoint, or, of sparse_to_dense, in the base under the adapter (its merged model is dense by design)."""
-    violations = base_violations if cell.mode == "sparse_to_dense" else validation.violations
+    mode = MODES[cell.mode]
+    violations = base_violations if mode.loses_zeros else validation.violations
     result.metrics["sparsity/violations"] = violations
     result.metrics["sparsity/after_merge"] = validation.sparsity
-    if cell.mode == "dense":
+    if not mode.masked_base:
         result.metrics.update({"sparsity/target": 0.0, "sparsity/achieved": 0.0})
     result.artifacts.append((write_json(folder / "validation.json", validation.to_dict()), "validation"))
-    problems = [] if cell.mode == "sparse_to_dense" else list(validation.problems)
+    problems = [] if mode.loses_zeros else list(validation.problems)
     if violations or problems:
         what = f"{violations} masked weights are not zero" if violations else problems[0]
         raise ValidationFailedError(f"{what}; see validation.json")

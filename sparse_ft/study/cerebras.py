@@ -29,6 +29,7 @@ from sparse_ft.models.checkpoint import Checkpoint
 from sparse_ft.models.loading import apply_masks, load_model, load_state_into, resolve_device, resolve_dtype
 from sparse_ft.models.mdl import MdlFile
 from sparse_ft.pruning.output import MaskFile
+from sparse_ft.settings.modes import MODES
 from sparse_ft.study.cell import CellResult, _Clock, _log_scores, _log_untuned, _log_validation, _masks, _Scores
 from sparse_ft.study.cell_settings import check_cell, count, lora_settings, training_settings
 from sparse_ft.study.config import CellConfig
@@ -83,7 +84,7 @@ def trainer_plan(cell: CellConfig, config: Mapping[str, Any], device: str, clust
     Raises:
         UserError: what ModelZoo cannot do: some projections only, dropout under a mask, SparseGPT's own weights.
     """
-    if cell.lora_dropout and cell.mode != "full":
+    if cell.lora_dropout and MODES[cell.mode].lora:
         raise UserError("lora_dropout must be 0 on a Cerebras: the masked update is part of the weight.")
     settings = lora_settings(cell)
     return TrainerPlan(
@@ -131,7 +132,7 @@ def run_cerebras_cell(
         TrainerError: the training failed, with the class of the failure.
         ValidationFailedError: the merged checkpoint breaks what the mode promises.
     """
-    result, clock = CellResult(), _Clock()
+    result, clock, mode = CellResult(), _Clock(), MODES[cell.mode]
     folder = folder.absolute()  # the trainer's paths
     folder.mkdir(parents=True, exist_ok=True)
     with clock("load"):
@@ -171,7 +172,7 @@ def run_cerebras_cell(
     _log_training(result, trained, cell, settings, folder, config)
 
     with clock("merge"):
-        scaling = None if cell.mode == "full" else plan.lora.scaling
+        scaling = plan.lora.scaling if mode.lora else None
         merged = merge_checkpoint(
             trained.checkpoint, folder / "merged.mdl", checkpoint.config, cell.mode, masks, scaling, bench.progress
         )
@@ -183,18 +184,18 @@ def run_cerebras_cell(
         validation = validate_checkpoint(
             target,
             obeyed,
-            base=None if cell.mode == "full" else start.folder,
+            base=start.folder if mode.lora else None,
             target_modules=lora_settings(cell).target_modules,
             progress=bench.progress,
         )
-        violations = _base_violations(trained.checkpoint) if cell.mode == "sparse_to_dense" else 0
+        violations = _base_violations(trained.checkpoint) if mode.loses_zeros else 0
         _log_validation(result, cell, validation, violations, folder)
     with clock("eval"):
         device = resolve_device(cell.device)
         model = load_model(target, resolve_dtype(cell.dtype, device), device)
         _log_scores(result, scores(model, "score"), "")
         result.protocol.update(scores.protocol)
-    if cell.mode == "sparse_to_dense":
+    if mode.loses_zeros:
         with clock("eval_remasked"):
             apply_masks(model, masks)
             _log_scores(result, scores(model, "score re-masked"), "_remasked")
@@ -232,7 +233,7 @@ def _prepare(
     with clock("convert"):
         write_examples(examples, folder / "data", cell.max_seq_len, pad_token_id, plan.batch_size, bench.progress)
         source = CerebrasCheckpoint(to_modelzoo(start.folder, folder / "model.mdl", settings.python), start.config)
-        lora = None if cell.mode == "full" else plan.lora
+        lora = plan.lora if MODES[cell.mode].lora else None
         write_start_checkpoint(source, folder / "start.mdl", masks, lora, cell.seed, bench.progress)
         if masks is not None:
             save_masks(masks, folder / "masks.safetensors")

@@ -18,6 +18,7 @@ from sparse_ft.files import write_json
 from sparse_ft.models.catalog import locate_config
 from sparse_ft.models.skeleton import config_values
 from sparse_ft.pruning.output import level_stem
+from sparse_ft.settings.modes import MODES
 from sparse_ft.study.cell_settings import check_cell
 from sparse_ft.study.cerebras import CerebrasSettings, check_trainable, load_settings, trainer_plan
 from sparse_ft.study.config import CellConfig
@@ -113,7 +114,7 @@ def _write(cell: CellConfig, masks: Path | None, root: Path, settings: CerebrasS
         start=folder / "start.mdl",
         model_dir=folder / "model_dir",
         plan=plan,
-        masks_exist=cell.mode == "full",
+        masks_exist=not MODES[cell.mode].lora,
     )
     return write_config(folder / "fit.yaml", written)
 

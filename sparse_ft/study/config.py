@@ -11,7 +11,8 @@ import json
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-from sparse_ft.levels import level_label, mode_label, parse_levels
+from sparse_ft.levels import level_label, parse_levels
+from sparse_ft.settings.modes import MODES, SPARSE_TO_SPARSE
 
 __all__ = [
     "AnalyzeConfig",
@@ -23,7 +24,7 @@ __all__ = [
 ]
 
 Count = int | Literal["none"]
-Mode = Literal["dense", "sparse_to_dense", "sparse_to_sparse", "full"]
+Mode = Literal[tuple(MODES)]
 Method = Literal["unstructured", "structured", "random", "semi_structured"]
 Importance = Literal["magnitude", "gradient", "taylor", "wanda", "sparsegpt"]
 Scope = Literal["global", "layer", "row"]
@@ -140,7 +141,7 @@ class CellConfig:
     model: str = "smollm2-135m"
     task: str = "boolq"
     data_dir: str = "none"
-    mode: Mode = "sparse_to_sparse"
+    mode: Mode = SPARSE_TO_SPARSE.name
     masks: str = "none"
     method: Method | Literal["none"] = "unstructured"
     importance: Importance | Literal["none"] = "magnitude"
@@ -183,7 +184,7 @@ class CellConfig:
     @property
     def pruned(self) -> bool:
         """Whether masks are applied at all."""
-        return self.mode != "dense"
+        return MODES[self.mode].masked_base
 
     @property
     def reads_text(self) -> bool:
@@ -209,7 +210,7 @@ class CellConfig:
             blank += ["pattern"]
         if not self.reads_text:
             blank += ["calibration_samples", "calibration_seq_len"]
-        if self.mode == "full":
+        if not MODES[self.mode].lora:
             blank += ["lora_r", "lora_alpha", "lora_dropout", "target_modules"]
         if self.dtype == "float32":
             values.update(rounding="nearest")  # whatever was asked
@@ -228,7 +229,7 @@ class CellConfig:
         if not self.pruned:
             return f"dense · {self.task} · {model}"
         kind = self.method if values["importance"] == "none" else f"{self.method} {self.importance}"
-        return f"{level_label(self.sparsity)} % {mode_label(self.mode)} {kind} · {self.task} · {model}"
+        return f"{level_label(self.sparsity)} % {MODES[self.mode].short} {kind} · {self.task} · {model}"
 
     def mask_config(self, sparsities: str, output_dir: str) -> MaskConfig:
         """The parameters under which this cell's masks are made."""

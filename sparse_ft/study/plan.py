@@ -11,6 +11,7 @@ from typing import Any
 
 from sparse_ft.errors import UserError
 from sparse_ft.levels import levels_text, parse_levels
+from sparse_ft.settings.modes import DENSE, MODES
 from sparse_ft.study.config import CellConfig, MaskConfig
 from sparse_ft.study.failures import parse_retry
 from sparse_ft.study.mask_sets import mask_file
@@ -151,13 +152,13 @@ def make_plan(study: Study) -> Plan:
     # Every axis value is checked once, not once a cell.
     axes = [[getattr(parser.values({axis: v}, where), axis) for v in values] for axis, values in study.grid.items()]
     points = [replace(common, **dict(zip(study.grid, values, strict=True))) for values in itertools.product(*axes)]
-    dense = [replace(point, mode="dense") for point in points] if study.dense_baseline else []
+    dense = [replace(point, mode=DENSE.name) for point in points] if study.dense_baseline else []
     cells: dict[str, CellConfig] = {}
     for cell in dense + points:
         if not 0 <= cell.sparsity <= 1:
             raise UserError(f"{where}: sparsity is {cell.sparsity}; it must lie between 0 and 1.")
         # Of a model trained without an adapter the whole is all there is to keep.
-        whole = study.kept == "all" or (study.kept == "pareto" and cell.mode == "full")
+        whole = study.kept == "all" or (study.kept == "pareto" and not MODES[cell.mode].lora)
         kept = "none" if study.kept == "none" else "all" if whole else "adapter"
         if cell.pruned and cell.masks != "none":
             cell = replace(cell, **described(cell.masks))
@@ -183,7 +184,7 @@ def _same_as(cells: list[CellConfig]) -> tuple[int | None, ...]:
     whether an adapter over a base without zeros is called sparse: such cells are one computation."""
     seen: dict[str, list[int]] = {}
     for number, cell in enumerate(cells):
-        if cell.sparsity == 0 and cell.masks == "none" and cell.mode in ("sparse_to_dense", "sparse_to_sparse"):
+        if cell.sparsity == 0 and cell.masks == "none" and cell.pruned and MODES[cell.mode].lora:
             blank = CellConfig()
             pruning = ("method", "importance", "scope", "pattern", "allocation", "mode", "force")
             pruning += ("calibration_samples", "calibration_seq_len")
@@ -192,7 +193,7 @@ def _same_as(cells: list[CellConfig]) -> tuple[int | None, ...]:
     result: list[int | None] = [None] * len(cells)
     for numbers in seen.values():
         # The one that runs keeps its promise weight by weight.
-        first = min(numbers, key=lambda number: (cells[number].mode != "sparse_to_sparse", number))
+        first = min(numbers, key=lambda number: (not MODES[cells[number].mode].keeps_zeros, number))
         for number in numbers:
             result[number] = None if number == first else first
     return tuple(result)

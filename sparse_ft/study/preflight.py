@@ -20,6 +20,7 @@ from sparse_ft.masks.files import HEADER_ROOM
 from sparse_ft.models.checkpoint import Checkpoint
 from sparse_ft.models.loading import resolve_device, resolve_dtype
 from sparse_ft.models.names import role
+from sparse_ft.settings.modes import MODES
 from sparse_ft.study.cell_settings import cell_problems, count, lora_settings, target_names
 from sparse_ft.study.config import CellConfig
 from sparse_ft.study.mask_sets import check_given, check_mask_set
@@ -68,8 +69,8 @@ def check_plan(plan: Plan, bench: Workbench) -> list[str]:
         problems |= dict.fromkeys(cell_problems(cell))
     for device in dict.fromkeys(cell.device for cell in plan.cells):
         _note(problems, resolve_device, device)
-    adapted = {(cell.model, cell.target_modules, cell.lora_dropout): cell for cell in plan.cells if cell.mode != "full"}
-    for cell in adapted.values():
+    adapted = [cell for cell in plan.cells if MODES[cell.mode].lora]
+    for cell in {(cell.model, cell.target_modules, cell.lora_dropout): cell for cell in adapted}.values():
         _note(problems, check_targets, cell, bench)
     for model in dict.fromkeys(cell.model for cell in plan.cells):
         _note(problems, lambda model=model: (bench.checkpoint(model).prunable_shapes(), bench.tokenizer(model)))
@@ -105,13 +106,13 @@ def estimate_disk(plan: Plan, bench: Workbench, workers: int) -> Disk:
         checkpoint = bench.checkpoint(cell.model)
         size = _bytes(checkpoint, resolve_dtype(cell.dtype, resolve_device(cell.device)).itemsize)
         biggest = max(biggest, size)
-        if cell.keep != "none" and cell.mode != "full":
+        if cell.keep != "none" and MODES[cell.mode].lora:
             adapters += _adapter_bytes(checkpoint, cell.lora_r, cell.target_modules)
         if cell.keep == "all":
             models += size
         elif plan.study.kept == "pareto":
             levels = fronts.setdefault((cell.model, cell.task), set())
-            level = cell.sparsity if cell.mode in ("sparse_to_sparse", "full") else 0.0
+            level = cell.sparsity if MODES[cell.mode].keeps_zeros else 0.0
             models += size if level not in levels else 0
             levels.add(level)
     registered = 0
@@ -177,7 +178,7 @@ def check_targets(cell: CellConfig, bench: Workbench) -> None:
     Raises:
         UserError: it has not, or the model cannot be had.
     """
-    if cell.mode == "full":
+    if not MODES[cell.mode].lora:
         return
     found = {role(name).projection for name in bench.checkpoint(cell.model).prunable_shapes()}
     if "gate_up_proj" in found:  # experts that the checkpoint holds as 3-D tensors are adapted by their own names
@@ -202,7 +203,7 @@ def _memory_problem(plan: Plan, bench: Workbench, workers: int) -> str | None:
     for cell in plan.cells:
         device = resolve_device(cell.device)
         size = _bytes(bench.checkpoint(cell.model), resolve_dtype(cell.dtype, device).itemsize)
-        needs.append((size * (4 if cell.mode == "full" else 1), cell.model, device))  # full: gradients, two moments
+        needs.append((size * (1 if MODES[cell.mode].lora else 4), cell.model, device))  # full: gradients, two moments
     size, model, device = max(needs, key=lambda need: need[0])
     if device.type == "cuda":
         per_gpu = math.ceil(workers / max(1, torch.cuda.device_count()))

@@ -7,14 +7,13 @@ from collections.abc import Callable
 from sparse_ft.levels import level_label
 from sparse_ft.models.catalog import without_revision
 from sparse_ft.progress import SILENT, Progress
+from sparse_ft.settings.modes import MODES
 from sparse_ft.study.cell import CellResult
 from sparse_ft.study.config import CellConfig
 from sparse_ft.tracking.models import log_model, model_card, register_model, registered_name, sparsity_alias
 from sparse_ft.tracking.runs import Tracker
 
 __all__ = ["register_cell"]
-
-_KEEPS_ZEROS = ("sparse_to_sparse", "full")
 
 
 def register_cell(
@@ -34,7 +33,7 @@ def register_cell(
         the address to load it from: ``models:/NAME@sparse70``, or ``models:/NAME/VERSION`` without alias.
     """
     name = registered_name(cell.model, cell.task) if cell.register_as == "auto" else cell.register_as
-    alias = sparsity_alias(cell.sparsity) if cell.mode in _KEEPS_ZEROS else None
+    alias = sparsity_alias(cell.sparsity) if MODES[cell.mode].keeps_zeros else None
     card = _card(cell, result, f"models:/{name}@{alias}" if alias else None)
     tags = {
         "mode": cell.mode,

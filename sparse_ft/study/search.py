@@ -156,7 +156,7 @@ def _plan(study: Study, settings: SearchSettings) -> Plan:
         if name not in needed
     }
     if not needed:
-        mode = study.cell.get("mode", "sparse_to_sparse")
+        mode = study.cell.get("mode", CellConfig.mode)
         needed = {"mode": [mode]}
     plan = make_plan(replace(study, grid=needed, cell={**study.cell, **first}, keep="adapter", dense_baseline=False))
     for name, axis in settings.space.items():

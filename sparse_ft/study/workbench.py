@@ -20,6 +20,7 @@ from sparse_ft.models.catalog import hub_commit, locate
 from sparse_ft.models.checkpoint import Checkpoint, open_checkpoint
 from sparse_ft.models.loading import load_model, load_state_into, load_tokenizer, resolve_device, resolve_dtype
 from sparse_ft.progress import SILENT, Progress
+from sparse_ft.settings.modes import MODES
 from sparse_ft.study.config import CellConfig
 from sparse_ft.tasks.definitions import load_task
 from sparse_ft.tasks.digests import data_digests
@@ -163,7 +164,7 @@ class Workbench:
         elif self._changed is not None:
             checkpoint = self.checkpoint(cell.model)
             load_state_into(self._base[1], checkpoint, None if self._changed == "all" else checkpoint.prunable)
-        self._changed = "all" if cell.mode == "full" else "prunable"
+        self._changed = "prunable" if MODES[cell.mode].lora else "all"
         model = self._base[1]
         for parameter in model.parameters():  # PEFT froze them for the cell before
             parameter.requires_grad_(True)

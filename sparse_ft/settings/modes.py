@@ -1,0 +1,84 @@
+"""The modes that a cell is trained in: one row each. Whoever asks what a mode does asks its row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["DENSE", "FULL", "MODES", "SPARSE_TO_DENSE", "SPARSE_TO_SPARSE", "Mode", "mode_label"]
+
+
+@dataclass(frozen=True)
+class Mode:
+    """One way to fine-tune.
+
+    Attributes:
+        name: as flags and files spell it.
+        short: in names of runs.
+        label: in tables and figures.
+        sentence: ends "up to 50 % by magnitude, ...", for people.
+        dashes: line style of matplotlib: solid where the merged model is sparse.
+        lora: whether an adapter is trained, and not the weights themselves.
+        masked_base: whether the weights under it are pruned.
+        masked_update: whether the mask also holds for what is learned.
+    """
+
+    name: str
+    short: str
+    label: str
+    sentence: str
+    dashes: Any
+    lora: bool
+    masked_base: bool
+    masked_update: bool
+
+    @property
+    def keeps_zeros(self) -> bool:
+        """Whether the merged model is promised to be as sparse as its mask."""
+        return self.masked_base and self.masked_update
+
+    @property
+    def loses_zeros(self) -> bool:
+        """Whether the merge fills the zeros of a pruned model."""
+        return self.masked_base and not self.masked_update
+
+
+DENSE = Mode(
+    "dense", "dense", "dense", "fine-tuned dense", "-", lora=True, masked_base=False, masked_update=False
+)  # fmt: skip
+SPARSE_TO_DENSE = Mode(
+    "sparse_to_dense",
+    "s2d",
+    "sparse to dense",
+    "with a dense adapter (the merged model is then dense)",
+    (0, (4, 1.8)),
+    lora=True,
+    masked_base=True,
+    masked_update=False,
+)
+SPARSE_TO_SPARSE = Mode(
+    "sparse_to_sparse",
+    "s2s",
+    "sparse to sparse",
+    "trained sparse to sparse",
+    "-",
+    lora=True,
+    masked_base=True,
+    masked_update=True,
+)
+FULL = Mode(
+    "full",
+    "full",
+    "full fine-tuning",
+    "with all weights trained under the mask",
+    (0, (1, 1.4)),
+    lora=False,
+    masked_base=True,
+    masked_update=True,
+)
+MODES = {mode.name: mode for mode in (DENSE, SPARSE_TO_DENSE, SPARSE_TO_SPARSE, FULL)}
+
+
+def mode_label(name: str) -> str:
+    """A mode's label; of a name that is none, the name (published numbers, runs of other versions)."""
+    return MODES[name].label if name in MODES else str(name)
