@@ -46,7 +46,7 @@ def cache_dir() -> Path:
 def cache_lock(name: str) -> Iterator[None]:
     """Holds the lock ``name`` among all processes that share the cache, so that a thing is made once.
 
-    The system drops the lock of a process that dies, so nobody waits for a ghost.
+    The system drops the lock of a process that dies, so nobody waits for it.
     """
     folder = cache_dir() / "locks"
     folder.mkdir(exist_ok=True)

@@ -309,7 +309,7 @@ class SweepConfig:
         executor: where cells run: one after another here (serial), in worker processes on this machine
             (process), on a Ray cluster (ray), or one after another, trained on a Cerebras cluster (cerebras).
         max_workers: number of workers, or none for as many as the executor finds sensible (one per GPU).
-        resume: id of the parent run to go on with; none goes on with an unfinished study of the same
+        resume: id of the parent run to resume; none resumes an unfinished study of the same
             configuration in the same experiment, where there is one; new starts afresh.
         dry_run: print the plan and stop.
         output_dir: folder for masks, models and reports.

@@ -26,7 +26,7 @@ _LONG = 60  # seconds after which a stage is worth a line of its own where nothi
 
 
 @dataclass
-class _Desk:
+class _WorkerState:
     """What one worker is at."""
 
     job: Work
@@ -52,7 +52,7 @@ class Display(Listener):
     def __init__(self, total: int, finished: int = 0, workers: int = 1, stream: TextIO | None = None):
         self.total, self.finished, self.failed, self.workers = total, finished, 0, workers
         self._stream = stream or sys.stderr
-        self._desks: dict[int, _Desk] = {}
+        self._states: dict[int, _WorkerState] = {}
         self._seconds: dict[tuple[str, str], list[float]] = defaultdict(list)
         self._best: dict[tuple[str, str], dict[float, float]] = defaultdict(dict)
         self._rate: float | None = None
@@ -75,31 +75,31 @@ class Display(Listener):
     # -- what the workers report
 
     def started(self, worker: int, job: Work) -> None:
-        self._desks[worker] = _Desk(job, began=time.monotonic(), told=time.monotonic())
+        self._states[worker] = _WorkerState(job, began=time.monotonic(), told=time.monotonic())
 
     def stage(self, worker: int, stage: str, total: float, unit: str) -> None:
-        desk = self._desks.get(worker)
-        if desk is None:
+        state = self._states.get(worker)
+        if state is None:
             return
-        spent = time.monotonic() - desk.began
-        if desk.stage and spent >= _LONG:
-            self._long_stage(desk, spent)
-        desk.stage, desk.total, desk.unit, desk.done, desk.note = stage, total, unit, 0.0, ""
-        desk.began = desk.told = time.monotonic()
+        spent = time.monotonic() - state.began
+        if state.stage and spent >= _LONG:
+            self._long_stage(state, spent)
+        state.stage, state.total, state.unit, state.done, state.note = stage, total, unit, 0.0, ""
+        state.began = state.told = time.monotonic()
 
     def advanced(self, worker: int, amount: float, note: str) -> None:
-        desk = self._desks.get(worker)
-        if desk is None:
+        state = self._states.get(worker)
+        if state is None:
             return
-        desk.done += amount
-        desk.note = note or desk.note
+        state.done += amount
+        state.note = note or state.note
         now = time.monotonic()
-        if now - desk.told >= _LONG and desk.done < desk.total:
-            desk.told = now
-            self._in_long_stage(desk, now - desk.began)
+        if now - state.told >= _LONG and state.done < state.total:
+            state.told = now
+            self._in_long_stage(state, now - state.began)
 
     def ended(self, worker: int, outcome: Outcome, over: bool = True) -> None:
-        self._desks.pop(worker, None)
+        self._states.pop(worker, None)
         job = outcome.job
         if not isinstance(job, MaskJob) and over:
             self._count(job.cell, outcome)
@@ -146,13 +146,13 @@ class Display(Listener):
             best = self._best[cell.model.rstrip("/").split("/")[-1], cell.task]
             best[level] = max(best.get(level, accuracy), accuracy)
 
-    def _long_stage(self, desk: _Desk, spent: float) -> None:
-        note = f", {desk.note}" if desk.note else ""
-        self.say(f"          {desk.job.title}: {desk.stage} took {duration(spent)}{note}")
+    def _long_stage(self, state: _WorkerState, spent: float) -> None:
+        note = f", {state.note}" if state.note else ""
+        self.say(f"          {state.job.title}: {state.stage} took {duration(spent)}{note}")
 
-    def _in_long_stage(self, desk: _Desk, spent: float) -> None:
-        where = standing(desk.done, desk.total, desk.unit, spent, desk.note)
-        self.say(f"          {desk.job.title}: {desk.stage}: {where}")
+    def _in_long_stage(self, state: _WorkerState, spent: float) -> None:
+        where = standing(state.done, state.total, state.unit, spent, state.note)
+        self.say(f"          {state.job.title}: {state.stage}: {where}")
 
     def _line(self, outcome: Outcome, over: bool) -> str:
         job = outcome.job
@@ -192,19 +192,19 @@ class LiveDisplay(Display):
         self._live.console.print(Text(text), soft_wrap=True)
 
     def ended(self, worker: int, outcome: Outcome, over: bool = True) -> None:
-        self._desks.pop(worker, None)
+        self._states.pop(worker, None)
         if not isinstance(outcome.job, MaskJob) and over:
             self._count(outcome.job.cell, outcome)
         if outcome.failure is not None:  # what went well is in the counts
             self.say(self._line(outcome, over))
 
-    def _long_stage(self, desk: _Desk, spent: float) -> None:
+    def _long_stage(self, state: _WorkerState, spent: float) -> None:
         """The bar shows it."""
 
     _in_long_stage = _long_stage
 
     def _draw(self) -> RenderableType:
-        running = sum(not isinstance(desk.job, MaskJob) for desk in list(self._desks.values()))
+        running = sum(not isinstance(state.job, MaskJob) for state in list(self._states.values()))
         left = max(0, self.total - self.finished - self.failed - running)
         counts = Text.assemble(
             (f"{self.finished} done", "green"),
@@ -222,11 +222,11 @@ class LiveDisplay(Display):
 
     def _bars(self) -> Table:
         grid = Table.grid(padding=(0, 1))
-        for _, desk in sorted(self._desks.items()):
-            share = ProgressBar(desk.total or 1, desk.done, width=20)
-            done = f"{desk.done:.0f}/{desk.total:.0f} {desk.unit}" if desk.total and desk.unit != "B" else ""
-            spent = duration(time.monotonic() - desk.began)
-            grid.add_row(Text(desk.job.title), Text(desk.stage, style="cyan"), share, done, desk.note, spent)
+        for _, state in sorted(self._states.items()):
+            share = ProgressBar(state.total or 1, state.done, width=20)
+            done = f"{state.done:.0f}/{state.total:.0f} {state.unit}" if state.total and state.unit != "B" else ""
+            spent = duration(time.monotonic() - state.began)
+            grid.add_row(Text(state.job.title), Text(state.stage, style="cyan"), share, done, state.note, spent)
         return grid
 
     def _bests(self) -> RenderableType:

@@ -38,7 +38,7 @@ _SHOWN = 40  # a table of more cells is for a file, not for a terminal
 
 
 def sweep(config: SweepConfig) -> int:
-    """Runs a study to its end, or goes on with one. Returns 0 when every cell is FINISHED, else 1.
+    """Runs a study to its end, or resumes one. Returns 0 when every cell is FINISHED, else 1.
 
     Raises:
         UserError: a study that cannot start: its file, a model, a task, masks that make no sense, a disk or a
@@ -74,7 +74,7 @@ def sweep(config: SweepConfig) -> int:
                 phases = _run(tracker, start, plan, config, workers, identities, mask_keys)
             except KeyboardInterrupt:
                 if not lost():
-                    console.print(f"stopped; to go on: {resume_command(config, start.parent)}", soft_wrap=True)
+                    console.print(f"stopped; to resume: {resume_command(config, start.parent)}", soft_wrap=True)
                 raise
             close_open_runs(tracker, start.parent)  # of workers that could not reach the store to say how it ended
             seconds = time.monotonic() - began

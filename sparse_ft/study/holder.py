@@ -18,7 +18,7 @@ from sparse_ft.tracking.runs import Tracker
 __all__ = ["HEARTBEAT_SECONDS", "driver_name", "is_alive", "is_here", "living_driver", "process_name"]
 
 HEARTBEAT_SECONDS = 30  # how often a driver says on its run that it lives
-_BELIEVED = 3  # so many intervals a driver is believed to live after its last sign
+_MISSED_BEATS = 3  # so many intervals without a heartbeat, and a driver counts as dead
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -63,7 +63,7 @@ def living_driver(tracker: Tracker, run: dict[str, Any]) -> str | None:
     words = f"process {number} on {host}, since {since}"
     if is_here(name):
         return words if is_alive(name) else None
-    if abs(time.time() - beat) < _BELIEVED * HEARTBEAT_SECONDS:
+    if abs(time.time() - beat) < _MISSED_BEATS * HEARTBEAT_SECONDS:
         return words
     give_up = time.monotonic() + (1.5 * HEARTBEAT_SECONDS if beat else 0)
     while time.monotonic() < give_up:

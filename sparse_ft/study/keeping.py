@@ -142,7 +142,7 @@ def keep_models(
         chosen = {run["run_id"] for run in fronts[key]}
         for run in runs:
             if run["run_id"] not in chosen:
-                _let_go(tracker, run, folder)
+                _remove_model(tracker, run, folder)
                 continue
             try:
                 kept.append(_keep(tracker, run, folder, register, bench, said))
@@ -181,7 +181,7 @@ def _keep(
     return Path(address)
 
 
-def _let_go(tracker: Tracker, run: Run, folder: Path) -> None:
+def _remove_model(tracker: Tracker, run: Run, folder: Path) -> None:
     """A model that left the front, or a whole checkpoint that waited to learn whether it is on it."""
     own = Path(run["tags"].get("model_folder") or folder / "cells" / run["tags"]["cell_key"] / "merged")
     if own.is_dir() and own.resolve().is_relative_to(folder.resolve()):

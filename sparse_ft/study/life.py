@@ -47,10 +47,10 @@ class TakenOverError(UserError):
 
 @contextmanager
 def driving(tracker: Tracker, parent: str, driver: str) -> Iterator[Callable[[], bool]]:
-    """A study's run while ``driver`` drives it: with signs of life for other machines, ended when the block ends.
+    """A study's run while ``driver`` drives it: with a heartbeat for other machines, ended when the block ends.
 
     A driver that stood still (a laptop asleep, a halted process) for so long that another one has taken its study
-    over sees that at its next sign of life, and ends without a word on the run, which is no longer its own. What is
+    over sees that at its next heartbeat, and ends without a word on the run, which is no longer its own. What is
     yielded says whether that has happened.
 
     Raises:
@@ -98,7 +98,7 @@ def _interrupt() -> None:
 
 
 def resume_command(config: SweepConfig, parent: str, failed: Iterable[str] = ()) -> str:
-    """The command that goes on with a study; with the failure classes of its holes that must be asked for."""
+    """The command that resumes a study; with the failure classes of its holes that must be asked for."""
     values = {"config": config.config, "executor": config.executor, "max_workers": config.max_workers}
     values |= {"resume": parent, "output_dir": config.output_dir}
     elsewhere = {"ray_address": config.ray_address, "cerebras": config.cerebras}

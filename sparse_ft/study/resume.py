@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 _SETTLING = 1.0  # seconds in which whoever starts at the same moment is seen on a server
-_PATIENCE = 30  # seconds that workers have to end after their driver
+_EXIT_SECONDS = 30  # seconds that workers have to end after their driver
 STUDY_FILE, IDENTITY_FILE = "study.yaml", "identity.yaml"
 
 Run = dict[str, Any]
@@ -97,13 +97,13 @@ class Start:
 def start_study(
     tracker: Tracker, plan: Plan, config: SweepConfig, console: Console, identities: Sequence[Mapping[str, str]]
 ) -> Start:
-    """A new study's run, or that of the one to go on with; from here on it is this driver's alone.
+    """A new study's run, or that of the one to resume; from here on it is this driver's alone.
 
     Args:
         identities: of each cell, what its names stand for; see `sparse_ft.study.identity.cell_identity`.
 
     Raises:
-        UserError: somebody drives the same study, or the one to go on with; a failure class that does not exist.
+        UserError: somebody drives the same study, or the one to resume; a failure class that does not exist.
     """
     identity = plan_identity(plan, identities)
     name, mine, asked = plan.study.name, driver_name(), parse_retry(config.retry) | plan.study.retry
@@ -285,7 +285,7 @@ def _wait_for_end(worker: str) -> None:
     """Workers end with their driver; one of this host that still does is waited for."""
     if not is_here(worker):
         return
-    give_up = time.monotonic() + _PATIENCE
+    give_up = time.monotonic() + _EXIT_SECONDS
     while is_alive(worker):
         if time.monotonic() > give_up:
             number = worker.split(" ")[1]

@@ -87,7 +87,7 @@ def search(config: SweepConfig, study: Study) -> int:
                 trials, holes, stopped = _run(tracker, start, plan, settings, config, workers, identities, mask_keys)
             except KeyboardInterrupt:
                 if not lost():
-                    console.print(f"stopped; to go on: {resume_command(config, start.parent)}", soft_wrap=True)
+                    console.print(f"stopped; to resume: {resume_command(config, start.parent)}", soft_wrap=True)
                 raise
             best = _log_best(tracker, start, settings, trials)
             tracker.log(start.parent, metrics={"study/holes": len(holes)}, tags={"complete": not (holes or stopped)})
@@ -99,7 +99,7 @@ def search(config: SweepConfig, study: Study) -> int:
         console.print(f"{len(holes)} of {settings.trials} trials failed.", style="red")
     if stopped:
         again = resume_command(config, start.parent)
-        console.print(f"the search was stopped: {stopped}; to go on: {again}", style="red", soft_wrap=True)
+        console.print(f"the search was stopped: {stopped}; to resume: {again}", style="red", soft_wrap=True)
     return 1 if holes or stopped else 0
 
 
@@ -172,11 +172,11 @@ def _decides_masks(cell: CellConfig, name: str, axis: Mapping[str, Any]) -> bool
 
 
 def _check_resumed(tracker: Tracker, parent: str, study: Study) -> None:
-    """Refuses to go on with a search under another space or objective: Optuna cannot, and would say so midway."""
+    """Refuses to resume a search under another space or objective: Optuna cannot, and would say so midway."""
     for line in changes(tracker, parent, STUDY_FILE, describe(study)):
         if line.startswith(("search.space", "search.objective")):
             raise UserError(
-                f"resume: a search goes on with the choices and the objective it began with, but {line}; put it back, "
+                f"resume: a search keeps the choices and the objective it began with, but {line}; put it back, "
                 "or start a new search with resume=new."
             )
 

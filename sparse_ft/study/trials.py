@@ -132,7 +132,7 @@ class TrialJob:
 
 
 def open_storage(storage: str) -> optuna.storages.RDBStorage:
-    """The database of the trials, its tables made if need be; workers give signs of life there.
+    """The database of the trials, its tables made if need be; workers send heartbeats there.
 
     Raises:
         UserError: no driver, no database in reach, or one with the tables of another program.

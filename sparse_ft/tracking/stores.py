@@ -98,7 +98,7 @@ def store_lock(uri: str) -> Iterator[None]:
 
 
 def reachable(uri: str) -> None:
-    """Asks an http server for a sign of life; mlflow itself would retry for minutes before it gives up.
+    """Asks an http server whether it answers; mlflow itself would retry for minutes before it gives up.
 
     Raises:
         UserError: nobody answers.

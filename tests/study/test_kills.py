@@ -90,7 +90,7 @@ def _complete(parent_run_id, cells=CELLS):
     return runs
 
 
-def test_a_driver_killed_in_the_middle_is_gone_on_with(driver, tmp_path, capsys):
+def test_a_driver_killed_in_the_middle_is_resumed(driver, tmp_path, capsys):
     process, config = driver(cell={"max_steps": 6})
     database = tmp_path / "mlflow.db"
     _halt_after(1, process, tmp_path / "driver.log")
@@ -135,7 +135,7 @@ def test_a_signal_ends_a_study_cleanly_and_says_how_to_go_on(executor, sign, dri
 
 
 @pytest.mark.slow
-def test_a_driver_with_workers_killed_in_the_middle_is_gone_on_with(driver, tmp_path):
+def test_a_driver_with_workers_killed_in_the_middle_is_resumed(driver, tmp_path):
     grid = GRID | {"sparsity": [0.0, 0.3, 0.5, 0.7]}
     process, config = driver("process", 2, cell={"max_steps": 6}, grid=grid)
     database = tmp_path / "mlflow.db"

@@ -103,7 +103,7 @@ def test_what_cannot_end_differently_is_not_tried_again(config, capsys):
         sweep(study)
 
 
-def test_only_a_study_that_nobody_drives_is_gone_on_with(config):
+def test_only_a_study_that_nobody_drives_is_resumed(config):
     study = config({"model": ["tiny-llama"], "mode": ["dense"]})
     assert sweep(study) == 0
     parent, (cell,) = _study()

@@ -23,7 +23,7 @@ from sparse_ft.tracking.runs import Tracker
 
 __all__ = ["ProcessExecutor", "Reporter", "default_workers", "visible_gpus"]
 
-_FAREWELL = 10.0  # seconds that a dismissed worker has to end
+_EXIT_SECONDS = 10.0  # seconds that a dismissed worker has to end
 _EVERY = 0.2  # seconds between two reports of one worker's progress
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS", "RAYON_NUM_THREADS")
 
@@ -103,7 +103,7 @@ class ProcessExecutor:
         for hand in hands:
             hand.dismiss()
         for hand in sorted(hands, key=lambda hand: hand.job is None):  # none works on while others are waited for
-            hand.kill(after=_FAREWELL if hand.job is None else 0)
+            hand.kill(after=_EXIT_SECONDS if hand.job is None else 0)
         self._hands = [None] * self.workers
 
     def _wait(self, queue: Queue, busy: Mapping[int, _Hand]) -> None:

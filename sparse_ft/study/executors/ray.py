@@ -166,7 +166,7 @@ class RayExecutor:
                 if address == "none":  # "local": without it Ray joins any cluster that this machine remembers
                     self._ray.init(address="local", include_dashboard=False, **options)
                 else:
-                    answers = _knock(_resolved(address))
+                    answers = _listens(_resolved(address))
                     self._ray.init(address=address, **options)
         except OSError as error:  # ConnectionError is one
             why = str(error).splitlines()[0]
@@ -211,7 +211,7 @@ def _resolved(address: str) -> str:
     return os.environ.get("RAY_ADDRESS") or (note.read_text().strip() if note.is_file() else "")
 
 
-def _knock(address: str) -> bool:
+def _listens(address: str) -> bool:
     """Whether something listens at ``host:port``; False where the address is not of that form. Raises OSError where
     nothing does: Ray itself would ask again for many minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
