@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,10 +28,10 @@ from sparse_ft.study.trials import TrialJob, run_trial
 from sparse_ft.study.workbench import Workbench
 from sparse_ft.tracking.runs import Tracker
 
-__all__ = ["Worker", "WorkerSetup", "close_lost"]
+__all__ = ["Worker", "WorkerSetup", "beyond_work", "close_lost"]
 
 _PAUSE = 5.0  # seconds that a store or a network gets to come back before the next try
-_WORK = ("train", "eval", "eval_untuned", "eval_remasked")  # the rest of a cell's time is overhead
+_WORK = ("time/train_", "time/eval_")  # stages of any name that begins so; the rest of a cell's time is overhead
 
 
 @dataclass(frozen=True)
@@ -120,9 +120,9 @@ class Worker:
         log_cell_result(self._tracker, run_id, result)
         _clear(job.folder, result.merged)
         seconds = time.monotonic() - began
-        overhead = seconds - sum(result.metrics.get(f"time/{stage}_seconds", 0.0) for stage in _WORK)
-        self._tracker.log(run_id, metrics={"time/overhead_seconds": overhead})
-        metrics = result.metrics | {"time/overhead_seconds": overhead}
+        overhead = {"time/overhead_seconds": beyond_work(seconds, result.metrics)}
+        self._tracker.log(run_id, metrics=overhead)
+        metrics = result.metrics | overhead
         return Outcome(job, run_id, "FINISHED", time.monotonic() - began, metrics)
 
     def _begin(self, job: Job, run_id: str, began: float) -> Outcome | None:
@@ -186,6 +186,11 @@ def close_lost(tracker: Tracker, parent: str, job: Work, run_id: str, failure: F
     if isinstance(job, Job):
         shutil.rmtree(job.folder, ignore_errors=True)
     return Outcome(job, run_id, "FAILED", seconds, failure=failure)
+
+
+def beyond_work(seconds: float, metrics: Mapping[str, float]) -> float:
+    """What a cell of so many seconds took beyond training and scoring, by the times of its stages."""
+    return seconds - sum(value for name, value in metrics.items() if name.startswith(_WORK))
 
 
 def _clear(folder: Path, merged: Path | None) -> None:
