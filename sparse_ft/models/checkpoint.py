@@ -269,6 +269,21 @@ class Checkpoint:
                 identity.update(f"{name} {entry.dtype} {entry.shape}\n".encode() + content)
         return identity.hexdigest()[:16]
 
+    def is_called(self, fingerprint: str | None) -> bool:
+        """Whether a fingerprint is the one of these weights; runs and masks of version 0.1.0 hold its shorter one."""
+        return fingerprint in (self.fingerprint, self._sampled_fingerprint)
+
+    @cached_property
+    def _sampled_fingerprint(self) -> str:
+        """Version 0.1.0's: every prunable tensor's name, dtype, shape and 12 KiB (head, middle, tail) of its bytes."""
+        identity = hashlib.sha256()
+        for name in self.prunable:
+            entry, raw = self._entry(name), self.raw(name)
+            identity.update(f"{name} {entry.dtype} {entry.shape}\n".encode())
+            for start in (0, max(0, raw.size // 2 - 2048), max(0, raw.size - 4096)):
+                identity.update(raw[start : start + 4096].tobytes())
+        return identity.hexdigest()[:16]
+
     def _entry(self, name: str) -> Entry:
         try:
             return self._entries[name]

@@ -65,9 +65,11 @@ def rebuild(tracker: Tracker, run_id: str, target: Path, bench: Workbench) -> Pa
             raise UserError(f"run {run_id} holds no adapter (mode {cell.mode}, keep: none); run the cell again.")
         adapter = tracker.fetch(run["run_id"], "adapter", scratch)
         masks = _masks(tracker, run, cell, Path(scratch))
-        base, found = run["tags"].get("base_fingerprint"), bench.checkpoint(cell.model).fingerprint
-        if base != found:
-            raise UserError(f"{cell.model} has other weights now ({found}) than run {run['run_id']} used ({base}).")
+        base, found = run["tags"].get("base_fingerprint"), bench.checkpoint(cell.model)
+        if not found.is_called(base):
+            raise UserError(
+                f"{cell.model} has other weights now ({found.fingerprint}) than run {run['run_id']} used ({base})."
+            )
         with bench.borrow(cell) as model:
             if masks is not None and masks.checkpoint is not None:
                 start = Checkpoint(masks.checkpoint)
@@ -88,12 +90,12 @@ def _not_of(run: Run, folder: Path) -> str | None:
     """Why a checkpoint is not the merged model of a run; None where it is."""
     expected = run["tags"].get("merged_fingerprint")
     try:
-        found = Checkpoint(folder).fingerprint
+        found = Checkpoint(folder)
+        if found.is_called(expected):
+            return None
     except UserError as error:
         return str(error)
-    if expected == found:
-        return None
-    return f"the weights are not those of run {run['run_id']} (fingerprint {found}, not {expected})"
+    return f"the weights are not those of run {run['run_id']} (fingerprint {found.fingerprint}, not {expected})"
 
 
 def pareto_front(runs: Sequence[Run]) -> list[Run]:

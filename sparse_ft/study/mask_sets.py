@@ -107,7 +107,7 @@ def foreign_masks(file: MaskFile, start: Checkpoint, base: Checkpoint) -> str | 
     """What says that masks were made of other weights than ``start``, which they come with, and the model ``base``."""
     for made_of, weights in (("fingerprint", start), ("source_fingerprint", base)):
         said = file.metadata.get(made_of)
-        if said not in (None, weights.fingerprint):
+        if said is not None and not weights.is_called(said):
             return f"the masks {file.path} were made from other weights ({said}, not {weights.fingerprint})"
     return None
 

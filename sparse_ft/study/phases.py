@@ -140,14 +140,15 @@ class Phases:
 
     def _supersede(self, jobs: list[Job]) -> None:
         """Marks the runs of earlier starts whose names are those of a cell of this plan, and whose weights, rows or
-        program were others: they stay to be read, and are no part of this study's results any more."""
-        keys: dict[frozenset, set[str]] = {}
-        for job in jobs:
-            if not isinstance(job.masks, Failure):
-                keys.setdefault(_named(flatten_config(job.cell.canonical())), set()).add(job.key)
+        program were others: they stay to be read, and are no part of this study's results any more. A run of an older
+        version has fewer names."""
+        planned = [(_named(flatten_config(job.cell.canonical())), job.key) for job in jobs
+                   if not isinstance(job.masks, Failure)]  # fmt: skip
+        keys = {key for _, key in planned}
         for run in self.ledger.cells:
-            wanted = keys.get(_named(run["params"]))
-            if wanted and run["tags"].get("cell_key") not in wanted:
+            if run["tags"].get("cell_key") in keys or not (names := _named(run["params"])):
+                continue
+            if wanted := {key for cell, key in planned if names <= cell}:
                 self.tracker.log(run["run_id"], tags={"superseded": ",".join(sorted(wanted))})
 
     def _again(self, job: Job) -> Job | None:

@@ -128,12 +128,15 @@ def start_study(
     else:
         folder = Path(run["tags"].get("folder") or Path(config.output_dir) / f"{name}-{parent[:8]}")
         done = _done(plan, identities, ledger)
-        said = f"going on with the study {name} ({parent}): {done} of {len(plan.cells)} cells are done"
+        said = f"resuming the study {name} ({parent}): {done} of {len(plan.cells)} cells are done"
         console.print(said, soft_wrap=True)
         if ledger.closed:
             console.print(f"  {len(ledger.closed)} runs were open that nobody worked at; they are now KILLED")
         for line in changes(tracker, parent, STUDY_FILE, describe(plan.study)):
             console.print(f"  the configuration has changed: {line}", highlight=False, soft_wrap=True)
+        if ledger.cells and not any(name.startswith("identity/") for run in ledger.cells for name in run["params"]):
+            said = "  its cells do not say what their names stood for, as those of version 0.1.0: they run again"
+            console.print(said, highlight=False, soft_wrap=True)
         for line in changes(tracker, parent, IDENTITY_FILE, identity):
             said = f"  behind its name has changed: {line}; the cells that use it run again"
             console.print(said, highlight=False, soft_wrap=True)

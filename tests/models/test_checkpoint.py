@@ -2,6 +2,7 @@ import json
 import os
 import shutil
 
+import earlier
 import numpy as np
 import pytest
 import torch
@@ -70,6 +71,14 @@ def test_the_fingerprint_sees_every_weight(folder, name, tmp_path):
     after = Checkpoint(copy_checkpoint(before, tmp_path / "after", change))
     assert before.fingerprint != after.fingerprint
     assert before.fingerprint == Checkpoint(copy_checkpoint(before, tmp_path / "same", lambda _, t: t)).fingerprint
+
+
+def test_weights_are_also_known_by_the_fingerprint_of_version_0_1_0(folder, tmp_path):
+    one = Checkpoint(folder)
+    other = Checkpoint(copy_checkpoint(one, tmp_path / "other", lambda name, t: -t if name in one.prunable else t))
+    assert one.is_called(one.fingerprint) and one.is_called(earlier.fingerprint(one))
+    assert not one.is_called(other.fingerprint) and not one.is_called(earlier.fingerprint(other))
+    assert not one.is_called(None)
 
 
 def test_a_copy_changes_what_it_is_told_to(folder, tmp_path):

@@ -1,5 +1,6 @@
 import hashlib
 
+import earlier
 import pytest
 
 from sparse_ft.errors import UserError
@@ -46,6 +47,27 @@ def test_a_run_of_before_there_was_a_choice_of_rounding_is_rebuilt_as_it_was_mad
         with tracker.ending(run_id):
             tracker.log_dict(run_id, values, "config.yaml")
         assert _cell(tracker, tracker.run(run_id)).rounding == expected
+
+
+def test_a_cell_of_version_0_1_0_is_rebuilt_bit_for_bit(study_file, tmp_path):
+    """Its fingerprints saw less of the weights, and it rounded to the nearest."""
+    path = study_file(
+        {"model": ["tiny-llama"], "sparsity": [0.6], "mode": ["sparse_to_dense", "sparse_to_sparse"]},
+        keep="all",
+        cell={"dtype": "bfloat16", "learning_rate": 1e-2, "rounding": "nearest"},
+    )
+    assert sweep(SweepConfig(config=str(path), output_dir=str(tmp_path / "out"))) == 0
+    tracker = Tracker()
+    base = Workbench().checkpoint("tiny-llama")
+    for run in _cells(tracker)[1]:
+        merged = Checkpoint(run["tags"]["model_folder"])
+        tags = {"base_fingerprint": earlier.fingerprint(base), "merged_fingerprint": earlier.fingerprint(merged)}
+        tracker.log(run["run_id"], tags=tags)
+        target = rebuild(tracker, run["run_id"], tmp_path / run["run_id"], Workbench())
+        assert _bytes(target) == _bytes(merged.folder), run["name"]
+    tracker.log(run["run_id"], tags={"base_fingerprint": earlier.fingerprint(merged)})
+    with pytest.raises(UserError, match="has other weights now"):
+        rebuild(tracker, run["run_id"], tmp_path / "other", Workbench())
 
 
 def test_of_a_study_the_front_is_kept_whole_and_registered_where_asked(study_file, tmp_path):

@@ -4,6 +4,7 @@ import time
 from collections import Counter
 from dataclasses import replace
 
+import earlier
 import pytest
 
 from sparse_ft.errors import UserError
@@ -55,6 +56,22 @@ def test_a_changed_configuration_says_what_changed_and_keeps_what_is_the_same(co
     assert sweep(replace(changed, resume=parent["run_id"])) == 0  # the file has not changed since
     assert "the configuration has changed" not in capsys.readouterr().out
     assert len(_study()[1]) == 3
+
+
+def test_a_study_of_version_0_1_0_runs_again_and_its_cells_are_no_part_of_the_results(config, capsys):
+    file = config({"model": ["tiny-llama"], "sparsity": [0.3, 0.5], "mode": ["sparse_to_sparse"]})
+    assert sweep(file) == 0
+    parent, before = _study()
+    earlier.forget(Tracker().uri)
+    capsys.readouterr()
+    assert sweep(replace(file, resume=parent["run_id"])) == 0
+    shown = capsys.readouterr().out
+    assert "0 of 2 cells are done" in shown and "as those of version 0.1.0: they run again" in shown
+    _, cells = _study()
+    old = {run["run_id"] for run in before}
+    assert len(cells) == 4 and {run["run_id"] for run in cells if "superseded" in run["tags"]} == old
+    assert sweep(replace(file, resume=parent["run_id"])) == 0
+    assert "2 of 2 cells are done" in capsys.readouterr().out and len(_study()[1]) == 4
 
 
 def test_failed_cells_are_tried_again_up_to_max_retries_in_every_start(config, capsys):
