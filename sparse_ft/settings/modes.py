@@ -44,8 +44,15 @@ class Mode:
 
 
 DENSE = Mode(
-    "dense", "dense", "dense", "fine-tuned dense", "-", lora=True, masked_base=False, masked_update=False
-)  # fmt: skip
+    "dense",
+    "dense",
+    "dense",
+    "fine-tuned dense",
+    "-",
+    lora=True,
+    masked_base=False,
+    masked_update=False,
+)
 SPARSE_TO_DENSE = Mode(
     "sparse_to_dense",
     "s2d",

@@ -73,6 +73,16 @@ def test_the_fingerprint_sees_every_weight(folder, name, tmp_path):
     assert before.fingerprint == Checkpoint(copy_checkpoint(before, tmp_path / "same", lambda _, t: t)).fingerprint
 
 
+def test_a_config_that_changes_in_place_is_read_again(folder, tmp_path):
+    twin = shutil.copytree(folder, tmp_path / "twin")
+    values, path = Checkpoint(folder).config, folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rms_norm_eps": 0.25}))
+    assert Checkpoint(folder).config == values | {"rms_norm_eps": 0.25}
+    assert Checkpoint(twin).config == values
+    Checkpoint(twin).config["rms_norm_eps"] = 7  # whoever changes what he was given changes nobody else's
+    assert Checkpoint(twin).config == values
+
+
 def test_weights_are_also_known_by_the_fingerprint_of_version_0_1_0(folder, tmp_path):
     one = Checkpoint(folder)
     other = Checkpoint(copy_checkpoint(one, tmp_path / "other", lambda name, t: -t if name in one.prunable else t))
