@@ -57,7 +57,7 @@ RUN = {
     r"python -m entrypoints\.cerebras_configs --config configs/full.yaml .*": HUB.split("::")[0]
     + "::test_the_full_studys_configurations_for_a_cerebras",
     r"python -m entrypoints\.(NAME|train|validate|analyze|sweep|compute_masks)": STARTED,
-    r"python benchmarks/sparse_lora\.py .*": BY_HAND + "its table stands beside it",
+    r"python benchmarks/(rounding|sparse_lora)\.py .*": BY_HAND + "its table stands beside it",
     r"python -m benchmarks\.\w+ .*": BY_HAND + "its table stands beside it",
     r"python -m lm_eval run": "tests/evaluation/test_scores.py::test_equal_to_lm_evals_command_line",
     r"python -m sparse_ft\.cerebras\.cszoo fit FIT.yaml --target_device CSX --validate_only": WAFER
