@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import re
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -108,8 +109,10 @@ class WorkerLostError(RuntimeError):
     """The process that ran the cell is gone."""
 
 
-class CellTimeoutError(RuntimeError):
-    """The cell took longer than it may."""
+class CellTimeoutError(BaseException):
+    """The cell took longer than it may. No `Exception`, as KeyboardInterrupt is none: it comes in the middle of
+    anything, and whoever handles all errors of a library's call must not take it for one of them.
+    """
 
 
 @dataclass(frozen=True)
@@ -159,26 +162,37 @@ def _kind(error: BaseException) -> str:
         ValidationFailedError: "validation_failed",
         WorkerLostError: "worker_lost",
         CellTimeoutError: "timeout",
-        MemoryError: "out_of_memory",
-        torch.OutOfMemoryError: "out_of_memory",
     }
     if (told := getattr(error, "failure_class", None)) is not None:  # a Cerebras trainer's, from its own log
         return told
-    for kind, name in classes.items():
-        if isinstance(error, kind):
-            return name
+    own = next((name for kind, name in classes.items() if isinstance(error, kind)), None)
+    if own not in (None, "configuration"):
+        return own
+    wrapped = list(_causes(error))
+    if own is not None:  # "cannot read FILE: MemoryError" is no fault of the configuration
+        wrapped = wrapped[1:]
+    return next((kind for cause in wrapped if (kind := _of_machine(cause)) is not None), own or "bug")
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error, and what it was raised from."""
     seen: set[int] = set()
     cause: BaseException | None = error
-    while cause is not None and id(cause) not in seen:  # what a library wraps is told by what it wraps
+    while cause is not None and id(cause) not in seen:
         seen.add(id(cause))
-        if isinstance(cause, OSError) and cause.errno in _FULL:
-            return "disk_full"
-        if (said := _said(cause)) is not None:
-            return said
-        if _of_surroundings(cause):
-            return "infrastructure"
+        yield cause
         cause = cause.__cause__
-    return "bug"
+
+
+def _of_machine(error: BaseException) -> str | None:
+    """The class of an error of memory, disk, device, store or network; None for any other."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return "out_of_memory"
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return "disk_full"
+    if (said := _said(error)) is not None:
+        return said
+    return "infrastructure" if _of_surroundings(error) else None
 
 
 def _said(error: BaseException) -> str | None:

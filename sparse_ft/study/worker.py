@@ -12,7 +12,7 @@ from pathlib import Path
 from sparse_ft.memory import release_memory
 from sparse_ft.progress import SILENT, Progress
 from sparse_ft.study.cell import Judge, StoppedEarly, run_cell
-from sparse_ft.study.failures import Failure, classify
+from sparse_ft.study.failures import CellTimeoutError, Failure, classify
 from sparse_ft.study.holder import process_name
 from sparse_ft.study.identity import cell_identity, check_identity
 from sparse_ft.study.jobs import Job, MaskJob, Outcome, Work
@@ -105,7 +105,7 @@ class Worker:
             return done
         except StoppedEarly as stop:
             return self._stopped(job, run_id, began, stop)
-        except Exception as error:
+        except (Exception, CellTimeoutError) as error:
             return self._failed(job, run_id, began, classify(error))
         except BaseException:  # Ctrl-C, or the executor's request to stop
             self._tracker.finish(run_id, "KILLED")

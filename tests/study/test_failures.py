@@ -8,9 +8,11 @@ import torch
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import REQUEST_LIMIT_EXCEEDED, RESOURCE_DOES_NOT_EXIST, TEMPORARILY_UNAVAILABLE
 from sqlalchemy.exc import OperationalError
+from transformers import AutoConfig
 
 from sparse_ft.errors import DataMissingError, ModelUnavailableError, UserError
 from sparse_ft.evaluation import NonFiniteScoresError
+from sparse_ft.models.skeleton import model_config
 from sparse_ft.study.failures import CellTimeoutError, ValidationFailedError, WorkerLostError, classify, parse_retry
 from sparse_ft.training import NonFiniteLossError
 
@@ -98,6 +100,33 @@ def test_what_a_library_wraps_is_told_by_what_it_wraps():
         raise ValueError("cannot log the batch") from ConnectionResetError(errno.ECONNRESET, "reset")
     except ValueError as error:
         assert classify(error).kind == "infrastructure"
+
+
+@pytest.mark.parametrize(
+    ("cause", "kind"),
+    [
+        (MemoryError(), "out_of_memory"),
+        (OSError(errno.ENOSPC, "No space left on device"), "disk_full"),
+        (OSError(errno.ESTALE, "Stale file handle"), "infrastructure"),
+        (RuntimeError("CUDA error: unspecified launch failure"), "worker_lost"),
+        (FileNotFoundError(errno.ENOENT, "No such file"), "configuration"),
+        (ValueError("rope_type is odd"), "configuration"),
+    ],
+)
+def test_a_file_that_the_machine_could_not_read_is_no_fault_of_the_configuration(cause, kind):
+    try:
+        raise UserError("transformers cannot read config.json") from cause
+    except UserError as error:
+        assert classify(error).kind == kind
+
+
+def test_an_alarm_is_not_taken_for_an_error_of_the_call_that_it_breaks_off(monkeypatch, tiny_model):
+    def too_long(*args, **values):
+        raise CellTimeoutError("the cell took longer than 0.5 s")
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", too_long)
+    with pytest.raises(CellTimeoutError):
+        model_config(tiny_model("tiny-llama"))
 
 
 def test_no_password_is_in_a_failure():
