@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from sparse_ft.errors import UserError
-from sparse_ft.study.parsing import Parser
+from sparse_ft.settings.parser import Parser
 
 __all__ = ["command"]
 
@@ -43,7 +43,7 @@ def command(name: str, kind: type[T], work: Callable[[T], int]) -> None:
 
 
 def _failed(name: str, error: Exception) -> int:
-    from sparse_ft.study.failures import ValidationFailedError  # late: --help comes without torch
+    from sparse_ft.cell.failures import ValidationFailedError  # late: --help comes without torch
 
     if isinstance(error, ValidationFailedError):  # of a cell's own model: the answer that 1 stands for
         print(f"{name}: {error}", file=sys.stderr)

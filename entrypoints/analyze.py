@@ -1,12 +1,12 @@
 """``python -m entrypoints.analyze``, the entry point ``analyze`` of the MLflow project."""
 
 from entrypoints._command import command
-from sparse_ft.study.config import AnalyzeConfig
+from sparse_ft.settings.commands import AnalyzeConfig
 
 
 def work(config: AnalyzeConfig) -> int:
     # Imported here, so that --help and a mistyped flag are answered at once.
-    from sparse_ft.study.steps import analyze
+    from sparse_ft.commands import analyze
 
     return analyze(config)
 

@@ -1,7 +1,7 @@
 """``python -m entrypoints.sweep``, the entry point ``sweep`` of the MLflow project."""
 
 from entrypoints._command import command
-from sparse_ft.study.config import SweepConfig
+from sparse_ft.settings.commands import SweepConfig
 
 
 def work(config: SweepConfig) -> int:

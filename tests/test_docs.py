@@ -16,15 +16,16 @@ import pytest
 import yaml
 from documents import PAGES, ROOT, SHELL_WORDS, Command, anchors, blocks, commands, headings, links
 
-from sparse_ft.study import config as parameters
+from sparse_ft.settings import commands as parameters
+from sparse_ft.settings.cell import CellConfig
+from sparse_ft.settings.parser import Parser
 from sparse_ft.study.cerebras_configs import CerebrasConfigsConfig
-from sparse_ft.study.parsing import Parser
 from sparse_ft.study.plan import load_study
 
 MLPROJECT = yaml.safe_load((ROOT / "MLproject").read_text())["entry_points"]
 STEPS = {
     "compute_masks": parameters.MaskConfig,
-    "train": parameters.CellConfig,
+    "train": CellConfig,
     "validate": parameters.ValidateConfig,
     "analyze": parameters.AnalyzeConfig,
     "sweep": parameters.SweepConfig,
@@ -168,8 +169,8 @@ def usage(module: str) -> str:
 
 
 def assert_flags(module: str, options: list[str]) -> None:
-    if module == "sparse_ft.cerebras.cszoo":  # ModelZoo's own parser, in an environment of its own
-        assert (ROOT / "sparse_ft/cerebras/cszoo.py").is_file()
+    if module == "sparse_ft.cerebras.modelzoo.cszoo":  # ModelZoo's own parser, in an environment of its own
+        assert (ROOT / "sparse_ft/cerebras/modelzoo/cszoo.py").is_file()
         return
     known = usage(module)
     for option in options:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sparse_ft.study.config import AnalyzeConfig, CellConfig, MaskConfig, RebuildConfig, SweepConfig, ValidateConfig
+from sparse_ft.settings.cell import CellConfig
+from sparse_ft.settings.commands import AnalyzeConfig, MaskConfig, RebuildConfig, SweepConfig, ValidateConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = {

@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 
-from sparse_ft.cerebras.masked_lora import merged_weight
+from sparse_ft.cerebras.modelzoo.masked_lora import merged_weight
 from sparse_ft.errors import UserError
 from sparse_ft.masks.checks import check_masks
 from sparse_ft.masks.mask_set import MaskSet
-from sparse_ft.models.cerebras import CerebrasCheckpoint
-from sparse_ft.models.cerebras_names import Place, places, strip_prefix
+from sparse_ft.models.cerebras.checkpoint import CerebrasCheckpoint
+from sparse_ft.models.cerebras.mdl import MdlFile, write_mdl
+from sparse_ft.models.cerebras.names import Place, places, strip_prefix
 from sparse_ft.models.checkpoint import Checkpoint
-from sparse_ft.models.mdl import MdlFile, write_mdl
 from sparse_ft.models.names import prunable_names, slots
 from sparse_ft.progress import SILENT, Progress
 from sparse_ft.settings.modes import MODES

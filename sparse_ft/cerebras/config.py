@@ -219,7 +219,7 @@ def check_config(config: Mapping[str, Any]) -> None:
 def write_config(path: str | Path, config: Mapping[str, Any]) -> Path:
     """Writes a configuration as YAML whose first line is the command that runs it."""
     device = config["trainer"]["init"]["backend"]["backend_type"]
-    head = f"# python -m sparse_ft.cerebras.cszoo fit {path} --target_device {device}\n"
+    head = f"# python -m sparse_ft.cerebras.modelzoo.cszoo fit {path} --target_device {device}\n"
     return write_text(path, head + yaml.safe_dump(dict(config), sort_keys=False, width=120))
 
 

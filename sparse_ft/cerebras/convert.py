@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from sparse_ft.cerebras.model_section import converter_config, model_section
 from sparse_ft.errors import UserError
 from sparse_ft.files import atomic_folder, write_json
-from sparse_ft.models.cerebras_names import places
+from sparse_ft.models.cerebras.names import places
 from sparse_ft.models.checkpoint import Checkpoint
 from sparse_ft.models.names import slots
 
@@ -161,9 +161,9 @@ def _convert(
     options: Sequence[str] = (),
 ) -> None:
     command = [
-        python, "-m", "sparse_ft.cerebras.cszoo", "checkpoint", "convert", "--model", kind, "--src-fmt", source_format,
-        "--tgt-fmt", target_format, "--config", str(config), "--output-dir", str(out), "--no-progress-bar", *options,
-        str(checkpoint),
+        python, "-m", "sparse_ft.cerebras.modelzoo.cszoo", "checkpoint", "convert", "--model", kind,
+        "--src-fmt", source_format, "--tgt-fmt", target_format, "--config", str(config),
+        "--output-dir", str(out), "--no-progress-bar", *options, str(checkpoint),
     ]  # fmt: skip
     if run is not None:
         run(command)

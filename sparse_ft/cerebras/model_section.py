@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sparse_ft.errors import UserError
-from sparse_ft.models.cerebras_names import check_convertible, head_dim
+from sparse_ft.models.cerebras.names import check_convertible, head_dim
 
 __all__ = ["converter_config", "model_section"]
 

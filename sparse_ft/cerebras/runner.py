@@ -62,7 +62,7 @@ def fit_command(
     python: str, config: str | Path, device: str, labels: Sequence[str] = (), extra: Sequence[str] = ()
 ) -> list[str]:
     """The command line that trains ``config``; ``labels`` (``key=value``) go on the cluster's job."""
-    command = [python, "-m", "sparse_ft.cerebras.cszoo", "fit", str(config), "--target_device", device, *extra]
+    command = [python, "-m", "sparse_ft.cerebras.modelzoo.cszoo", "fit", str(config), "--target_device", device, *extra]
     return [*command, "--job_labels", *labels] if labels and device == "CSX" else command
 
 

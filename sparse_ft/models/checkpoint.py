@@ -298,7 +298,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         UserError: neither.
     """
     if Path(path).suffix == ".mdl":
-        from sparse_ft.models.cerebras import CerebrasCheckpoint
+        from sparse_ft.models.cerebras.checkpoint import CerebrasCheckpoint
 
         return CerebrasCheckpoint(path)
     return Checkpoint(path)

@@ -12,19 +12,19 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from sparse_ft.cell.masks import mask_file
+from sparse_ft.cell.pruning import pruning_settings
+from sparse_ft.cell.settings import check_cell
 from sparse_ft.cerebras.config import create_sparse_config, write_config
+from sparse_ft.cerebras.trainer import CerebrasSettings, check_trainable, load_settings, trainer_plan
 from sparse_ft.errors import UserError
 from sparse_ft.files import write_json
 from sparse_ft.models.catalog import locate_config
 from sparse_ft.models.skeleton import config_values
 from sparse_ft.pruning.output import level_stem
+from sparse_ft.settings.cell import CellConfig
 from sparse_ft.settings.modes import MODES
-from sparse_ft.study.cell_settings import check_cell
-from sparse_ft.study.cerebras import CerebrasSettings, check_trainable, load_settings, trainer_plan
-from sparse_ft.study.config import CellConfig
-from sparse_ft.study.mask_sets import mask_file
 from sparse_ft.study.plan import Plan, load_study, make_plan
-from sparse_ft.study.settings import pruning_settings
 
 __all__ = ["CerebrasConfigsConfig", "write_configs", "write_study_configs"]
 

@@ -17,8 +17,8 @@ from rich.text import Text
 
 from sparse_ft.levels import level_label
 from sparse_ft.progress import duration, standing
-from sparse_ft.study.config import CellConfig
-from sparse_ft.study.jobs import Listener, MaskJob, Outcome, Work
+from sparse_ft.settings.cell import CellConfig
+from sparse_ft.study.queue import Listener, MaskJob, Outcome, Work
 
 __all__ = ["Display", "LiveDisplay", "shown_display"]
 

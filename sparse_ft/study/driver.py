@@ -10,24 +10,24 @@ from rich.console import Console
 
 from sparse_ft.analysis.terminal import print_table, table_text, terminal_table
 from sparse_ft.analysis.write import AnalysisResult
+from sparse_ft.cell.failures import RETRIED, classify
+from sparse_ft.cell.identity import cell_identity, mask_key
+from sparse_ft.cell.workbench import Workbench
 from sparse_ft.errors import UserError
 from sparse_ft.files import write_text
 from sparse_ft.levels import level_label
 from sparse_ft.progress import duration, shown_progress
-from sparse_ft.study.config import SweepConfig
+from sparse_ft.settings.commands import SweepConfig
+from sparse_ft.study.checks.preflight import check_plan, check_resources, estimate_disk
+from sparse_ft.study.checks.time import estimate_time
 from sparse_ft.study.display import shown_display
-from sparse_ft.study.estimate import estimate_time
 from sparse_ft.study.executors import executor_problems, make_executor, worker_count
-from sparse_ft.study.failures import RETRIED, classify
-from sparse_ft.study.identity import cell_identity, mask_key
-from sparse_ft.study.keeping import keep_models
+from sparse_ft.study.keep import keep_models
+from sparse_ft.study.ledger import Start, start_study
 from sparse_ft.study.life import close_open_runs, driving, interruptible, resume_command
 from sparse_ft.study.phases import Phases, holes_table
 from sparse_ft.study.plan import Plan, load_study, make_plan
-from sparse_ft.study.preflight import check_plan, check_resources, estimate_disk
-from sparse_ft.study.reporting import in_milliseconds, report_study, study_console, ui_command
-from sparse_ft.study.resume import Start, start_study
-from sparse_ft.study.workbench import Workbench
+from sparse_ft.study.report import in_milliseconds, report_study, study_console, ui_command
 from sparse_ft.study.worker import WorkerSetup
 from sparse_ft.tracking.runs import Tracker
 from sparse_ft.tracking.stores import artifact_location, tracking_uri
@@ -47,7 +47,7 @@ def sweep(config: SweepConfig) -> int:
     """
     study = load_study(config.config)
     if study.search is not None:
-        from sparse_ft.study.search import search
+        from sparse_ft.study.search.session import search
 
         return search(config, study)
     plan, console = make_plan(study), study_console()

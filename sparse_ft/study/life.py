@@ -9,9 +9,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 
+from sparse_ft.cell.failures import parse_retry
 from sparse_ft.errors import UserError
-from sparse_ft.study.config import SweepConfig
-from sparse_ft.study.failures import parse_retry
+from sparse_ft.settings.commands import SweepConfig
 from sparse_ft.study.holder import HEARTBEAT_SECONDS
 from sparse_ft.tracking.runs import Tracker
 

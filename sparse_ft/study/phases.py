@@ -10,17 +10,17 @@ from typing import Any, Protocol
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from sparse_ft.cell.failures import Failure, classify
+from sparse_ft.cell.identity import cell_key
+from sparse_ft.cell.masks import mask_file, read_manifest
+from sparse_ft.cell.record import log_cell_inputs
 from sparse_ft.errors import UserError
 from sparse_ft.pruning.output import MaskFile
-from sparse_ft.study.config import CellConfig
+from sparse_ft.settings.cell import CellConfig
 from sparse_ft.study.display import Display
-from sparse_ft.study.failures import Failure, classify
-from sparse_ft.study.identity import cell_key
-from sparse_ft.study.jobs import Job, MaskJob, Outcome, Queue, halved
-from sparse_ft.study.mask_sets import mask_file, read_manifest
+from sparse_ft.study.ledger import Ledger
 from sparse_ft.study.plan import Plan
-from sparse_ft.study.recording import log_cell_inputs
-from sparse_ft.study.resume import Ledger
+from sparse_ft.study.queue import Job, MaskJob, Outcome, Queue, halved
 from sparse_ft.tracking.parameters import flatten_config
 from sparse_ft.tracking.runs import Tracker
 
@@ -57,7 +57,7 @@ class Phases:
 
     Attributes:
         plan: what is to be run.
-        identities: of each cell, what its names stand for; see `sparse_ft.study.identity.cell_identity`.
+        identities: of each cell, what its names stand for; see `sparse_ft.cell.identity.cell_identity`.
         mask_keys: of each mask set, its identity.
         ledger: what was done before this start.
         folder: the study's.

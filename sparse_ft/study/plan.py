@@ -9,19 +9,21 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
+from sparse_ft.cell.failures import parse_retry
+from sparse_ft.cell.masks import mask_file
+from sparse_ft.cell.pruning import pruning_settings
 from sparse_ft.errors import UserError
 from sparse_ft.levels import levels_text, parse_levels
+from sparse_ft.settings.cell import CellConfig, mask_set_of
+from sparse_ft.settings.commands import MaskConfig
 from sparse_ft.settings.modes import DENSE, MODES
-from sparse_ft.study.config import CellConfig, MaskConfig
-from sparse_ft.study.failures import parse_retry
-from sparse_ft.study.mask_sets import mask_file
-from sparse_ft.study.parsing import Parser
-from sparse_ft.study.settings import pruning_settings
-from sparse_ft.study.study_file import check_study, read_study
+from sparse_ft.settings.parser import Parser
+from sparse_ft.settings.yaml_file import read_yaml
+from sparse_ft.study.study_file import check_study
 
 KEEP = ("none", "adapter", "pareto", "all")
 
-__all__ = ["KEEP", "MaskSetPlan", "Plan", "Study", "load_study", "make_cell", "make_plan", "mask_set_of"]
+__all__ = ["KEEP", "MaskSetPlan", "Plan", "Study", "load_study", "make_plan"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Study:
             Pareto front of accuracy and sparsity) or all. Where the file does not say, pareto, or what ``cell``
             says.
         register: put the whole models that are kept into the model registry too.
-        search: an Optuna search over some fields, instead of trying every point; see `sparse_ft.study.search`.
+        search: an Optuna search over some fields, instead of trying every point; see `sparse_ft.study.search.session`.
         retry: failure classes that are tried again on resuming beside those that always are.
     """
 
@@ -69,7 +71,7 @@ class MaskSetPlan:
 
     @property
     def name(self) -> str:
-        """For people. The folder's name carries the identity too: see `sparse_ft.study.identity.mask_key`."""
+        """For people. The folder's name carries the identity too: see `sparse_ft.cell.identity.mask_key`."""
         config, settings = self.config, pruning_settings(self.config)
         parts = [config.model.rstrip("/").split("/")[-1], settings.label]
         if config.method != "random":
@@ -111,7 +113,7 @@ def load_study(path: str | Path) -> Study:
         UserError: the file is missing, not YAML, or has keys or values that no study has.
     """
     path = Path(path)
-    content = read_study(path)
+    content = read_yaml(path)
     if isinstance(content, dict) and content.get("search"):
         content = {"grid": {}, "dense_baseline": False, **content}
     elif not isinstance(content, dict) or not isinstance(content.get("grid"), dict) or not content["grid"]:
@@ -130,15 +132,6 @@ def load_study(path: str | Path) -> Study:
     classes = content.get("retry") or "none"
     retry = parse_retry(",".join(map(str, classes)) if isinstance(classes, list) else str(classes))
     return Study(**{**content, "grid": grid, "cell": content.get("cell") or {}, "retry": retry})
-
-
-def make_cell(values: Mapping[str, Any], where: str = "the cell") -> CellConfig:
-    """A cell from plain values, with types and choices checked.
-
-    Raises:
-        UserError: an unknown field or a value that it cannot take.
-    """
-    return Parser(CellConfig).values(values, where)
 
 
 def make_plan(study: Study) -> Plan:
@@ -197,31 +190,6 @@ def _same_as(cells: list[CellConfig]) -> tuple[int | None, ...]:
         for number in numbers:
             result[number] = None if number == first else first
     return tuple(result)
-
-
-def mask_set_of(cell: CellConfig) -> MaskConfig | None:
-    """The mask set that a cell needs, without levels; cells with equal ones share it. None: it needs none.
-
-    Fields that cannot change the masks are set to one value: task and device for data-free importances, the seed
-    where nothing is drawn, the pattern where there is none.
-    """
-    if not cell.pruned or cell.masks != "none":
-        return None
-    kind = cell.mask_config("0", "")
-    kind = replace(kind, scope="layer") if kind.method in ("random", "semi_structured") else kind
-    kind = replace(kind, pattern=MaskConfig.pattern) if kind.method != "semi_structured" else kind
-    if cell.reads_text:
-        return kind
-    kind = replace(
-        kind,
-        task="",
-        data_dir="none",
-        calibration_samples=MaskConfig.calibration_samples,
-        calibration_seq_len=MaskConfig.calibration_seq_len,
-        device="auto",
-        dtype="auto",
-    )
-    return replace(kind, importance="magnitude") if kind.method == "random" else replace(kind, seed=0)
 
 
 def _axis(path: Path, axis: str, values: Any) -> list[Any]:

@@ -9,23 +9,23 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparse_ft.memory import release_memory
-from sparse_ft.progress import SILENT, Progress
-from sparse_ft.study.cell import Judge, StoppedEarly, run_cell
-from sparse_ft.study.failures import CellTimeoutError, Failure, classify
-from sparse_ft.study.holder import process_name
-from sparse_ft.study.identity import cell_identity, check_identity
-from sparse_ft.study.jobs import Job, MaskJob, Outcome, Work
-from sparse_ft.study.mask_sets import make_masks, write_manifest
-from sparse_ft.study.recording import (
+from sparse_ft.cell.failures import CellTimeoutError, Failure, classify
+from sparse_ft.cell.identity import cell_identity, check_identity
+from sparse_ft.cell.masks import make_masks, write_manifest
+from sparse_ft.cell.record import (
     log_cell_inputs,
     log_cell_result,
     log_failure,
     log_mask_inputs,
     log_masks,
 )
-from sparse_ft.study.trials import TrialJob, run_trial
-from sparse_ft.study.workbench import Workbench
+from sparse_ft.cell.run import Judge, StoppedEarly, run_cell
+from sparse_ft.cell.workbench import Workbench
+from sparse_ft.memory import release_memory
+from sparse_ft.progress import SILENT, Progress
+from sparse_ft.study.holder import process_name
+from sparse_ft.study.queue import Job, MaskJob, Outcome, Work
+from sparse_ft.study.search.trials import TrialJob, run_trial
 from sparse_ft.tracking.runs import Tracker
 
 __all__ = ["Worker", "WorkerSetup", "beyond_work", "close_lost"]

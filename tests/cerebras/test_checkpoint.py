@@ -12,8 +12,8 @@ from sparse_ft.cerebras.checkpoint import LoraPlan, ModelZooMasks, merge_checkpo
 from sparse_ft.errors import UserError
 from sparse_ft.masks.files import save_masks
 from sparse_ft.masks.mask_set import MaskSet
+from sparse_ft.models.cerebras.mdl import MdlFile, write_mdl
 from sparse_ft.models.checkpoint import Checkpoint
-from sparse_ft.models.mdl import MdlFile, write_mdl
 from sparse_ft.validation import validate_checkpoint
 
 CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "mixtral": MixtralConfig}

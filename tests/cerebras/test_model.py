@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from sparse_ft.cerebras.model import SparseModelWrapper, module_masks, open_backend, prepare_sparse_model
+from sparse_ft.cerebras.modelzoo.model import SparseModelWrapper, module_masks, open_backend, prepare_sparse_model
 from sparse_ft.errors import UserError
 from sparse_ft.masks.mask_set import MaskSet
 from sparse_ft.models.names import slots

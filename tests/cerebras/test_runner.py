@@ -111,7 +111,7 @@ def test_a_trainer_of_a_study_in_the_background_hears_that_it_is_to_stop(tmp_pat
 
 def test_commands():
     command = fit_command("/env/bin/python", "c.yaml", "CSX", ["mlflow_run=abc"], ["--validate_only"])
-    assert command[1:6] == ["-m", "sparse_ft.cerebras.cszoo", "fit", "c.yaml", "--target_device"]
+    assert command[1:6] == ["-m", "sparse_ft.cerebras.modelzoo.cszoo", "fit", "c.yaml", "--target_device"]
     assert command[-3:] == ["--validate_only", "--job_labels", "mlflow_run=abc"]
     assert "--job_labels" not in fit_command("python", "c.yaml", "CPU", ["a=b"])
     assert trainer_environment("/env/bin/python", {"PATH": "/bin"})["PATH"] == f"/env/bin{os.pathsep}/bin"

@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from sparse_ft.cell.masks import make_masks
+from sparse_ft.cell.run import run_cell
+from sparse_ft.cell.workbench import Workbench
 from sparse_ft.models.checkpoint import Checkpoint
-from sparse_ft.study.cell import run_cell
-from sparse_ft.study.config import CellConfig, SweepConfig
+from sparse_ft.settings.cell import CellConfig, mask_set_of
+from sparse_ft.settings.commands import SweepConfig
 from sparse_ft.study.driver import sweep
 from sparse_ft.study.executors.serial import SerialExecutor
-from sparse_ft.study.jobs import Job, Listener, Queue
-from sparse_ft.study.mask_sets import make_masks
-from sparse_ft.study.plan import mask_set_of
-from sparse_ft.study.workbench import Workbench
+from sparse_ft.study.queue import Job, Listener, Queue
 from sparse_ft.study.worker import WorkerSetup
 from sparse_ft.tracking.runs import Tracker
 

@@ -4,13 +4,13 @@ import shutil
 
 import pytest
 
+from sparse_ft.cell.masks import make_masks
+from sparse_ft.cell.workbench import Workbench
 from sparse_ft.errors import UserError
 from sparse_ft.evaluation import EvaluationSettings, evaluate
 from sparse_ft.evaluation.perplexity import perplexity
 from sparse_ft.models.loading import load_model, load_tokenizer, saved_tokenizer
-from sparse_ft.study.config import MaskConfig
-from sparse_ft.study.mask_sets import make_masks
-from sparse_ft.study.workbench import Workbench
+from sparse_ft.settings.commands import MaskConfig
 from sparse_ft.tasks.definitions import load_task
 from sparse_ft.tasks.made import made_data_dir
 

@@ -3,10 +3,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from sparse_ft.study.config import CellConfig, MaskConfig
+from sparse_ft.cell.failures import Failure
+from sparse_ft.settings.cell import CellConfig
+from sparse_ft.settings.commands import MaskConfig
 from sparse_ft.study.display import Display, LiveDisplay
-from sparse_ft.study.failures import Failure
-from sparse_ft.study.jobs import Job, MaskJob, Outcome
+from sparse_ft.study.queue import Job, MaskJob, Outcome
 
 
 def _job(**values):

@@ -4,7 +4,7 @@ import pytest
 
 from sparse_ft.errors import UserError
 from sparse_ft.models.checkpoint import Checkpoint, copy_checkpoint
-from sparse_ft.study.config import SweepConfig
+from sparse_ft.settings.commands import SweepConfig
 from sparse_ft.study.display import duration
 from sparse_ft.study.driver import sweep
 from sparse_ft.tracking.runs import Tracker

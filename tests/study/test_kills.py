@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from sparse_ft.study.config import SweepConfig
+from sparse_ft.settings.commands import SweepConfig
 from sparse_ft.study.driver import sweep
 from sparse_ft.tracking.runs import Tracker
 

@@ -9,14 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sparse_ft.cell.masks import make_masks
+from sparse_ft.cell.rebuild import rebuild
+from sparse_ft.cell.workbench import Workbench
 from sparse_ft.errors import UserError
 from sparse_ft.masks.files import load_masks
 from sparse_ft.models.checkpoint import Checkpoint
-from sparse_ft.study.config import MaskConfig, SweepConfig
+from sparse_ft.settings.commands import MaskConfig, SweepConfig
 from sparse_ft.study.driver import sweep
-from sparse_ft.study.keeping import keep_models, rebuild
-from sparse_ft.study.mask_sets import make_masks
-from sparse_ft.study.workbench import Workbench
+from sparse_ft.study.keep import keep_models
 from sparse_ft.tasks.made import made_data_dir
 from sparse_ft.tracking.runs import Tracker
 
@@ -198,7 +199,7 @@ def test_a_folder_that_is_not_the_runs_model_is_not_kept_as_it(start, model, tmp
 
 
 def test_weights_that_change_while_a_study_runs_stop_its_cells(model, small):
-    from sparse_ft.study.config import CellConfig
+    from sparse_ft.settings.cell import CellConfig
 
     folder, bench = model("a"), Workbench()
     cell = CellConfig(**small, model=str(folder), mode="dense")

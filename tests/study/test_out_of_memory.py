@@ -17,9 +17,9 @@ ROOT = Path(__file__).resolve().parents[2]
 STUDY = """
 import json, resource, sys
 from pathlib import Path
-from sparse_ft.study.config import CellConfig
+from sparse_ft.settings.cell import CellConfig
 from sparse_ft.study.executors.serial import SerialExecutor
-from sparse_ft.study.jobs import Job, Listener, Queue
+from sparse_ft.study.queue import Job, Listener, Queue
 from sparse_ft.study.worker import WorkerSetup
 from sparse_ft.tracking.runs import Tracker
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from sparse_ft.study.jobs import Listener, Queue
+from sparse_ft.study.queue import Listener, Queue
 from sparse_ft.study.worker import WorkerSetup
 
 

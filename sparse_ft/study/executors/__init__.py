@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from sparse_ft.cell.workbench import Workbench
 from sparse_ft.errors import UserError
-from sparse_ft.study.config import SweepConfig
+from sparse_ft.settings.commands import SweepConfig
 from sparse_ft.study.executors.process import ProcessExecutor, default_workers
 from sparse_ft.study.executors.serial import SerialExecutor
-from sparse_ft.study.jobs import Listener
 from sparse_ft.study.plan import Plan
-from sparse_ft.study.workbench import Workbench
+from sparse_ft.study.queue import Listener
 from sparse_ft.study.worker import WorkerSetup
 
 __all__ = ["executor_problems", "make_executor", "worker_count"]
@@ -34,7 +34,7 @@ def make_executor(
 
         return RayExecutor(setup, listen, workers, limit, address=config.ray_address)
     if config.executor == "cerebras":
-        from sparse_ft.study.cerebras import load_settings
+        from sparse_ft.cerebras.trainer import load_settings
         from sparse_ft.study.executors.cerebras import CerebrasExecutor, CerebrasSetup
 
         trained = CerebrasSetup(**vars(setup), cerebras=load_settings(config.cerebras))
@@ -58,7 +58,7 @@ def executor_problems(config: SweepConfig, plan: Plan, bench: Workbench) -> list
     if config.executor != "cerebras":
         return []
     from sparse_ft.cerebras.preflight import preflight
-    from sparse_ft.study.cerebras import check_trainable, load_settings
+    from sparse_ft.cerebras.trainer import check_trainable, load_settings
 
     settings = load_settings(config.cerebras)
     problems = dict.fromkeys(preflight(settings.python, settings.device))

@@ -6,13 +6,13 @@ import shutil
 import time
 from dataclasses import dataclass, field, replace
 
+from sparse_ft.cell.record import log_cell_result
+from sparse_ft.cell.run import Judge
+from sparse_ft.cell.workbench import Workbench
 from sparse_ft.cerebras.logs import Step
-from sparse_ft.study.cell import Judge
-from sparse_ft.study.cerebras import CerebrasSettings, run_cerebras_cell
+from sparse_ft.cerebras.trainer import CerebrasSettings, run_cerebras_cell
 from sparse_ft.study.executors.serial import SerialExecutor
-from sparse_ft.study.jobs import Job, Outcome
-from sparse_ft.study.recording import log_cell_result
-from sparse_ft.study.workbench import Workbench
+from sparse_ft.study.queue import Job, Outcome
 from sparse_ft.study.worker import Worker, WorkerSetup
 
 __all__ = ["CerebrasExecutor", "CerebrasSetup", "settings_of_try"]

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
+from sparse_ft.cell.failures import CellTimeoutError, WorkerLostError, classify
 from sparse_ft.errors import masked
 from sparse_ft.progress import Progress
-from sparse_ft.study.failures import CellTimeoutError, WorkerLostError, classify
-from sparse_ft.study.jobs import Listener, MaskJob, Queue, Work, breaks_worker
+from sparse_ft.study.queue import Listener, MaskJob, Queue, Work, breaks_worker
 from sparse_ft.study.worker import WorkerSetup, close_lost
 from sparse_ft.tracking.runs import Tracker
 

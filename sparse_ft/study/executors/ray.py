@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sparse_ft.cell.failures import CellTimeoutError, WorkerLostError, classify
 from sparse_ft.errors import UserError
 from sparse_ft.study.executors.process import Reporter
-from sparse_ft.study.failures import CellTimeoutError, WorkerLostError, classify
-from sparse_ft.study.jobs import Job, Listener, MaskJob, Queue, Work, breaks_worker
+from sparse_ft.study.queue import Job, Listener, MaskJob, Queue, Work, breaks_worker
 from sparse_ft.study.worker import WorkerSetup, close_lost
 from sparse_ft.tracking.runs import Tracker
 

@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from sparse_ft.cell.failures import CellTimeoutError, classify
 from sparse_ft.progress import Progress
-from sparse_ft.study.failures import CellTimeoutError, classify
-from sparse_ft.study.jobs import Listener, MaskJob, Outcome, Queue, Work, breaks_worker
+from sparse_ft.study.queue import Listener, MaskJob, Outcome, Queue, Work, breaks_worker
 from sparse_ft.study.worker import WorkerSetup, close_lost
 from sparse_ft.tracking.runs import Tracker
 

@@ -127,7 +127,7 @@ def cszoo(tmp_path):
 
     def run(*arguments, check=True):
         environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-        command = [sys.executable, "-m", "sparse_ft.cerebras.cszoo", *map(str, arguments)]
+        command = [sys.executable, "-m", "sparse_ft.cerebras.modelzoo.cszoo", *map(str, arguments)]
         result = subprocess.run(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path, env=environment
         )

@@ -7,7 +7,7 @@ from functools import cache
 import pytest
 import yaml
 
-import sparse_ft.cerebras.cszoo  # noqa: F401  makes SparseMask known, and stands in for bigcode_eval
+import sparse_ft.cerebras.modelzoo.cszoo  # noqa: F401  makes SparseMask known, and stands in for bigcode_eval
 from sparse_ft.cerebras.checkpoint import LoraPlan
 from sparse_ft.cerebras.config import Cluster, TrainerPlan, check_config, create_sparse_config
 from sparse_ft.errors import UserError
@@ -131,7 +131,7 @@ def test_the_lora_of_the_configuration_adapts_what_the_start_checkpoint_has(targ
     model = registry.get_model_class("llama")(dict(init["model"]))
     adapted = make_model_lora(model, init["callbacks"][0]["Lora"]["lora_params"])
     ours = LoraPlan.of(Checkpoint(models("llama")).config, 8, 16, target)
-    from sparse_ft.models.cerebras_names import places
+    from sparse_ft.models.cerebras.names import places
 
     where = places(Checkpoint(models("llama")).config)
     expected = {f"model.{where[n].name.removesuffix('.weight')}.lora_A" for n in where if ours.adapts(n)}
@@ -143,5 +143,5 @@ def test_the_first_line_of_the_file_is_the_command(configuration, tmp_path):
 
     path = write_config(tmp_path / "fit.yaml", configuration())
     first = path.read_text().splitlines()[0]
-    assert first == f"# python -m sparse_ft.cerebras.cszoo fit {path} --target_device CSX"
+    assert first == f"# python -m sparse_ft.cerebras.modelzoo.cszoo fit {path} --target_device CSX"
     assert yaml.safe_load(path.read_text()) == json.loads(json.dumps(configuration()))

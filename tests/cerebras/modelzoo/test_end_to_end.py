@@ -8,8 +8,8 @@ import yaml
 
 from sparse_ft.cerebras.checkpoint import merge_checkpoint
 from sparse_ft.cerebras.convert import to_hugging_face
+from sparse_ft.models.cerebras.mdl import MdlFile
 from sparse_ft.models.checkpoint import Checkpoint
-from sparse_ft.models.mdl import MdlFile
 from sparse_ft.validation import validate_checkpoint
 
 MODES = ("dense", "sparse_to_dense", "sparse_to_sparse", "full")
@@ -24,7 +24,7 @@ def trained_logits(config_file, checkpoint, mode, ids):
     from cerebras.modelzoo.common.utils.model.lora import LoRA_Linear, make_model_lora
     from cerebras.modelzoo.registry import registry
 
-    from sparse_ft.cerebras.callback import MaskedLoRALinear
+    from sparse_ft.cerebras.modelzoo.callback import MaskedLoRALinear
 
     init = yaml.safe_load(config_file.read_text())["trainer"]["init"]
     model = registry.get_model_class(init["model"]["name"])(dict(init["model"]))

@@ -2,8 +2,8 @@
 
 import pytest
 
-from sparse_ft.study.config import CellConfig
-from sparse_ft.study.jobs import Job
+from sparse_ft.settings.cell import CellConfig
+from sparse_ft.study.queue import Job
 from sparse_ft.study.worker import WorkerSetup
 from sparse_ft.tracking.runs import Tracker
 

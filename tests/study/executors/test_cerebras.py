@@ -13,16 +13,17 @@ import psutil
 import pytest
 import yaml
 
+from sparse_ft.cell.failures import classify
 from sparse_ft.cerebras.logs import Failure
 from sparse_ft.cerebras.runner import TrainerError
+from sparse_ft.cerebras.trainer import CerebrasSettings, load_settings
 from sparse_ft.errors import UserError
-from sparse_ft.study.cerebras import CerebrasSettings, load_settings
-from sparse_ft.study.config import CellConfig, SweepConfig
+from sparse_ft.settings.cell import CellConfig
+from sparse_ft.settings.commands import SweepConfig
 from sparse_ft.study.driver import sweep
 from sparse_ft.study.executors.cerebras import settings_of_try
-from sparse_ft.study.failures import classify
-from sparse_ft.study.jobs import Job, halved
 from sparse_ft.study.life import resume_command
+from sparse_ft.study.queue import Job, halved
 from sparse_ft.tracking.runs import Tracker
 
 MODELZOO = os.environ.get("SPARSE_FT_CEREBRAS_PYTHON")
@@ -137,7 +138,7 @@ def test_losses_come_while_it_trains_and_ctrl_c_leaves_no_trainer_behind(study_f
 
 
 def _trains(process):
-    return "sparse_ft.cerebras.cszoo" in _line(process)
+    return "sparse_ft.cerebras.modelzoo.cszoo" in _line(process)
 
 
 def _line(process):

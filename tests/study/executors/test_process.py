@@ -10,7 +10,7 @@ from workers import BrokenDevice, Watching, check_that_three_device_errors_stop_
 
 from sparse_ft.study.executors.process import ProcessExecutor, _surroundings, default_workers, visible_gpus
 from sparse_ft.study.executors.serial import SerialExecutor
-from sparse_ft.study.jobs import Queue
+from sparse_ft.study.queue import Queue
 
 
 def _worker_of(tracker, parent, key):

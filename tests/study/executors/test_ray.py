@@ -9,7 +9,7 @@ import pytest
 from workers import check_that_three_device_errors_stop_a_worker
 
 from sparse_ft.errors import UserError
-from sparse_ft.study.config import SweepConfig
+from sparse_ft.settings.commands import SweepConfig
 from sparse_ft.study.driver import sweep
 from sparse_ft.tracking.runs import Tracker
 
@@ -81,7 +81,7 @@ def test_a_device_error_costs_its_actor_and_three_in_a_row_the_worker(study):
 
 def test_an_address_where_no_cluster_answers_is_one_line(tmp_path):
     from sparse_ft.study.executors.ray import RayExecutor
-    from sparse_ft.study.jobs import Listener
+    from sparse_ft.study.queue import Listener
 
     setup = WorkerSetup(Tracker().uri, "parent", tmp_path)
     with pytest.raises(UserError, match=r"ray_address: no Ray cluster answers at '127\.0\.0\.1:1'") as raised:
@@ -93,7 +93,7 @@ def test_an_address_where_no_cluster_answers_is_one_line(tmp_path):
 def test_a_dead_cluster_that_the_machine_remembers_is_one_line_or_no_matter(tmp_path, monkeypatch):
     """Killed clusters leave their address behind, and Ray would ask there for many minutes."""
     from sparse_ft.study.executors.ray import RayExecutor
-    from sparse_ft.study.jobs import Listener
+    from sparse_ft.study.queue import Listener
 
     (tmp_path / "ray").mkdir()
     (tmp_path / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")

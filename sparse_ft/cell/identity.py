@@ -1,0 +1,176 @@
+"""What a cell's names stand for: weights, rows, precision, code. Keys are made of this, and results compared by it.
+
+A name (of a model, a folder, a file, ``auto``) may mean something else tomorrow or on another machine; two names may
+mean the same. Everything that is kept and found again, and everything that is averaged or divided, goes by what is
+behind the names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import sparse_ft
+from sparse_ft.cell.pruning import pruning_settings
+from sparse_ft.cell.settings import target_names
+from sparse_ft.cell.workbench import Workbench
+from sparse_ft.errors import ModelUnavailableError, UserError
+from sparse_ft.levels import parse_levels
+from sparse_ft.models.loading import resolve_device, resolve_dtype
+from sparse_ft.settings.cell import CellConfig
+from sparse_ft.settings.commands import MaskConfig
+
+__all__ = [
+    "IdentityError",
+    "cell_identity",
+    "cell_key",
+    "check_identity",
+    "mask_key",
+    "plan_identity",
+    "untuned_key",
+    "versions",
+]
+
+# Fields whose names say nothing: what they stand for is in the identity.
+_NAMES = ("model", "data_dir", "masks", "device", "dtype", "num_fewshot", "perplexity_corpus", "force")
+_PLACE = ("dtype", "device")  # of whoever runs the cell, not of whoever plans it
+_LIBRARIES = ("torch", "transformers", "peft", "lm_eval")
+_CORPORA = ("task", "wikitext2")
+
+
+class IdentityError(ModelUnavailableError):
+    """What a name stands for here is not what it stood for where the study was planned."""
+
+
+def cell_identity(cell: CellConfig, bench: Workbench) -> dict[str, str]:
+    """What a cell's names stand for on this machine, name -> digest or value.
+
+    ``weights``, ``model_config`` and ``tokenizer`` of the base model; ``training_data``, ``scored_data`` and
+    ``fewshot_data`` (where there are any); ``num_fewshot``; ``perplexity_text`` (of a file of one's own); ``masks``
+    (of a given file); ``dtype`` and ``device`` as resolved; ``versions`` of this program and of the libraries that
+    compute.
+
+    Raises:
+        UserError: a model, a task, a mask file or a text that cannot be had.
+    """
+    shots = None if cell.num_fewshot == "none" else int(cell.num_fewshot)
+    task = bench.task(cell.task, cell.data_dir, shots)
+    device = resolve_device(cell.device)
+    found = {**bench.model_digests(cell.model), **bench.data_digests(cell.task, cell.data_dir, shots)}
+    found["num_fewshot"] = str(task.config.num_fewshot or 0)
+    if cell.perplexity_tokens != 0:
+        found["perplexity_text"] = _text(cell.perplexity_corpus)
+    if cell.pruned and cell.masks != "none":
+        found["masks"] = bench.given_masks(cell.masks)
+    found |= {"dtype": str(resolve_dtype(cell.dtype, device)).removeprefix("torch."), "device": device.type}
+    return found | {"versions": versions()}
+
+
+def check_identity(planned: Mapping[str, str], here: Mapping[str, str], where: str) -> None:
+    """Refuses to run a cell on anything but what it was planned with. Device and precision are the worker's own.
+
+    Raises:
+        IdentityError: naming what differs.
+    """
+    different = [f"{name} is {here.get(name)}, not {planned.get(name)}" for name in sorted(set(planned) | set(here))
+                 if name not in _PLACE and planned.get(name) != here.get(name)]  # fmt: skip
+    if planned and different:
+        raise IdentityError(
+            f"{where}: what it names is not what the study was planned with: {'; '.join(different)}. Put the same files"
+            " and versions on every machine, or resume the study to run what changed again."
+        )
+
+
+def cell_key(cell: CellConfig, identity: Mapping[str, str], mask_checksum: str = "") -> str:
+    """Identity of a result: SHA-256 (16 hex digits) over the cell's settings, what its names stand for, its masks."""
+    settings = {name: value for name, value in cell.canonical().items() if name not in _NAMES}
+    if targets := target_names(cell.target_modules):
+        settings["target_modules"] = ",".join(targets)
+    if identity.get("dtype") == "float32":
+        settings.pop("rounding")  # nothing is rounded
+    if cell.perplexity_tokens == 0:
+        settings = {name: value for name, value in settings.items() if name != "perplexity_seq_len"}
+    return _digest([settings, dict(identity), mask_checksum])
+
+
+def mask_key(config: MaskConfig, bench: Workbench) -> str:
+    """Identity of a mask set: SHA-256 (16 hex digits) over its settings and what they look at.
+
+    Raises:
+        UserError: a model or calibration text that cannot be had.
+    """
+    settings = pruning_settings(config)
+    names = ("model", "task", "data_dir", "output_dir", "device", "dtype", "force", "shrink", "sparsities")
+    values: dict[str, Any] = {name: value for name, value in vars(config).items() if name not in names}
+    values["levels"] = list(parse_levels(config.sparsities))
+    model = bench.model_digests(config.model)
+    behind = {"weights": model["weights"], "model_config": model["model_config"], "versions": sparse_ft.__version__}
+    if settings.needs_calibration:
+        device = resolve_device(config.device)
+        behind |= {"tokenizer": model["tokenizer"], "task": config.task, "versions": versions(), "device": device.type}
+        behind["dtype"] = str(resolve_dtype(config.dtype, device))
+        behind["text"] = bench.data_digests(config.task, config.data_dir).get("training_data", "none")
+    return _digest([values, behind])
+
+
+def untuned_key(
+    cell: CellConfig, identity: Mapping[str, str], start: str, mask_checksum: str, settings: Mapping[str, Any]
+) -> str:
+    """Identity of a score before fine-tuning: SHA-256 (64 hex digits).
+
+    Args:
+        start: fingerprint of the weights under the masks (those of SparseGPT are not the base's).
+        settings: how is scored.
+    """
+    scored = {name: value for name, value in identity.items() if name not in ("training_data", "masks")}
+    how = {name: value for name, value in settings.items() if name not in ("perplexity_corpus", "num_fewshot")}
+    return _digest([cell.task, scored, start, mask_checksum, how], 64)
+
+
+def plan_identity(cells: Sequence[CellConfig], identities: Sequence[Mapping[str, str]]) -> dict[str, dict[str, str]]:
+    """What the names of a plan's cells stand for, for people: model, data and program -> part -> digest."""
+    told: dict[str, dict[str, str]] = {}
+    for cell, identity in zip(cells, identities, strict=True):
+        for name, value in identity.items():
+            for what in _owners(cell, name):
+                told.setdefault(what, {})[name] = value
+    return {what: dict(sorted(parts.items())) for what, parts in sorted(told.items())}
+
+
+@cache
+def versions() -> str:
+    """This program and the libraries whose arithmetic is in a result, without the builds' own suffixes."""
+    return f"sparse_ft {sparse_ft.__version__}, " + ", ".join(
+        f"{name} {version(name).split('+')[0]}" for name in _LIBRARIES
+    )
+
+
+def _owners(cell: CellConfig, name: str) -> Iterator[str]:
+    if name in ("weights", "model_config", "tokenizer"):
+        yield f"model {cell.model}"
+    elif name.endswith("_data"):
+        yield f"data of {cell.task} ({cell.data_dir})"
+    elif name == "perplexity_text":
+        yield f"text {cell.perplexity_corpus}"
+    elif name == "masks":
+        yield f"masks {cell.masks}"
+    elif name == "versions":
+        yield "program"
+
+
+def _text(corpus: str) -> str:
+    if corpus in _CORPORA:
+        return corpus
+    path = Path(corpus).expanduser()
+    if not path.is_file():
+        raise UserError(f"perplexity_corpus {corpus} is neither task, wikitext2 nor a text file")
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def _digest(value: Any, length: int = 16) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:length]

@@ -1,0 +1,215 @@
+"""Makes the masks that a mask configuration asks for: finds model and text, then opens the one door."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from sparse_ft.cell.pruning import pruning_settings
+from sparse_ft.cell.workbench import Workbench
+from sparse_ft.errors import UserError
+from sparse_ft.files import write_json
+from sparse_ft.masks.checks import check_masks
+from sparse_ft.masks.files import load_masks
+from sparse_ft.models.checkpoint import Checkpoint, open_checkpoint
+from sparse_ft.models.loading import resolve_device
+from sparse_ft.models.tokenizers import embedding_rows
+from sparse_ft.pruning.generator import MaskGenerator
+from sparse_ft.pruning.output import MaskFile
+from sparse_ft.pruning.settings import Calibration
+from sparse_ft.pruning.shrink import shrink_checkpoint
+from sparse_ft.settings.cell import CellConfig
+from sparse_ft.settings.commands import MaskConfig
+from sparse_ft.tasks.examples import calibration_tokens, check_ids
+
+__all__ = [
+    "GivenMasks",
+    "check_given",
+    "check_mask_set",
+    "check_shrink",
+    "foreign_masks",
+    "make_masks",
+    "mask_file",
+    "read_manifest",
+    "shrink",
+    "write_manifest",
+]
+
+_MANIFEST = "mask_set.json"
+
+
+def make_masks(config: MaskConfig, bench: Workbench, output_dir: str | Path | None = None) -> list[MaskFile]:
+    """Writes masks, statistics and figures of every level.
+
+    Args:
+        config: what masks.
+        bench: finds model and task, shows progress.
+        output_dir: instead of the configuration's own.
+
+    Returns:
+        one entry per level, ascending.
+
+    Raises:
+        UserError: a combination that makes no sense, a model or text that cannot be had.
+    """
+    return _generator(config, bench).generate(output_dir or config.output_dir, config.format)
+
+
+def check_mask_set(config: MaskConfig, bench: Workbench) -> None:
+    """Whether the masks are possible at all: settings, shapes, device, text to look at. Makes none.
+
+    Raises:
+        UserError: they are not; all that is wrong with the parameters is said at once, before the model is looked for.
+    """
+    problems = [] if 0 <= config.seed < 2**32 else [f"seed is {config.seed}; it must lie between 0 and {2**32 - 1}."]
+    for check in (lambda: pruning_settings(config).check(), lambda: resolve_device(config.device)):
+        try:
+            check()
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError(" ".join(problems))
+    _generator(config, bench)
+
+
+def _generator(config: MaskConfig, bench: Workbench) -> MaskGenerator:
+    settings = pruning_settings(config)
+    settings.check()
+    settings = replace(settings, device=str(resolve_device(config.device)))
+    checkpoint = bench.checkpoint(config.model)
+    calibration = None
+    if settings.needs_calibration:
+        task, tokenizer = bench.task(config.task, config.data_dir), bench.tokenizer(config.model)
+        samples, length = config.calibration_samples, config.calibration_seq_len
+        tokens = calibration_tokens(task, tokenizer, samples, length, config.seed)
+        check_ids(tokens.flatten().tolist(), embedding_rows(checkpoint.folder))
+        about = {"task": config.task, "samples": samples, "length": length, "seed": config.seed}
+        calibration = Calibration(tokens, about)
+    return MaskGenerator(checkpoint.folder, settings, calibration, config.model, bench.progress)
+
+
+def check_given(cell: CellConfig, bench: Workbench) -> None:
+    """Whether a cell's mask file is there, fits its model, and was made of its weights.
+
+    Raises:
+        UserError: it is not; a study compares only masks of its own models.
+    """
+    given, base = mask_file(cell.masks).file, bench.checkpoint(cell.model)
+    start = base if given.checkpoint is None else open_checkpoint(given.checkpoint)
+    check_masks(given.load(), start.prunable_shapes(), f"{cell.model}: {cell.masks}")
+    if problem := foreign_masks(given, start, base):
+        raise UserError(f"{problem}: a study compares only masks of its own models. Make them anew (compute_masks).")
+
+
+def foreign_masks(file: MaskFile, start: Checkpoint, base: Checkpoint) -> str | None:
+    """What says that masks were made of other weights than ``start``, which they come with, and the model ``base``."""
+    for made_of, weights in (("fingerprint", start), ("source_fingerprint", base)):
+        said = file.metadata.get(made_of)
+        if said is not None and not weights.is_called(said):
+            return f"the masks {file.path} were made from other weights ({said}, not {weights.fingerprint})"
+    return None
+
+
+def check_shrink(config: MaskConfig) -> None:
+    """Raises UserError (one line) where no plain checkpoint can be made of the masks that are asked for."""
+    if (config.method, config.scope) != ("structured", "layer"):
+        raise UserError(
+            f"shrink needs method structured and scope layer, not {config.method} and {config.scope}: a plain"
+            " checkpoint has whole channels and heads, the same number in every block."
+        )
+    if 1.0 in config.levels:
+        raise UserError("shrink: sparsities holds 1, which leaves no model. Leave that level out.")
+
+
+def shrink(config: MaskConfig, files: Sequence[MaskFile], bench: Workbench) -> list[Path]:
+    """Writes every level as a smaller checkpoint beside its masks; returns the folders."""
+    dense = bench.checkpoint(config.model).folder
+    return [
+        shrink_checkpoint(
+            dense, file.load(), file.path.with_name(file.path.stem.replace("masks", "smaller", 1)), bench.progress
+        )
+        for file in files
+    ]
+
+
+@dataclass(frozen=True)
+class GivenMasks:
+    """A mask file that the user brings, and the cell fields that it settles."""
+
+    file: MaskFile
+    described: dict[str, Any]
+
+
+def mask_file(path: str | Path) -> GivenMasks:
+    """A mask file from disk as the engine would have handed it over.
+
+    Raises:
+        UserError: it is missing, damaged, or none of ours; or it belongs to a pruned checkpoint (SparseGPT
+            changes the weights that it keeps) which is no longer beside it.
+    """
+    masks, path = load_masks(path), Path(path)
+    about = masks.metadata
+    checkpoint = None
+    if "source_fingerprint" in about:
+        checkpoint = path.with_name(path.stem.replace("masks", "model", 1))
+        if not checkpoint.is_dir():
+            raise UserError(f"Masks {path} belong to the pruned checkpoint {checkpoint.name}, which is gone.")
+    given = MaskFile(
+        path=path,
+        sparsity=float(about.get("sparsity", masks.sparsity)),
+        achieved=masks.sparsity,
+        checksum=masks.checksum,
+        weights=masks.n_weights,
+        pruned=masks.n_pruned,
+        statistics=None,
+        histogram=None,
+        heatmap=None,
+        metadata=about,
+        checkpoint=checkpoint,
+    )
+    return GivenMasks(given, _described(about) | {"sparsity": given.sparsity})
+
+
+def _described(about: Mapping[str, Any]) -> dict[str, Any]:
+    """The cell fields that the metadata of masks settle: what made them, whatever the cell says beside their name."""
+    blank, calibration = MaskConfig(), about.get("calibration") or {}
+    described = {key: about[key] for key in ("method", "importance", "scope") if key in about}
+    if described.get("method") == "random":
+        described.update(importance="none", scope="none")
+    return described | {
+        "pattern": about.get("pattern", blank.pattern),
+        "allocation": about.get("allocation", blank.allocation),
+        "calibration_samples": calibration.get("samples", blank.calibration_samples),
+        "calibration_seq_len": calibration.get("length", blank.calibration_seq_len),
+    }
+
+
+def write_manifest(folder: Path, files: Sequence[MaskFile]) -> Path:
+    """Writes ``mask_set.json``: what `make_masks` returned, paths relative to the folder, so that it can be moved."""
+
+    def plain(value: Any) -> Any:
+        return str(value.relative_to(folder)) if isinstance(value, Path) else value
+
+    return write_json(folder / _MANIFEST, [{k: plain(v) for k, v in asdict(file).items()} for file in files])
+
+
+def read_manifest(folder: Path) -> list[MaskFile] | None:
+    """The mask set of a folder, every mask file read and its checksum compared; None where anything is amiss."""
+    paths = ("path", "statistics", "histogram", "heatmap", "checkpoint")
+    try:
+        entries = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        known = {entry.name for entry in fields(MaskFile)}
+        files = [
+            MaskFile(**{k: folder / v if k in paths and v else v for k, v in entry.items() if k in known})
+            for entry in entries
+        ]
+        whole = all(
+            file.load().checksum == file.checksum and (file.checkpoint is None or file.checkpoint.is_dir())
+            for file in files
+        )
+    except (OSError, ValueError, TypeError, UserError):
+        return None
+    return files if whole else None

@@ -1,0 +1,130 @@
+"""The merged checkpoint of a cell again, from the adapter and the masks that its run holds."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from peft import PeftModel
+
+from sparse_ft.cell.masks import mask_file, read_manifest
+from sparse_ft.cell.workbench import Workbench
+from sparse_ft.errors import UserError
+from sparse_ft.files import atomic_folder
+from sparse_ft.levels import level_label
+from sparse_ft.lora.merge import merge_all_lora_weights
+from sparse_ft.lora.model import load_sparse_lora
+from sparse_ft.models.checkpoint import Checkpoint
+from sparse_ft.models.loading import load_state_into, save_model, saved_tokenizer
+from sparse_ft.pruning.output import MaskFile
+from sparse_ft.settings.cell import CellConfig
+from sparse_ft.settings.parser import Parser
+from sparse_ft.tracking.runs import Tracker
+
+__all__ = ["logged_cell", "not_of", "rebuild"]
+
+Run = dict[str, Any]
+
+
+def rebuild(tracker: Tracker, run_id: str, target: Path, bench: Workbench) -> Path:
+    """Makes a cell's merged checkpoint again, bit for bit, from its adapter and its masks.
+
+    The result is compared with the fingerprint that the run holds: on another kind of device the last bit of a
+    matrix product may differ, and then it is said instead of passed over.
+
+    Args:
+        tracker: where the run is.
+        run_id: of a FINISHED cell; one that is the ``same_as`` of another gives that one's model.
+        target: the new checkpoint's folder.
+        bench: finds and loads the base model.
+
+    Raises:
+        UserError: no such run, no adapter or masks any more, or weights that came out otherwise.
+    """
+    run = tracker.run(run_id)
+    if run["tags"].get("same_as"):
+        run = tracker.run(run["tags"]["same_as"])
+    if run["tags"].get("kind") != "cell" or run["status"] != "FINISHED":
+        raise UserError(f"run {run_id} is no finished cell ({run['status']}); there is nothing to rebuild.")
+    with tempfile.TemporaryDirectory() as scratch:
+        cell = replace(logged_cell(tracker, run), output_dir=scratch)
+        if not any(name.startswith("adapter/") for name in tracker.artifacts(run["run_id"])):
+            raise UserError(f"run {run_id} holds no adapter (mode {cell.mode}, keep: none); run the cell again.")
+        adapter = tracker.fetch(run["run_id"], "adapter", scratch)
+        masks = _masks(tracker, run, cell, Path(scratch))
+        base, found = run["tags"].get("base_fingerprint"), bench.checkpoint(cell.model)
+        if not found.is_called(base):
+            raise UserError(
+                f"{cell.model} has other weights now ({found.fingerprint}) than run {run['run_id']} used ({base})."
+            )
+        with bench.borrow(cell) as model:
+            if masks is not None and masks.checkpoint is not None:
+                start = Checkpoint(masks.checkpoint)
+                load_state_into(model, start, start.prunable)
+            if masks is None:
+                adapted = PeftModel.from_pretrained(model, str(adapter))
+            else:
+                adapted = load_sparse_lora(model, adapter, masks.load())
+            with atomic_folder(target) as made:
+                merged = merge_all_lora_weights(adapted, cell.rounding, cell.seed)
+                save_model(merged, saved_tokenizer(bench.checkpoint(cell.model).folder), made)
+                if (problem := not_of(run, made)) is not None:
+                    raise UserError(f"{problem}; rebuild on the kind of device that the cell ran on. Nothing is kept.")
+    return target
+
+
+def not_of(run: Run, folder: Path) -> str | None:
+    """Why a checkpoint is not the merged model of a run; None where it is."""
+    expected = run["tags"].get("merged_fingerprint")
+    try:
+        found = Checkpoint(folder)
+        if found.is_called(expected):
+            return None
+    except UserError as error:
+        return str(error)
+    return f"the weights are not those of run {run['run_id']} (fingerprint {found.fingerprint}, not {expected})"
+
+
+def logged_cell(tracker: Tracker, run: Run) -> CellConfig:
+    """The cell of a run, from its own ``config.yaml``."""
+    values = yaml.safe_load(tracker.fetch_text(run["run_id"], "config.yaml"))
+    # A run of before there was a choice rounded to the nearest.
+    return Parser(CellConfig).values({"rounding": "nearest", **values}, f"run {run['run_id']}")
+
+
+def _masks(tracker: Tracker, run: Run, cell: CellConfig, scratch: Path) -> MaskFile | None:
+    """The cell's masks by their checksum: from the study's folder, from the artifacts, or from the file named."""
+    checksum = run["tags"].get("mask_checksum")
+    if checksum is None:
+        return None
+    if cell.masks != "none" and Path(cell.masks).is_file():
+        given = mask_file(cell.masks).file
+        if given.checksum == checksum:
+            return given
+    parent = tracker.run(run["parent_run_id"]) if run["parent_run_id"] else None
+    if parent is not None:
+        for manifest in sorted((Path(parent["tags"].get("folder", "")) / "masks").glob("*/mask_set.json")):
+            if any(entry["checksum"] == checksum for entry in json.loads(manifest.read_text(encoding="utf-8"))):
+                for file in read_manifest(manifest.parent) or ():
+                    if file.checksum == checksum:
+                        return file
+    if cell.importance == "sparsegpt":
+        raise UserError(
+            f"run {run['run_id']}: SparseGPT also changes the weights it keeps, and the study's folder, which holds "
+            "them, is gone; make the masks again with compute_masks."
+        )
+    label = level_label(cell.sparsity)
+    for holder in [run, *(tracker.children(parent["run_id"]) if parent else [])]:
+        own = holder["run_id"] == run["run_id"]
+        if not own and holder["tags"].get(f"mask_checksum_{label}") != checksum:
+            continue
+        for name in tracker.artifacts(holder["run_id"], "masks"):
+            if Path(name).name.startswith(f"masks_sparsity{label}_"):
+                found = mask_file(tracker.fetch(holder["run_id"], name, scratch)).file
+                if found.checksum == checksum:
+                    return found
+    raise UserError(f"run {run['run_id']}: its masks ({checksum[:12]}) are neither in the study's folder nor logged.")

@@ -1,0 +1,107 @@
+"""What the study writes into its runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+
+from sparse_ft.cell.failures import Failure
+from sparse_ft.cell.run import CellResult
+from sparse_ft.levels import level_label
+from sparse_ft.masks.statistics import block_sparsities
+from sparse_ft.pruning.output import MaskFile
+from sparse_ft.settings.cell import CellConfig
+from sparse_ft.settings.commands import MaskConfig
+from sparse_ft.tracking.parameters import flatten_config
+from sparse_ft.tracking.runs import Tracker
+
+__all__ = [
+    "log_cell_inputs",
+    "log_cell_result",
+    "log_failure",
+    "log_mask_files",
+    "log_mask_inputs",
+    "log_masks",
+    "mask_tags",
+]
+
+_TAG_ROOM = 1000  # characters; all remarks are in the mask files' metadata
+
+
+def log_cell_inputs(
+    tracker: Tracker, run_id: str, cell: CellConfig, identity: Mapping[str, str], planned: CellConfig | None = None
+) -> None:
+    """The cell's configuration, as parameters ``cfg/...`` and as ``config.yaml``, and what its names stand for, as
+    parameters ``identity/...``; see `sparse_ft.cell.identity`.
+
+    A cell that runs with a smaller batch than ``planned`` is the planned one in the parameters, by which results are
+    compared, and the one that ran in the file, from which it can be repeated.
+    """
+    names = flatten_config((planned or cell).canonical())
+    tracker.log(run_id, params=names | flatten_config(dict(identity), "identity"))
+    tracker.log_dict(run_id, cell.canonical(), "config.yaml")
+
+
+def log_cell_result(tracker: Tracker, run_id: str, result: CellResult) -> None:
+    """All that a cell measured, in one batch, then its files."""
+    tracker.log(
+        run_id,
+        params=flatten_config(result.protocol, "protocol"),
+        metrics=result.metrics,
+        tags=result.tags,
+        curves=result.series,
+    )
+    for path, folder in result.artifacts:
+        if path.is_dir():
+            tracker.log_folder(run_id, path, folder)
+        else:
+            tracker.log_file(run_id, path, folder)
+
+
+def log_failure(tracker: Tracker, run_id: str, failure: Failure) -> None:
+    """Class and message as tags, the traceback as an artifact."""
+    tracker.log(run_id, tags={"failure_class": failure.kind, "failure_message": failure.message})
+    tracker.log_text(run_id, failure.traceback, "traceback.txt")
+
+
+def log_mask_inputs(tracker: Tracker, run_id: str, config: MaskConfig) -> None:
+    """The mask configuration, as parameters ``cfg/...`` and as ``config.yaml``."""
+    values = {key: value for key, value in vars(config).items() if key != "output_dir"}
+    tracker.log(run_id, params=flatten_config(values))
+    tracker.log_dict(run_id, values, "config.yaml")
+
+
+def log_masks(tracker: Tracker, run_id: str, files: Sequence[MaskFile]) -> None:
+    """Masks, statistics and pictures as artifacts; sparsity as metrics, with step = sparsity in percent."""
+    curves = {
+        "sparsity/target": [(round(100 * file.sparsity), file.sparsity) for file in files],
+        "sparsity/achieved": [(round(100 * file.sparsity), file.achieved) for file in files],
+    }
+    tracker.log(run_id, curves=curves, tags=mask_tags(files))
+    log_mask_files(tracker, run_id, files)
+
+
+def log_mask_files(tracker: Tracker, run_id: str, files: Sequence[MaskFile]) -> None:
+    """The files of these masks as artifacts, and no others that lie in their folder from before."""
+    paths = [path for file in files for path in (file.path, file.statistics, file.histogram, file.heatmap)]
+    for path in [*paths, files[0].path.parent / "coverage.json"]:
+        if path is not None and path.is_file():
+            tracker.log_file(run_id, path, "masks")
+
+
+def mask_tags(files: Sequence[MaskFile]) -> dict[str, str]:
+    """What a run says of its masks, level by level, so that nobody needs to read the files for it.
+
+    ``mask_checksum_70`` and ``block_sparsity_70`` (a JSON list, block by block). What the pruning had to say (more
+    damping in a Cholesky factorisation, experts without text) is the tag ``warning``.
+    """
+    tags = {}
+    for file in files:
+        label = level_label(file.sparsity)
+        tags[f"mask_checksum_{label}"] = file.checksum
+        blocks = block_sparsities(json.loads(file.statistics.read_text(encoding="utf-8")))
+        tags[f"block_sparsity_{label}"] = json.dumps([round(block, 5) for block in blocks])
+    remarks = files[0].metadata.get("notes", [])
+    if remarks:
+        tags["warning"] = "; ".join(remarks)[:_TAG_ROOM]
+    return tags

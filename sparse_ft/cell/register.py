@@ -1,0 +1,67 @@
+"""A cell's merged checkpoint into the model registry, with its card."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from sparse_ft.cell.run import CellResult
+from sparse_ft.levels import level_label
+from sparse_ft.models.catalog import without_revision
+from sparse_ft.progress import SILENT, Progress
+from sparse_ft.settings.cell import CellConfig
+from sparse_ft.settings.modes import MODES
+from sparse_ft.tracking.models import log_model, model_card, register_model, registered_name, sparsity_alias
+from sparse_ft.tracking.runs import Tracker
+
+__all__ = ["register_cell"]
+
+
+def register_cell(
+    tracker: Tracker,
+    run_id: str,
+    cell: CellConfig,
+    result: CellResult,
+    progress: Progress = SILENT,
+    said: Callable[[str], None] = print,
+) -> str:
+    """Logs the merged checkpoint as a model of the run and registers it under ``cell.register_as``.
+
+    ``auto`` stands for ``MODEL-TASK-sparse``. A model that keeps its zeros gets the alias of its level, such
+    as ``sparse70``; ``said`` is told where a model of another kind had it.
+
+    Returns:
+        the address to load it from: ``models:/NAME@sparse70``, or ``models:/NAME/VERSION`` without alias.
+    """
+    name = registered_name(cell.model, cell.task) if cell.register_as == "auto" else cell.register_as
+    alias = sparsity_alias(cell.sparsity) if MODES[cell.mode].keeps_zeros else None
+    card = _card(cell, result, f"models:/{name}@{alias}" if alias else None)
+    tags = {
+        "mode": cell.mode,
+        "model": cell.model,
+        **{key: cell.canonical()[key] for key in ("method", "importance", "scope", "sparsity")},
+        "accuracy": result.metrics.get("eval/accuracy"),
+        "mask_checksum": result.tags.get("mask_checksum"),
+    }
+    logged = log_model(tracker, run_id, result.merged, "model", card=card, tags=tags, progress=progress)
+    version = register_model(tracker, logged, name, alias=alias, tags=tags, description=card, said=said)
+    address = f"models:/{name}@{alias}" if alias else f"models:/{name}/{version}"
+    tracker.log(run_id, tags={"registered_as": f"{name}/{version}"})
+    return address
+
+
+def _card(cell: CellConfig, result: CellResult, address: str | None) -> str:
+    metrics, protocol, values = result.metrics, result.protocol, cell.canonical()
+    title = f"{cell.model} fine-tuned on {cell.task}, {level_label(values['sparsity'])} % sparse ({cell.mode})"
+    sparsity = {
+        "asked": metrics.get("sparsity/target"),
+        "of the masks": metrics.get("sparsity/achieved"),
+        "after the merge": metrics.get("sparsity/after_merge"),
+        "masked weights that are not zero": metrics.get("sparsity/violations"),
+        "mask checksum": result.tags.get("mask_checksum"),
+    }
+    made = {key: values[key] for key in ("method", "importance", "scope", "mode", "lora_r", "lora_alpha")}
+    made |= {key: values[key] for key in ("learning_rate", "max_steps", "batch_size", "seed")}
+    scores = {key.removeprefix("eval/"): value for key, value in sorted(metrics.items()) if key.startswith("eval/")}
+    scored = {key: value for key, value in sorted(protocol.items()) if not key.startswith("train_")}
+    facts = {"Sparsity": sparsity, "How it was made": made, "Scores": scores, "Protocol of the scores": scored}
+    return model_card(title, facts, base_model=without_revision(cell.model), load_uri=address)

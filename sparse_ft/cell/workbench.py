@@ -1,0 +1,216 @@
+"""What a worker keeps between cells: the base model, the tasks, and scores that several cells share."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sparse_ft.errors import DataMissingError, ModelUnavailableError, UserError
+from sparse_ft.evaluation import Evaluation
+from sparse_ft.files import write_text
+from sparse_ft.masks.files import load_masks
+from sparse_ft.models.catalog import hub_commit, locate
+from sparse_ft.models.checkpoint import Checkpoint, open_checkpoint
+from sparse_ft.models.loading import load_model, load_state_into, load_tokenizer, resolve_device, resolve_dtype
+from sparse_ft.progress import SILENT, Progress
+from sparse_ft.settings.cell import CellConfig
+from sparse_ft.settings.modes import MODES
+from sparse_ft.tasks.definitions import load_task
+from sparse_ft.tasks.digests import data_digests
+from sparse_ft.tasks.made import MADE, made_data_dir
+
+__all__ = ["Workbench"]
+
+# Of config.json what says nothing of the model: where it lay, and who wrote it.
+_INCIDENTAL = ("_name_or_path", "transformers_version")
+_TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model")
+
+
+class Workbench:
+    """Loads models and tasks once. One base model is in memory at a time.
+
+    A cell borrows the base model, prunes and trains it in place, and gives it back; before the next cell
+    borrows it, what changed is copied back from the checkpoint, which is a hundred times faster than a load.
+
+    Args:
+        progress: told about loads.
+        shared: folder in which several workers share the scores of untuned models; None keeps them here.
+    """
+
+    def __init__(self, progress: Progress = SILENT, shared: Path | None = None):
+        self.progress = progress
+        self._shared = shared
+        self._checkpoints: dict[str, Checkpoint] = {}
+        self._stamps: dict[str, list[tuple[int, ...]]] = {}
+        self._tokenizers: dict[str, PreTrainedTokenizerBase] = {}
+        self._tasks: dict[tuple[Any, ...], Any] = {}
+        self._untuned: dict[str, tuple[str, Evaluation]] = {}
+        self._digests: dict[str, dict[str, str]] = {}
+        self._rows: dict[tuple[Any, ...], dict[str, str]] = {}
+        self._given: dict[str, str] = {}
+        self._base: tuple[tuple[Any, ...], PreTrainedModel] | None = None
+        self._changed: str | None = None  # None: pristine; "prunable" or "all": to be restored
+
+    def checkpoint(self, name: str) -> Checkpoint:
+        """The model's checkpoint folder, fetched if need be.
+
+        Raises:
+            ModelUnavailableError: it cannot be had.
+        """
+        if name not in self._checkpoints:
+            try:
+                checkpoint = open_checkpoint(locate(name, self.progress))
+                checkpoint.check()  # whole and plain, before anything is made of it
+                self._checkpoints[name] = checkpoint
+                self._stamps[name] = _stamps(checkpoint)
+            except UserError as error:
+                raise ModelUnavailableError(str(error)) from error
+        return self._checkpoints[name]
+
+    def identity(self, name: str) -> dict[str, str]:
+        """Tags that tell this model's weights from others of the same name: a hub's may change under it."""
+        checkpoint = self.checkpoint(name)
+        commit = hub_commit(checkpoint.folder)
+        return {"base_fingerprint": checkpoint.fingerprint} | ({"hub_commit": commit} if commit else {})
+
+    def model_digests(self, name: str) -> dict[str, str]:
+        """16 hex digits each for the model's ``weights``, its ``model_config`` and its ``tokenizer``'s files."""
+        if name not in self._digests:
+            checkpoint = self.checkpoint(name)
+            config = {key: value for key, value in checkpoint.config.items() if key not in _INCIDENTAL}
+            files = hashlib.sha256()
+            folder = checkpoint.folder if checkpoint.folder.is_dir() else checkpoint.folder.parent
+            for path in sorted(path for pattern in _TOKENIZER for path in folder.glob(pattern)):
+                files.update(path.name.encode() + b"\n" + hashlib.sha256(path.read_bytes()).digest())
+            self._digests[name] = {
+                "weights": checkpoint.fingerprint,
+                "model_config": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16],
+                "tokenizer": files.hexdigest()[:16],
+            }
+        return self._digests[name]
+
+    def data_digests(self, name: str, data_dir: str, num_fewshot: int | None = None) -> dict[str, str]:
+        """See `sparse_ft.tasks.digests.data_digests`."""
+        key = (name, data_dir, num_fewshot)
+        if key not in self._rows:
+            self._rows[key] = data_digests(self.task(*key))
+        return self._rows[key]
+
+    def given_masks(self, path: str) -> str:
+        """16 hex digits of a mask file's checksum and of the weights that it belongs to."""
+        if path not in self._given:
+            masks = load_masks(path)
+            about = [masks.checksum, masks.metadata.get("fingerprint")]
+            self._given[path] = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+        return self._given[path]
+
+    def tokenizer(self, name: str) -> PreTrainedTokenizerBase:
+        """The model's tokenizer.
+
+        Raises:
+            UserError: a Cerebras checkpoint, which has none: its masks by weight alone can be made, and it can be
+                validated; to read text it must be converted first.
+        """
+        if name not in self._tokenizers:
+            folder = self.checkpoint(name).folder
+            if folder.suffix == ".mdl":
+                raise UserError(
+                    f"{name} is a Cerebras checkpoint, which has no tokenizer. Convert it to a Hugging Face folder"
+                    " first (to_hugging_face of sparse_ft.cerebras.convert)."
+                )
+            self._tokenizers[name] = load_tokenizer(folder)
+        return self._tokenizers[name]
+
+    def task(self, name: str, data_dir: str, num_fewshot: int | None = None) -> Any:
+        """The lm-eval task over its rows.
+
+        Raises:
+            DataMissingError: the rows cannot be had.
+        """
+        key = (name, data_dir, num_fewshot)
+        if key not in self._tasks:
+            try:
+                rows = made_data_dir() if data_dir == MADE else None if data_dir == "none" else data_dir
+                self._tasks[key] = load_task(name, rows, num_fewshot, progress=self.progress)
+            except UserError as error:
+                raise DataMissingError(str(error)) from error
+        return self._tasks[key]
+
+    @contextmanager
+    def borrow(self, cell: CellConfig) -> Iterator[PreTrainedModel]:
+        """The cell's base model, pristine, to be changed at will inside the block.
+
+        After an exception the model is dropped: a wrapper may be half applied, or memory short.
+        """
+        device = resolve_device(cell.device)
+        key = (cell.model, resolve_dtype(cell.dtype, device), device)
+        if _stamps(self.checkpoint(cell.model)) != self._stamps[cell.model]:
+            raise ModelUnavailableError(
+                f"the files of {cell.model} were changed while they were in use; resume the study to run on what is"
+                " there now."
+            )
+        if self._base is not None and self._base[0] != key:
+            self._base = None  # before loading the next: two 7B models do not fit
+        if self._base is None:
+            folder = self.checkpoint(cell.model).folder
+            self._base = (key, load_model(folder, key[1], device))
+        elif self._changed is not None:
+            checkpoint = self.checkpoint(cell.model)
+            load_state_into(self._base[1], checkpoint, None if self._changed == "all" else checkpoint.prunable)
+        self._changed = "prunable" if MODES[cell.mode].lora else "all"
+        model = self._base[1]
+        for parameter in model.parameters():  # PEFT froze them for the cell before
+            parameter.requires_grad_(True)
+        try:
+            yield model
+        except BaseException:
+            self._base = None
+            raise
+
+    def untuned(self, key: str, name: str, measure: Callable[[], Evaluation]) -> tuple[str, Evaluation]:
+        """The score of a model before fine-tuning: measured by the first cell that asks, shared by the rest.
+
+        Args:
+            key: identity of the score; see `sparse_ft.cell.identity.untuned_key`.
+            name: of the cell that asks.
+            measure: scores the model.
+
+        Returns:
+            the name of the cell that measured, and the score.
+        """
+        if key not in self._untuned:
+            self._untuned[key] = self._measured(key, name, measure) if self._shared else (name, measure())
+        return self._untuned[key]
+
+    def _measured(self, key: str, name: str, measure: Callable[[], Evaluation]) -> tuple[str, Evaluation]:
+        """The score from the shared folder; measured, and left there, by the first worker that comes."""
+        path = self._shared / f"{key[:32]}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):  # whoever comes second waits, which takes no longer than to measure again
+            if path.is_file():
+                found = json.loads(path.read_text(encoding="utf-8"))
+                if found.get("key") == key:
+                    return found["measured_by"], Evaluation(found["metrics"], found["protocol"])
+            evaluation = measure()
+            record = {"key": key, "measured_by": name, "metrics": evaluation.metrics, "protocol": evaluation.protocol}
+            write_text(path, json.dumps(record, default=str))
+            return name, evaluation
+
+
+def _stamps(checkpoint: Checkpoint) -> list[tuple[int, ...]]:
+    """Size, time and place of every file of weights: what writing to one, or replacing it, changes."""
+    found = []
+    for file in checkpoint.files:
+        try:
+            state = file.stat()
+            found.append((state.st_size, state.st_mtime_ns, state.st_ino))
+        except OSError:
+            found.append((-1,))
+    return found

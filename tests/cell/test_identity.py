@@ -1,0 +1,186 @@
+"""Results go by what is behind their names: over random cells, keys differ exactly where something does."""
+
+import itertools
+import json
+import random
+import shutil
+from dataclasses import replace
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from sparse_ft.analysis.table import GROUP, cell_table
+from sparse_ft.cell.identity import cell_identity, cell_key, check_identity, mask_key, untuned_key
+from sparse_ft.cell.settings import evaluation_settings
+from sparse_ft.cell.workbench import Workbench
+from sparse_ft.errors import UserError
+from sparse_ft.settings.cell import CellConfig, mask_set_of
+from sparse_ft.tasks.made import made_data_dir
+from sparse_ft.tracking.parameters import flatten_config
+
+# value of a field -> what it means; two values of one meaning make the same result
+AXES = {
+    "model": {"same": 0, "copy": 0, "other_head": 1, "other_rope": 2},
+    "data_dir": {"same": 0, "copy": 0, "other_question": 1, "other_training": 2},
+    "device": {"auto": 0, "cpu": 0},
+    "dtype": {"auto": 0, "float32": 0, "bfloat16": 1},
+    "num_fewshot": {"none": 0, 0: 0, 1: 1},
+    "mode": dict(zip(modes := ("dense", "sparse_to_dense", "sparse_to_sparse", "full"), modes, strict=True)),
+    "method": dict(zip(methods := ("unstructured", "random", "semi_structured"), methods, strict=True)),
+    "importance": {"magnitude": 0, "wanda": 1},
+    "pattern": {"2:4": 0, "1:2": 1},
+    "calibration_samples": {4: 0, 8: 1},
+    "seed": {0: 0, 1: 1},
+    "lora_r": {4: 0, 8: 1},
+    "batch_size": {1: 0, 16: 1},
+    "output_dir": {"a": 0, "b": 0},
+    "keep": {"none": 0, "adapter": 0},
+}
+
+
+def _changed(folder, target, change):
+    shutil.copytree(folder, target)
+    change(target)
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory, tiny_model):
+    """The folders that the values of ``model`` and ``data_dir`` stand for."""
+    root = tmp_path_factory.mktemp("identity")
+
+    def head(folder):
+        tensors = load_file(folder / "model.safetensors")
+        tensors["model.embed_tokens.weight"][3, 3] += 1  # tied: the head too
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    def rope(folder):
+        config = json.loads((folder / "config.json").read_text())
+        config["rope_parameters"] = {"rope_type": "default", "rope_theta": 777.0}
+        (folder / "config.json").write_text(json.dumps(config))
+
+    def row(file):
+        def change(folder):
+            lines = (folder / "boolq" / file).read_text().splitlines()
+            first = json.loads(lines[0])
+            lines[0] = json.dumps({**first, "answer": not first["answer"]})
+            (folder / "boolq" / file).write_text("\n".join(lines) + "\n")
+
+        return change
+
+    kinds = {"same": lambda _: None, "copy": lambda _: None}
+    for name, change in (kinds | {"other_head": head, "other_rope": rope}).items():
+        _changed(tiny_model("tiny-llama"), root / "models" / name, change)
+    for name, change in (
+        kinds | {"other_question": row("validation.jsonl"), "other_training": row("train.jsonl")}
+    ).items():
+        _changed(made_data_dir(), root / "data" / name, change)
+    return {"model": root / "models", "data_dir": root / "data"}
+
+
+@pytest.fixture(scope="module")
+def bench():
+    return Workbench()
+
+
+@pytest.fixture(scope="module")
+def cells(places):
+    """Random cells, and what each one's values mean."""
+    draw = random.Random(7)
+    found = []
+    for _ in range(250):
+        chosen = {name: draw.choice(list(values)) for name, values in AXES.items()}
+        meaning = {name: AXES[name][value] for name, value in chosen.items()}
+        values = {name: str(places[name] / v) if name in places else v for name, v in chosen.items()}
+        found.append((CellConfig(**values, sparsity=0.5), meaning))
+    return found
+
+
+def _masks_mean(meaning):
+    """An oracle of its own for what masks depend on; None where there are none."""
+    if meaning["mode"] == "dense":
+        return None
+    model, method, seed = meaning["model"], meaning["method"], meaning["seed"]
+    if method == "random":
+        return model, method, seed
+    grouped = meaning["pattern"] if method == "semi_structured" else None
+    if meaning["importance"] == 0:
+        return model, method, grouped
+    text = meaning["data_dir"] == 2  # calibration reads the training split
+    return model, method, grouped, text, meaning["calibration_samples"], meaning["dtype"], seed
+
+
+def _result_means(meaning):
+    names = ("model", "data_dir", "dtype", "num_fewshot", "mode", "seed", "batch_size")
+    lora = None if meaning["mode"] == "full" else meaning["lora_r"]
+    # The method and importance stand in the name of a result, whatever the masks turn out to be.
+    named = None if meaning["mode"] == "dense" else meaning["method"]
+    ranked = meaning["importance"] if named in ("unstructured", "semi_structured") else None
+    return (*(meaning[name] for name in names), lora, named, ranked, _masks_mean(meaning))
+
+
+def _untuned_means(meaning):
+    scored = meaning["data_dir"] if meaning["num_fewshot"] else meaning["data_dir"] == 1
+    return meaning["model"], scored, meaning["dtype"], meaning["num_fewshot"], _masks_mean(meaning)
+
+
+def _one_to_one(pairs):
+    """Two keys are equal exactly where two meanings are."""
+    pairs = set(pairs)
+    assert len({meaning for meaning, _ in pairs}) > 10
+    for (left, right), (other, its) in itertools.combinations(pairs, 2):
+        assert (left == other) == (right == its), (left, other)
+
+
+def _of_masks(cell, bench):
+    kind = mask_set_of(cell)
+    return "" if kind is None else mask_key(replace(kind, sparsities="0.5"), bench)
+
+
+def test_keys_of_mask_sets(cells, bench):
+    _one_to_one((_masks_mean(meaning), _of_masks(cell, bench)) for cell, meaning in cells)
+
+
+def test_keys_of_cells(cells, bench):
+    _one_to_one(
+        (_result_means(meaning), cell_key(cell, cell_identity(cell, bench), _of_masks(cell, bench)))
+        for cell, meaning in cells
+    )
+
+
+def test_keys_of_scores_before_fine_tuning(cells, bench):
+    def key(cell):
+        settings = vars(evaluation_settings(cell))
+        start = bench.checkpoint(cell.model).fingerprint
+        return untuned_key(cell, cell_identity(cell, bench), start, _of_masks(cell, bench), settings)
+
+    _one_to_one((_untuned_means(meaning), key(cell)) for cell, meaning in cells)
+
+
+def test_rows_of_the_table(cells, bench):
+    """What differs in anything but the seed stands in another row: no average mixes it."""
+    runs = []
+    for number, (cell, _) in enumerate(cells):
+        identity = cell_identity(cell, bench)
+        params = flatten_config(cell.canonical()) | flatten_config(identity, "identity")
+        tags = {"kind": "cell", "cell_key": cell_key(cell, identity, _of_masks(cell, bench))}
+        runs.append({"run_id": str(number), "status": "FINISHED", "start_time": 1, "end_time": 2, "tags": tags,
+                     "params": params, "metrics": {"eval/accuracy": 0.5}})  # fmt: skip
+    table = cell_table(runs)
+    places = {}
+    for row in table.to_dict("records"):
+        meaning = _result_means(cells[int(row["run_id"])][1])
+        places.setdefault(tuple(str(row[name]) for name in (*GROUP, "seed")), set()).add(meaning)
+    assert all(len(meanings) == 1 for meanings in places.values())
+
+
+def test_a_worker_refuses_what_is_not_what_was_planned(places, bench):
+    planned = CellConfig(model=str(places["model"] / "same"), data_dir=str(places["data_dir"] / "same"))
+    here = cell_identity(planned, bench)
+    for changed in (
+        replace(planned, model=str(places["model"] / "other_head")),
+        replace(planned, data_dir=str(places["data_dir"] / "other_question")),
+    ):
+        with pytest.raises(UserError, match="not what the study was planned with"):
+            check_identity(here, cell_identity(changed, bench), "cell")
+    check_identity(here, here | {"device": "cuda", "dtype": "bfloat16"}, "cell")  # the driver may have no GPU
+    check_identity({}, here, "cell")

@@ -1,0 +1,107 @@
+import hashlib
+
+import earlier
+import pytest
+
+from sparse_ft.cell.rebuild import logged_cell, rebuild
+from sparse_ft.cell.workbench import Workbench
+from sparse_ft.errors import UserError
+from sparse_ft.models.checkpoint import Checkpoint
+from sparse_ft.settings.commands import SweepConfig
+from sparse_ft.study.driver import sweep
+from sparse_ft.study.keep import pareto_front
+from sparse_ft.tracking.runs import Tracker
+
+
+def _bytes(folder):
+    """Digest of every tensor of a checkpoint."""
+    checkpoint = Checkpoint(folder)
+    return {name: hashlib.sha256(checkpoint.raw(name).tobytes()).hexdigest() for name in checkpoint.names}
+
+
+def _cells(tracker):
+    (parent,) = [run for run in tracker.search() if run["tags"].get("kind") == "study"]
+    return parent, [run for run in tracker.children(parent["run_id"]) if run["tags"]["kind"] == "cell"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_rebuilt_model_is_the_merged_one_bit_for_bit(study_file, tmp_path, dtype):
+    grid = {"model": ["tiny-llama"], "sparsity": [0.6], "mode": ["sparse_to_dense", "sparse_to_sparse"]}
+    path = study_file(grid, keep="all", cell={"dtype": dtype, "learning_rate": 1e-2})
+    assert sweep(SweepConfig(config=str(path), output_dir=str(tmp_path / "out"))) == 0
+    tracker = Tracker()
+    _, cells = _cells(tracker)
+    assert len(cells) == 3
+    for run in cells:
+        target = rebuild(tracker, run["run_id"], tmp_path / run["run_id"], Workbench())
+        assert _bytes(target) == _bytes(run["tags"]["model_folder"]), run["name"]
+    # Without the study's folder the masks come out of the artifacts.
+    (tmp_path / "out").rename(tmp_path / "moved")
+    again = rebuild(tracker, cells[-1]["run_id"], tmp_path / "again", Workbench())
+    assert _bytes(again) == _bytes(target)
+
+
+def test_a_run_of_before_there_was_a_choice_of_rounding_is_rebuilt_as_it_was_made(tmp_path):
+    tracker = Tracker()
+    for values, expected in (({"mode": "dense"}, "nearest"), ({"mode": "dense", "rounding": "dithered"}, "dithered")):
+        run_id = tracker.start("a cell", {"kind": "cell"})
+        with tracker.ending(run_id):
+            tracker.log_dict(run_id, values, "config.yaml")
+        assert logged_cell(tracker, tracker.run(run_id)).rounding == expected
+
+
+def test_a_cell_of_version_0_1_0_is_rebuilt_bit_for_bit(study_file, tmp_path):
+    """Its fingerprints saw less of the weights, and it rounded to the nearest."""
+    path = study_file(
+        {"model": ["tiny-llama"], "sparsity": [0.6], "mode": ["sparse_to_dense", "sparse_to_sparse"]},
+        keep="all",
+        cell={"dtype": "bfloat16", "learning_rate": 1e-2, "rounding": "nearest"},
+    )
+    assert sweep(SweepConfig(config=str(path), output_dir=str(tmp_path / "out"))) == 0
+    tracker = Tracker()
+    base = Workbench().checkpoint("tiny-llama")
+    for run in _cells(tracker)[1]:
+        merged = Checkpoint(run["tags"]["model_folder"])
+        tags = {"base_fingerprint": earlier.fingerprint(base), "merged_fingerprint": earlier.fingerprint(merged)}
+        tracker.log(run["run_id"], tags=tags)
+        target = rebuild(tracker, run["run_id"], tmp_path / run["run_id"], Workbench())
+        assert _bytes(target) == _bytes(merged.folder), run["name"]
+    tracker.log(run["run_id"], tags={"base_fingerprint": earlier.fingerprint(merged)})
+    with pytest.raises(UserError, match="has other weights now"):
+        rebuild(tracker, run["run_id"], tmp_path / "other", Workbench())
+
+
+def test_of_a_study_the_front_is_kept_whole_and_registered_where_asked(study_file, tmp_path):
+    grid = {"model": ["tiny-llama"], "sparsity": [0.3, 0.9], "mode": ["sparse_to_sparse"]}
+    path = study_file(grid, register=True)
+    assert sweep(SweepConfig(config=str(path), output_dir=str(tmp_path / "out"))) == 0
+    tracker = Tracker()
+    _, cells = _cells(tracker)
+    front = {run["run_id"] for run in pareto_front(cells)}
+    assert front
+    for run in cells:
+        assert ("registered_as" in run["tags"]) == (run["run_id"] in front)
+        assert any(name.startswith("adapter/") for name in tracker.artifacts(run["run_id"]))
+    assert not list((tmp_path / "out").glob("*/models/*"))  # the registry holds the only copy
+
+
+def test_nothing_is_rebuilt_from_a_run_that_holds_no_adapter(study_file, tmp_path):
+    path = study_file({"model": ["tiny-llama"], "mode": ["dense"]}, keep="none")
+    assert sweep(SweepConfig(config=str(path), output_dir=str(tmp_path / "out"))) == 0
+    tracker = Tracker()
+    parent, (cell,) = _cells(tracker)
+    with pytest.raises(UserError, match="holds no adapter"):
+        rebuild(tracker, cell["run_id"], tmp_path / "x", Workbench())
+    with pytest.raises(UserError, match="no finished cell"):
+        rebuild(tracker, parent["run_id"], tmp_path / "x", Workbench())
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_front_holds_what_nothing_beats_in_both():
+    def run(sparsity, accuracy):
+        return {"metrics": {"sparsity/after_merge": sparsity, "eval/accuracy": accuracy}}
+
+    points = [(0.0, 0.9), (0.5, 0.8), (0.5, 0.7), (0.6, 0.8), (0.9, 0.2), (0.3, 0.85), (0.2, 0.85)]
+    front = pareto_front([run(*point) for point in points] + [{"metrics": {}}])
+    found = [tuple(item["metrics"].values()) for item in front]
+    assert found == [(0.9, 0.2), (0.6, 0.8), (0.3, 0.85), (0.0, 0.9)]
