@@ -1,15 +1,8 @@
 """``python -m entrypoints.rebuild``, the entry point ``rebuild`` of the MLflow project."""
 
-from entrypoints._command import command
-from sparse_ft.settings.commands import RebuildConfig
+import sys
 
-
-def work(config: RebuildConfig) -> int:
-    # Imported here, so that --help and a mistyped flag are answered at once.
-    from sparse_ft.commands import rebuild
-
-    return rebuild(config)
-
+from sparse_ft.cli import run
 
 if __name__ == "__main__":
-    command("rebuild", RebuildConfig, work)
+    sys.exit(run("rebuild", sys.argv[1:], "python -m entrypoints.rebuild"))

@@ -1,15 +1,8 @@
 """``python -m entrypoints.sweep``, the entry point ``sweep`` of the MLflow project."""
 
-from entrypoints._command import command
-from sparse_ft.settings.commands import SweepConfig
+import sys
 
-
-def work(config: SweepConfig) -> int:
-    # Imported here, so that --help and a mistyped flag are answered at once.
-    from sparse_ft.study.driver import sweep
-
-    return sweep(config)
-
+from sparse_ft.cli import run
 
 if __name__ == "__main__":
-    command("sweep", SweepConfig, work)
+    sys.exit(run("sweep", sys.argv[1:], "python -m entrypoints.sweep"))

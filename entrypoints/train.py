@@ -1,15 +1,8 @@
 """``python -m entrypoints.train``, the entry point ``train`` of the MLflow project."""
 
-from entrypoints._command import command
-from sparse_ft.settings.cell import CellConfig
+import sys
 
-
-def work(config: CellConfig) -> int:
-    # Imported here, so that --help and a mistyped flag are answered at once.
-    from sparse_ft.commands import train
-
-    return train(config)
-
+from sparse_ft.cli import run
 
 if __name__ == "__main__":
-    command("train", CellConfig, work)
+    sys.exit(run("train", sys.argv[1:], "python -m entrypoints.train"))

@@ -1,15 +1,8 @@
 """``python -m entrypoints.validate``, the entry point ``validate`` of the MLflow project."""
 
-from entrypoints._command import command
-from sparse_ft.settings.commands import ValidateConfig
+import sys
 
-
-def work(config: ValidateConfig) -> int:
-    # Imported here, so that --help and a mistyped flag are answered at once.
-    from sparse_ft.commands import validate
-
-    return validate(config)
-
+from sparse_ft.cli import run
 
 if __name__ == "__main__":
-    command("validate", ValidateConfig, work)
+    sys.exit(run("validate", sys.argv[1:], "python -m entrypoints.validate"))

@@ -16,22 +16,12 @@ import pytest
 import yaml
 from documents import PAGES, ROOT, SHELL_WORDS, Command, anchors, blocks, commands, headings, links
 
-from sparse_ft.settings import commands as parameters
-from sparse_ft.settings.cell import CellConfig
+from sparse_ft.cli import COMMANDS as TABLE
 from sparse_ft.settings.parser import Parser
-from sparse_ft.study.cerebras_configs import CerebrasConfigsConfig
 from sparse_ft.study.plan import load_study
 
 MLPROJECT = yaml.safe_load((ROOT / "MLproject").read_text())["entry_points"]
-STEPS = {
-    "compute_masks": parameters.MaskConfig,
-    "train": CellConfig,
-    "validate": parameters.ValidateConfig,
-    "analyze": parameters.AnalyzeConfig,
-    "sweep": parameters.SweepConfig,
-    "rebuild": parameters.RebuildConfig,
-    "cerebras_configs": CerebrasConfigsConfig,
-}
+STEPS = {name: command.parameters for name, command in TABLE.items()}
 COMMANDS = [command for page in PAGES for command in commands(page)]
 NOT_OURS = {  # headings of the troubleshooting page that pip, the shell or a reader says
     "No matching distribution found for torch",

@@ -8,18 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sparse_ft.settings.cell import CellConfig
-from sparse_ft.settings.commands import AnalyzeConfig, MaskConfig, RebuildConfig, SweepConfig, ValidateConfig
+from sparse_ft.cli import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
-STEPS = {
-    "compute_masks": MaskConfig,
-    "train": CellConfig,
-    "validate": ValidateConfig,
-    "analyze": AnalyzeConfig,
-    "sweep": SweepConfig,
-    "rebuild": RebuildConfig,
-}
+STEPS = {name: command.parameters for name, command in COMMANDS.items() if name != "cerebras_configs"}
 
 
 def _canonical(name):

@@ -14,6 +14,7 @@ from sparse_ft.settings.modes import MODES
 
 __all__ = [
     "AnalyzeConfig",
+    "CerebrasConfigsConfig",
     "MaskConfig",
     "RebuildConfig",
     "SweepConfig",
@@ -159,3 +160,18 @@ class SweepConfig:
     retry: str = "none"
     ray_address: str = "none"
     cerebras: str = "none"
+
+
+@dataclass(frozen=True)
+class CerebrasConfigsConfig:
+    """Writes a ModelZoo trainer configuration for every cell of a study.
+
+    Args:
+        config: the study's YAML file (see configs/).
+        output_dir: folder for the configurations; masks, data and start checkpoints are expected in it.
+        settings: YAML file with python, device, retries and cluster, or none for the defaults.
+    """
+
+    config: str
+    output_dir: str = "outputs/cerebras"
+    settings: str = "none"

@@ -7,7 +7,6 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,25 +22,11 @@ from sparse_ft.models.catalog import locate_config
 from sparse_ft.models.skeleton import config_values
 from sparse_ft.pruning.output import level_stem
 from sparse_ft.settings.cell import CellConfig
+from sparse_ft.settings.commands import CerebrasConfigsConfig
 from sparse_ft.settings.modes import MODES
 from sparse_ft.study.plan import Plan, load_study, make_plan
 
-__all__ = ["CerebrasConfigsConfig", "write_configs", "write_study_configs"]
-
-
-@dataclass(frozen=True)
-class CerebrasConfigsConfig:
-    """Writes a ModelZoo trainer configuration for every cell of a study.
-
-    Args:
-        config: the study's YAML file (see configs/).
-        output_dir: folder for the configurations; masks, data and start checkpoints are expected in it.
-        settings: YAML file with python, device, retries and cluster, or none for the defaults.
-    """
-
-    config: str
-    output_dir: str = "outputs/cerebras"
-    settings: str = "none"
+__all__ = ["write_configs", "write_study_configs"]
 
 
 def write_configs(config: CerebrasConfigsConfig) -> int:

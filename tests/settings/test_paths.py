@@ -5,16 +5,16 @@ from dataclasses import fields
 import pytest
 import yaml
 
+from sparse_ft.cli import COMMANDS
 from sparse_ft.errors import UserError
 from sparse_ft.models.catalog import BUILT_IN
 from sparse_ft.settings.cell import CellConfig
-from sparse_ft.settings.commands import AnalyzeConfig, MaskConfig, RebuildConfig, SweepConfig, ValidateConfig
+from sparse_ft.settings.commands import SweepConfig, ValidateConfig
 from sparse_ft.settings.parser import Parser
 from sparse_ft.settings.paths import PATHS
-from sparse_ft.study.cerebras_configs import CerebrasConfigsConfig
 from sparse_ft.study.plan import load_study, make_plan
 
-KINDS = [MaskConfig, CellConfig, ValidateConfig, AnalyzeConfig, SweepConfig, RebuildConfig, CerebrasConfigsConfig]
+KINDS = [command.parameters for command in COMMANDS.values()]
 REQUIRED = {"checkpoint": "c", "masks": "m", "config": "c", "run_id": "r"}
 PARAMETERS = [(kind, entry.name) for kind in KINDS for entry in fields(kind) if entry.name in PATHS]
 
