@@ -12,7 +12,7 @@ STEPS = "tests/entrypoints/test_commands.py::test_"
 STARTED = "tests/test_docs.py::test_the_first_steps_run_as_they_are_written"
 PROJECT = STEPS + "mlflow_run_makes_one_run_and_keeps_what_was_typed"
 HUB = "tests/study/test_hub_models.py::test_the_full_study_with_its_models_and_data_from_a_hub"
-RESUMED = "tests/study/test_resume.py::test_a_changed_configuration_says_what_changed_and_keeps_what_is_the_same"
+RESUMED = "tests/study/test_ledger.py::test_a_changed_configuration_says_what_changed_and_keeps_what_is_the_same"
 TEAM = "tests/study/test_postgresql.py::test_two_workers_fill_a_study_and_a_search"
 WAFER = "tests/cerebras/modelzoo/test_"
 CI = ".ci/run"
@@ -44,27 +44,26 @@ RUN = {
     r"mlflow run \. -e compute_masks .* -P model=smollm2-135m .* -P scope=global": BY_HAND + "for docs/pruning.md",
     r"mlflow run \. -e validate .*": STEPS + "validate_says_0_for_a_good_pair_1_for_a_broken_one_2_for_none",
     r"mlflow run( \.)?( --env-manager local)?": PROJECT,
-    r"python -m entrypoints\.\w+ --help": STEPS + "help_comes_without_loading_torch",
-    r"python -m entrypoints\.sweep --config configs/full.yaml --dry-run": HUB,
-    r"python -m entrypoints\.sweep --config configs/full.yaml --executor ray .*": SLURM,
-    r"python -m entrypoints\.sweep --config configs/tiny_full.yaml --dry_run true": STARTED,
-    r"python -m entrypoints\.train --model tiny-llama .*": STARTED,
-    r"python -m entrypoints\.compute_masks --model MODEL .*": STARTED,
-    r"python -m entrypoints\.validate --checkpoint outputs/.*": STARTED,
-    r"python -m entrypoints\.validate --checkpoint merged.mdl .*": STEPS
-    + "masks_and_validation_read_a_cerebras_checkpoint",
-    r"python -m entrypoints\.rebuild .*": TEAM,
-    r"python -m entrypoints\.cerebras_configs --config configs/full.yaml .*": HUB.split("::")[0]
+    r"sparse-ft \w+ --help": "tests/test_cli.py::test_a_commands_own_help",
+    r"sparse-ft sweep --config configs/full.yaml --dry-run": HUB,
+    r"sparse-ft sweep --config configs/full.yaml --executor ray .*": SLURM,
+    r"sparse-ft sweep --config configs/tiny_full.yaml --dry_run true": STARTED,
+    r"sparse-ft train --model tiny-llama .*": STARTED,
+    r"sparse-ft compute_masks --model MODEL .*": STARTED,
+    r"sparse-ft validate --checkpoint outputs/.*": STARTED,
+    r"sparse-ft validate --checkpoint merged.mdl .*": STEPS + "masks_and_validation_read_a_cerebras_checkpoint",
+    r"sparse-ft rebuild .*": TEAM,
+    r"sparse-ft cerebras_configs --config configs/full.yaml .*": HUB.split("::")[0]
     + "::test_the_full_studys_configurations_for_a_cerebras",
-    r"python -m entrypoints\.(NAME|train|validate|analyze|sweep|compute_masks)": STARTED,
+    r"sparse-ft (NAME|train|validate|analyze|sweep|compute_masks)": STARTED,
     r"python benchmarks/(rounding|sparse_lora)\.py .*": BY_HAND + "its table stands beside it",
     r"python -m benchmarks\.\w+ .*": BY_HAND + "its table stands beside it",
     r"python -m lm_eval run": "tests/evaluation/test_scores.py::test_equal_to_lm_evals_command_line",
-    r"python -m sparse_ft\.cerebras\.cszoo fit FIT.yaml --target_device CSX --validate_only": WAFER
+    r"python -m sparse_ft\.cerebras\.modelzoo\.cszoo fit FIT.yaml --target_device CSX --validate_only": WAFER
     + "lowering.py::test_every_mode_lowers_with_the_sparsity_that_was_measured",
-    r"python -m sparse_ft\.cerebras\.cszoo fit FIT.yaml --target_device CSX --job_labels .*": WAFER
+    r"python -m sparse_ft\.cerebras\.modelzoo\.cszoo fit FIT.yaml --target_device CSX --job_labels .*": WAFER
     + "lowering.py::test_a_job_gets_as_far_as_the_cluster",
-    r"python -m sparse_ft\.cerebras\.cszoo": WAFER + "lowering.py::test_a_job_gets_as_far_as_the_cluster",
+    r"python -m sparse_ft\.cerebras\.modelzoo\.cszoo": WAFER + "lowering.py::test_a_job_gets_as_far_as_the_cluster",
     r"export (SPARSE_FT_CEREBRAS_PYTHON|PATH)=.*": BY_HAND + "as part of make test-modelzoo",
     r"(export RAY_AUTH_MODE|ray|head|others|srun|sleep|driver|trap|wait)\b.*": SLURM,
 }

@@ -1,6 +1,6 @@
 """The typed parameters of every entry point. No torch here, so that a wrong value is refused at once.
 
-The field names are the flags of ``python -m entrypoints.NAME`` and the parameters of ``MLproject``; the
+The field names are the flags of ``sparse-ft NAME`` and the parameters of ``MLproject``; the
 ``Args`` sections below are their help texts.
 """
 

@@ -58,12 +58,12 @@ def commands(page: str) -> list[Command]:
     """Commands of the page: lines of its blocks, and code in the text that begins as a command does."""
     found = []
     for body in blocks(page, *SHELL):
-        if not re.search(r"^(mlflow|python|make|\. |export|#!/bin/bash)", body, re.MULTILINE):
+        if not re.search(r"^(mlflow|sparse-ft|python|make|\. |export|#!/bin/bash)", body, re.MULTILINE):
             continue  # a table, a listing
         lines = (line.strip() for line in body.replace("\\\n", " ").splitlines())
         found += [Command(page, line, True) for line in lines if line and not line.startswith("#")]
     inline = re.findall(r"`([^`]+)`", prose(page))
-    begin = re.compile(r"(mlflow|python -m|python benchmarks/\S+|make|conda|pip install|lm_eval) [^|]")
+    begin = re.compile(r"(mlflow|sparse-ft|python -m|python benchmarks/\S+|make|conda|pip install|lm_eval) [^|]")
     found += [Command(page, " ".join(code.split()), False) for code in inline if begin.match(code)]
     return found
 
