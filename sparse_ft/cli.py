@@ -54,12 +54,12 @@ class Command:
 
 
 COMMANDS = {
-    "compute_masks": Command(MaskConfig, "sparse_ft.commands:compute_masks"),
-    "train": Command(CellConfig, "sparse_ft.commands:train"),
-    "validate": Command(ValidateConfig, "sparse_ft.commands:validate"),
-    "analyze": Command(AnalyzeConfig, "sparse_ft.commands:analyze"),
+    "compute_masks": Command(MaskConfig, "sparse_ft.commands.compute_masks:compute_masks"),
+    "train": Command(CellConfig, "sparse_ft.commands.train:train"),
+    "validate": Command(ValidateConfig, "sparse_ft.commands.validate:validate"),
+    "analyze": Command(AnalyzeConfig, "sparse_ft.commands.analyze:analyze"),
     "sweep": Command(SweepConfig, "sparse_ft.study.driver:sweep"),
-    "rebuild": Command(RebuildConfig, "sparse_ft.commands:rebuild"),
+    "rebuild": Command(RebuildConfig, "sparse_ft.commands.rebuild:rebuild"),
     "cerebras_configs": Command(CerebrasConfigsConfig, "sparse_ft.study.cerebras_configs:write_configs"),
 }
 

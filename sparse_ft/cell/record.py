@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from sparse_ft.cell.failures import Failure
-from sparse_ft.cell.run import CellResult
+from sparse_ft.cell.failures import Failure, classify
 from sparse_ft.levels import level_label
 from sparse_ft.masks.statistics import block_sparsities
 from sparse_ft.pruning.output import MaskFile
@@ -14,6 +15,9 @@ from sparse_ft.settings.cell import CellConfig
 from sparse_ft.settings.commands import MaskConfig
 from sparse_ft.tracking.parameters import flatten_config
 from sparse_ft.tracking.runs import Tracker
+
+if TYPE_CHECKING:
+    from sparse_ft.cell.run import CellResult
 
 __all__ = [
     "log_cell_inputs",
@@ -23,6 +27,7 @@ __all__ = [
     "log_mask_inputs",
     "log_masks",
     "mask_tags",
+    "recorded",
 ]
 
 _TAG_ROOM = 1000  # characters; all remarks are in the mask files' metadata
@@ -62,6 +67,17 @@ def log_failure(tracker: Tracker, run_id: str, failure: Failure) -> None:
     """Class and message as tags, the traceback as an artifact."""
     tracker.log(run_id, tags={"failure_class": failure.kind, "failure_message": failure.message})
     tracker.log_text(run_id, failure.traceback, "traceback.txt")
+
+
+@contextmanager
+def recorded(tracker: Tracker, run_id: str) -> Iterator[None]:
+    """Ends the run as its block ends; a failure's class, message and traceback stay with it."""
+    with tracker.ending(run_id):
+        try:
+            yield
+        except Exception as error:
+            log_failure(tracker, run_id, classify(error))
+            raise
 
 
 def log_mask_inputs(tracker: Tracker, run_id: str, config: MaskConfig) -> None:

@@ -167,7 +167,7 @@ def test_an_unexpected_error_is_70_with_its_traceback(command, model, tmp_path, 
     def broken(*_, **__):
         raise ZeroDivisionError("no such thing")
 
-    monkeypatch.setattr("sparse_ft.commands.validate_checkpoint", broken)
+    monkeypatch.setattr("sparse_ft.commands.validate.validate_checkpoint", broken)
     masks = next((tmp_path / "o").glob("*.safetensors"))
     status, _, err = command("validate", checkpoint=tmp_path / "m", masks=masks)
     assert status == 70 and "ZeroDivisionError: no such thing" in err and "Traceback" in err

@@ -4,7 +4,7 @@ import boto3
 import pytest
 from servers import mlflow_server, postgresql_programs, postgresql_server, s3_server
 
-from sparse_ft.commands import rebuild
+from sparse_ft.commands.rebuild import rebuild
 from sparse_ft.settings.commands import RebuildConfig, SweepConfig
 from sparse_ft.study.driver import sweep
 from sparse_ft.tracking.runs import Tracker

@@ -1,0 +1,1 @@
+"""What the entry points call that is no study; each command imports its own."""

@@ -1,0 +1,51 @@
+"""``analyze``: tables, figures and a report page from the runs of a study or an experiment."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sparse_ft.analysis.terminal import print_table, terminal_table
+from sparse_ft.analysis.write import write_analysis
+from sparse_ft.errors import UserError
+from sparse_ft.progress import shown_progress
+from sparse_ft.settings.commands import AnalyzeConfig
+from sparse_ft.study.report import in_milliseconds, study_console, write_curve_runs
+from sparse_ft.tracking.parameters import flatten_config
+from sparse_ft.tracking.runs import Tracker
+
+__all__ = ["analyze"]
+
+
+def analyze(config: AnalyzeConfig) -> int:
+    """Writes tables, figures and curve runs for a study or an experiment, as a run of its own. Returns 0."""
+    if config.parent_run_id == config.experiment == "none":
+        raise UserError("Nothing to analyze: give parent_run_id (a study's run) or experiment (a name).")
+    if config.parent_run_id != "none":
+        tracker = Tracker.reading(run_id=config.parent_run_id)
+        parent, found = config.parent_run_id, tracker.run(config.parent_run_id)
+        if found["tags"].get("kind") != "study":
+            raise UserError(f"The run {parent} ({found['name']}) is no study; give a study's run, or an experiment.")
+        title, runs = found["name"], tracker.children(parent)
+    else:
+        tracker = Tracker.reading(config.experiment)
+        parent, title = None, config.experiment
+        runs = tracker.search(experiment_id=tracker.experiment(config.experiment))
+    rows = in_milliseconds(runs)
+    run_id = tracker.start(f"analysis {title}", {"kind": "analysis"})
+    with tracker.ending(run_id):
+        tracker.log(run_id, params=flatten_config(config))
+        folder = Path(config.output_dir)
+        result = write_analysis(
+            rows,
+            folder,
+            baseline=None if config.baseline == "none" else config.baseline,
+            title=title,
+            progress=shown_progress(),
+        )
+        tracker.log_folder(run_id, folder, "report")
+        write_curve_runs(tracker, parent, result.curves)
+    console = study_console()
+    print_table(console, terminal_table(rows))
+    for path in result.files:
+        console.print(f"  {path}", highlight=False, soft_wrap=True)
+    return 0

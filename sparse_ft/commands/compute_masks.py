@@ -1,0 +1,39 @@
+"""``compute_masks``: masks of every level, and a run that holds them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sparse_ft.cell.masks import check_mask_set, check_shrink, make_masks, shrink
+from sparse_ft.cell.record import log_mask_inputs, log_masks, recorded
+from sparse_ft.cell.workbench import Workbench
+from sparse_ft.levels import level_label
+from sparse_ft.progress import shown_progress
+from sparse_ft.settings.commands import MaskConfig
+from sparse_ft.tracking.runs import Tracker
+
+__all__ = ["compute_masks"]
+
+
+def compute_masks(config: MaskConfig) -> int:
+    """Makes masks and logs them as a run. Returns 0.
+
+    Raises:
+        UserError: wrong input; nothing was logged then, where it could be known beforehand.
+    """
+    bench = Workbench(shown_progress())
+    if config.shrink:
+        check_shrink(config)
+    check_mask_set(config, bench)  # an unknown model, or too little text to look at, makes no run
+    tracker = Tracker()
+    run_id = tracker.start(f"masks {Path(config.model).name} {config.method}", {"kind": "masks"})
+    with recorded(tracker, run_id):
+        log_mask_inputs(tracker, run_id, config)
+        files = make_masks(config, bench)
+        log_masks(tracker, run_id, files)
+        smaller = shrink(config, files, bench) if config.shrink else []
+    for file in files:
+        print(f"{level_label(file.sparsity)} %: {file.pruned} of {file.weights} weights pruned, {file.path}")
+    for path in smaller:
+        print(f"smaller checkpoint: {path}")
+    return 0

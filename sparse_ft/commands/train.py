@@ -1,0 +1,73 @@
+"""``train``: one cell as a run of its own."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from sparse_ft.analysis.terminal import print_table, terminal_table
+from sparse_ft.cell.identity import cell_identity, cell_key
+from sparse_ft.cell.masks import check_mask_set, make_masks, mask_file
+from sparse_ft.cell.record import log_cell_inputs, log_cell_result, log_mask_files, mask_tags, recorded
+from sparse_ft.cell.register import register_cell
+from sparse_ft.cell.run import run_cell
+from sparse_ft.cell.settings import check_cell
+from sparse_ft.cell.workbench import Workbench
+from sparse_ft.levels import levels_text
+from sparse_ft.models.loading import resolve_device
+from sparse_ft.progress import shown_progress
+from sparse_ft.settings.cell import CellConfig, mask_set_of
+from sparse_ft.study.checks.preflight import check_examples, check_targets
+from sparse_ft.study.report import in_milliseconds, study_console, ui_command
+from sparse_ft.tracking.runs import Tracker
+
+__all__ = ["train"]
+
+
+def train(config: CellConfig) -> int:
+    """Runs one cell as a run and prints its table. Returns 0.
+
+    Raises:
+        UserError: wrong input; nothing was logged then, where it could be known beforehand.
+        ValidationFailedError: the merged checkpoint breaks what the mode promises.
+    """
+    bench = Workbench(shown_progress())
+    given = None
+    if config.pruned and config.masks != "none":
+        given = mask_file(config.masks)
+        config = replace(config, **given.described)
+    check_cell(config)
+    resolve_device(config.device)  # one that is not here makes no run
+    bench.checkpoint(config.model).prunable_shapes()
+    check_targets(config, bench)
+    check_examples(config, bench)
+    kind = mask_set_of(config)
+    if kind is not None:
+        kind = replace(kind, sparsities=levels_text([config.sparsity]))
+        check_mask_set(kind, bench)
+
+    identity = cell_identity(config, bench)
+    tracker, folder = Tracker(), Path(config.output_dir)
+    run_id = tracker.start(config.title, {"kind": "cell"})
+    with recorded(tracker, run_id):
+        log_cell_inputs(tracker, run_id, config, identity)
+        masks = given.file if given else None
+        if kind is not None:
+            (masks,) = make_masks(kind, bench, folder / "masks")
+            log_mask_files(tracker, run_id, [masks])
+            tracker.log(run_id, tags=mask_tags([masks]))
+        tracker.log(run_id, tags={"cell_key": cell_key(config, identity, masks.checksum if masks else "")})
+        result = run_cell(config, masks, bench, folder, warn_foreign=True)
+        log_cell_result(tracker, run_id, result)
+        address = None
+        if config.register_as != "none":
+            address = register_cell(tracker, run_id, config, result, bench.progress)
+    if "warning" in result.tags:
+        print(f"train: warning: {result.tags['warning']}", file=sys.stderr)
+    console = study_console()
+    print_table(console, terminal_table(in_milliseconds([tracker.run(run_id)])))
+    if address:
+        console.print(f"registered: {address}", highlight=False, soft_wrap=True)
+    console.print(f"everything, in a browser: {ui_command(tracker)}", highlight=False, soft_wrap=True)
+    return 0

@@ -1,0 +1,46 @@
+"""``validate``: a checkpoint against its masks."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from sparse_ft.files import write_json
+from sparse_ft.masks.files import load_masks
+from sparse_ft.progress import shown_progress
+from sparse_ft.settings.commands import ValidateConfig
+from sparse_ft.tracking.models import is_model_uri, resolve_model
+from sparse_ft.tracking.parameters import flatten_config
+from sparse_ft.tracking.runs import Tracker
+from sparse_ft.validation import validate_checkpoint
+
+__all__ = ["validate"]
+
+
+def validate(config: ValidateConfig) -> int:
+    """Checks a checkpoint against its masks. Returns 0 when it obeys them, else 1."""
+    masks = load_masks(config.masks)
+    tracker = Tracker()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(config.checkpoint)
+        if is_model_uri(config.checkpoint):
+            folder = resolve_model(config.checkpoint, tracker.uri, scratch)
+        validation = validate_checkpoint(folder, masks, config.tolerance, shown_progress())
+    report = validation.to_dict() | {"checkpoint": config.checkpoint}
+    if config.report != "none":
+        write_json(config.report, report)
+    run_id = tracker.start(f"validate {Path(config.checkpoint).name}", {"kind": "validation"})
+    with tracker.ending(run_id):
+        tracker.log(
+            run_id,
+            params=flatten_config({"checkpoint": config.checkpoint, "masks": config.masks}),
+            metrics={
+                "sparsity/violations": validation.violations,
+                "sparsity/after_merge": validation.sparsity,
+                "sparsity/target": validation.sparsity_asked,
+            },
+            tags={"mask_checksum": masks.checksum, "valid": validation.ok},
+        )
+        tracker.log_dict(run_id, report, "validation.json")
+    print("\n".join(validation.lines()))
+    return 0 if validation.ok else 1
