@@ -1,3 +1,31 @@
 """Sparse fine-tuning of language models, tracked from mask to merged checkpoint."""
 
+from sparse_ft.lazy import public
+
 __version__ = "0.1.0"
+
+__getattr__, __dir__, __all__ = public(__name__, {
+    "Calibration": "sparse_ft.pruning.settings",
+    "Checkpoint": "sparse_ft.models.checkpoint",
+    "EvaluationSettings": "sparse_ft.evaluation.scores",
+    "LoraSettings": "sparse_ft.lora.config",
+    "MaskGenerator": "sparse_ft.pruning.generator",
+    "MaskSet": "sparse_ft.masks.mask_set",
+    "PruningSettings": "sparse_ft.pruning.settings",
+    "UserError": "sparse_ft.errors",
+    "apply_masks": "sparse_ft.models.loading",
+    "apply_sparse_lora": "sparse_ft.lora.model",
+    "evaluate": "sparse_ft.evaluation.scores",
+    "load_masks": "sparse_ft.masks.files",
+    "load_model": "sparse_ft.models.loading",
+    "load_sparse_lora": "sparse_ft.lora.model",
+    "load_task": "sparse_ft.tasks.definitions",
+    "merge_all_lora_weights": "sparse_ft.lora.merge",
+    "open_checkpoint": "sparse_ft.models.checkpoint",
+    "save_masks": "sparse_ft.masks.files",
+    "save_model": "sparse_ft.models.loading",
+    "shrink_checkpoint": "sparse_ft.pruning.shrink",
+    "validate_checkpoint": "sparse_ft.validation",
+    "validate_sparsity_preserved": "sparse_ft.lora.model",
+    "write_analysis": "sparse_ft.analysis.write",
+})  # fmt: skip

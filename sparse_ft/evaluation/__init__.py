@@ -1,8 +1,11 @@
 """How good a model is: lm-eval's scores on a task, the loss on its answers, and perplexity of held-out text."""
 
-from sparse_ft.evaluation.answers import answer_loss
-from sparse_ft.evaluation.finite import NonFiniteScoresError
-from sparse_ft.evaluation.perplexity import perplexity
-from sparse_ft.evaluation.scores import Evaluation, EvaluationSettings, evaluate
+from sparse_ft.lazy import public
 
-__all__ = ["Evaluation", "EvaluationSettings", "NonFiniteScoresError", "answer_loss", "evaluate", "perplexity"]
+__getattr__, __dir__, __all__ = public(__name__, {
+    "Evaluation": "sparse_ft.evaluation.scores",
+    "EvaluationSettings": "sparse_ft.evaluation.scores",
+    "NonFiniteScoresError": "sparse_ft.evaluation.finite",
+    "answer_loss": "sparse_ft.evaluation.answers",
+    "evaluate": "sparse_ft.evaluation.scores",
+})  # fmt: skip
