@@ -178,7 +178,7 @@ def model_steps(
             if kind == "unstructured" and shape[1] % 8 == 0:  # random bits as they are: half of them
                 packed[name] = torch.randint(0, 256, (shape[0], shape[1] // 8), dtype=torch.uint8, generator=generator)
                 continue
-            by_column = kind == "structured" and role(name).projection in ("o_proj", "down_proj", "w2")
+            by_column = kind == "structured" and role(model.config.to_dict(), name).map.axis == "column"
             mask = random_mask(*(shape[::-1] if by_column else shape), kind, seed)
             packed[name] = pack_bits(mask.t().contiguous() if by_column else mask)
         return MaskSet(packed, prunable_shapes(model))

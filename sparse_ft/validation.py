@@ -15,15 +15,16 @@ from torch import Tensor
 from sparse_ft.errors import UserError
 from sparse_ft.masks.checks import check_masks
 from sparse_ft.masks.mask_set import MaskSet, unpack_bits
-from sparse_ft.models.checkpoint import Checkpoint, open_checkpoint
+from sparse_ft.models.checkpoint import Checkpoint
+from sparse_ft.models.families import architecture_of
 from sparse_ft.models.names import parameter_masks, role, slots
+from sparse_ft.models.opening import open_checkpoint
 from sparse_ft.progress import SILENT, Progress
 
 __all__ = ["LayerCheck", "Validation", "validate_checkpoint"]
 
 _BLOCK = 1 << 18  # weights looked at in one go: what is made of them stays in the processor's cache
 _EXAMPLES = 3  # violating weights that a layer's entry shows
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass
@@ -283,12 +284,13 @@ def _asked_problems(masks: MaskSet) -> list[str]:
 
 def _name_problems(checkpoint: Checkpoint, base: Checkpoint) -> list[str]:
     ties = [bool(which.config.get("tie_word_embeddings")) for which in (checkpoint, base)]
-    untied = ["The base ties lm_head to the embeddings, this checkpoint does not."] if ties == [False, True] else []
-    extra = set(checkpoint.names) - set(base.names) - {_HEAD}
-    lost = set(base.names) - set(checkpoint.names) - {_HEAD}
-    if {role(name).expert for name in [*checkpoint.prunable[-1:], *base.prunable[-1:]]} != {None}:
-        # A mixture of experts may be named in two ways; its router goes with them.
-        extra, lost = ({name for name in names if "moe" not in name and ".mlp." not in name} for names in (extra, lost))
+    row = architecture_of(base.config)
+    untied = [f"The base ties {row.head} to the embeddings, this checkpoint does not."] if ties == [False, True] else []
+    extra = set(checkpoint.names) - set(base.names) - {row.head_weight}
+    lost = set(base.names) - set(checkpoint.names) - {row.head_weight}
+    if row.experts is not None:  # a mixture may be named in two ways; its router goes with its experts
+        ways = tuple(f".{mixture}." for mixture in (row.experts.module, row.experts.stored))
+        extra, lost = ({n for n in names if not any(way in n for way in ways)} for names in (extra, lost))
     return (
         untied
         + [f"Tensor {name} is not in the base checkpoint." for name in sorted(extra)[:5]]
@@ -303,7 +305,7 @@ def _change_problems(
     whole: dict[str, _Bits],
     target_modules: Collection[str] | None,
 ) -> list[str]:
-    if name in whole and (target_modules is None or role(name).projection in target_modules):
+    if name in whole and role(base.config, name).is_adapted(target_modules):
         return []
     if checkpoint.shape(name) != base.shape(name):
         return [f"{name} has shape {checkpoint.shape(name)}, in the base {base.shape(name)}."]
@@ -317,9 +319,10 @@ def _change_problems(
 
 
 def _tie_problems(checkpoint: Checkpoint) -> list[str]:
-    names = set(checkpoint.names)
-    if not checkpoint.config.get("tie_word_embeddings", False) or not {_EMBEDDING, _HEAD} <= names:
-        return [] if _HEAD in names or checkpoint.config.get("tie_word_embeddings") else ["lm_head.weight is missing."]
-    if torch.equal(checkpoint.tensor(_EMBEDDING), checkpoint.tensor(_HEAD)):
+    row, names = architecture_of(checkpoint.config), set(checkpoint.names)
+    embedding, head = row.embedding_weight, row.head_weight
+    if not checkpoint.config.get("tie_word_embeddings", False) or not {embedding, head} <= names:
+        return [] if head in names or checkpoint.config.get("tie_word_embeddings") else [f"{head} is missing."]
+    if torch.equal(checkpoint.tensor(embedding), checkpoint.tensor(head)):
         return []
-    return ["The config ties lm_head to the embeddings, but their weights differ."]
+    return [f"The config ties {row.head} to the embeddings, but their weights differ."]

@@ -14,8 +14,9 @@ from sparse_ft.errors import UserError
 from sparse_ft.files import write_json
 from sparse_ft.masks.checks import check_masks
 from sparse_ft.masks.files import load_masks
-from sparse_ft.models.checkpoint import Checkpoint, open_checkpoint
+from sparse_ft.models.checkpoint import Checkpoint
 from sparse_ft.models.loading import resolve_device
+from sparse_ft.models.opening import open_checkpoint
 from sparse_ft.models.tokenizers import embedding_rows
 from sparse_ft.pruning.generator import MaskGenerator
 from sparse_ft.pruning.output import MaskFile

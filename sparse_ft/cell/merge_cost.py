@@ -32,7 +32,7 @@ def weights_moved(
         masks: what was kept; None: all of it.
         target_modules: the projections that were trained; None: all prunable ones.
     """
-    trained = [name for name in start.prunable if target_modules is None or role(name).projection in target_modules]
+    trained = [name for name in start.prunable if role(start.config, name).is_adapted(target_modules)]
     moved = kept = 0
     for name, slot in slots(model.config.to_dict(), trained).items():
         weight = slot.view(model.get_parameter(slot.parameter))

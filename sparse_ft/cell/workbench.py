@@ -17,8 +17,9 @@ from sparse_ft.evaluation import Evaluation
 from sparse_ft.files import write_text
 from sparse_ft.masks.files import load_masks
 from sparse_ft.models.catalog import hub_commit, locate
-from sparse_ft.models.checkpoint import Checkpoint, open_checkpoint
+from sparse_ft.models.checkpoint import Checkpoint
 from sparse_ft.models.loading import load_model, load_state_into, load_tokenizer, resolve_device, resolve_dtype
+from sparse_ft.models.opening import open_checkpoint
 from sparse_ft.progress import SILENT, Progress
 from sparse_ft.settings.cell import CellConfig
 from sparse_ft.settings.modes import MODES

@@ -18,18 +18,16 @@ from sparse_ft.cerebras.modelzoo.masked_lora import merged_weight
 from sparse_ft.errors import UserError
 from sparse_ft.masks.checks import check_masks
 from sparse_ft.masks.mask_set import MaskSet
-from sparse_ft.models.cerebras.checkpoint import CerebrasCheckpoint
+from sparse_ft.models.cerebras.checkpoint import listed_names, read_listed
 from sparse_ft.models.cerebras.mdl import MdlFile, write_mdl
 from sparse_ft.models.cerebras.names import Place, places, strip_prefix
 from sparse_ft.models.checkpoint import Checkpoint
+from sparse_ft.models.families import architecture_of
 from sparse_ft.models.names import prunable_names, slots
 from sparse_ft.progress import SILENT, Progress
 from sparse_ft.settings.modes import MODES
 
 __all__ = ["LoraPlan", "ModelZooMasks", "merge_checkpoint", "write_start_checkpoint"]
-
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-_MLP = ("gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -69,27 +67,30 @@ class LoraPlan:
         Raises:
             UserError: a choice that ModelZoo cannot make.
         """
-        mixture = config.get("model_type") == "mixtral"
+        dense = architecture_of(config).projections
+        attention = [projection.name for projection in dense if projection.is_attention]
+        mlp = [projection.name for projection in dense if not projection.is_attention]
         if target_modules is None:
-            return cls(r, alpha, attention=True, mlp=not mixture)
+            return cls(r, alpha, attention=True, mlp=bool(mlp))
         chosen = set(target_modules)
-        attention, mlp = chosen & set(_ATTENTION), chosen & set(_MLP)
-        if chosen - set(_ATTENTION) - set(_MLP) or (mlp and mixture):
+        if chosen - set(attention) - set(mlp):
             raise UserError(
-                f"target_modules {sorted(chosen)}: on ModelZoo a LoRA goes on attention ({', '.join(_ATTENTION)}) and"
-                f" {'not on the experts of a mixture' if mixture else 'the MLP (' + ', '.join(_MLP) + ')'}."
+                f"target_modules {sorted(chosen)}: on ModelZoo a LoRA goes on attention ({', '.join(attention)}) and"
+                f" {'the MLP (' + ', '.join(mlp) + ')' if mlp else 'not on the experts of a mixture'}."
             )
-        for part, whole in ((attention, _ATTENTION), (mlp, _MLP)):
-            if part and part != set(whole):
+        for whole in (set(attention), set(mlp)):
+            if (part := chosen & whole) and part != whole:
                 raise UserError(
                     f"target_modules {sorted(chosen)}: ModelZoo's LoRA cannot adapt {', '.join(sorted(part))} without"
-                    f" {', '.join(sorted(set(whole) - part))}. Name all of them, or none."
+                    f" {', '.join(sorted(whole - part))}. Name all of them, or none."
                 )
-        return cls(r, alpha, bool(attention), bool(mlp))
+        return cls(r, alpha, bool(chosen & set(attention)), bool(chosen & set(mlp)))
 
-    def adapts(self, name: str) -> bool:
-        """Whether the Hugging Face tensor ``name`` gets factors."""
-        return (self.attention and ".self_attn." in name) or (self.mlp and ".mlp." in name)
+    def adapted(self, config: Mapping[str, Any]) -> set[str]:
+        """The Hugging Face tensors that get factors."""
+        row = architecture_of(config)
+        kinds = [p for p in row.projections if (self.attention if p.is_attention else self.mlp)]
+        return {f"{row.block(b)}{p.path}.weight" for b in range(config["num_hidden_layers"]) for p in kinds}
 
 
 class ModelZooMasks(Mapping[str, torch.Tensor]):
@@ -162,6 +163,7 @@ def write_start_checkpoint(
     config = source.config
     where = places(config)
     by_name = {} if masks is None else ModelZooMasks(config, masks)
+    adapted = set() if lora is None else lora.adapted(config)
     generator = torch.Generator().manual_seed(seed)
     progress.start("write Cerebras checkpoint", sum(source.nbytes(name) for name in source.names), "B")
     with write_mdl(target) as writer:
@@ -176,14 +178,14 @@ def write_start_checkpoint(
             writer.write(f"model.{theirs}", weight)
             if theirs == "transformer_decoder.norm.weight":
                 writer.link("model.ln_f.weight", f"model.{theirs}")
-            if lora is not None and lora.adapts(names[0]):
+            if names[0] in adapted:
                 module = f"model.{theirs.removesuffix('.weight')}"
                 bound = math.sqrt(1 / weight.shape[1])  # of Kaiming with a = sqrt 5
                 factor = torch.rand(lora.r, weight.shape[1], generator=generator) * 2 * bound - bound
                 writer.write(f"{module}.lora_A", factor)
                 writer.write(f"{module}.lora_B", torch.zeros(weight.shape[0], lora.r))
             progress.advance(sum(source.nbytes(name) for name in names))
-        if "lm_head.weight" not in source.names:
+        if architecture_of(config).head_weight not in source.names:
             writer.link("model.lm_head.weight", "model.embedding_layer.word_embeddings.weight")
     progress.stop()
     return Path(target)
@@ -260,26 +262,12 @@ def _merged(
 
 def _by_place(where: Mapping[str, Place], source: Checkpoint) -> dict[str, list[str]]:
     """ModelZoo's names -> the source's tensors that go there, experts in order; fused experts under one name."""
-    present = set(source.names)
     grouped: dict[str, list[str]] = {}
-    for name, place in where.items():
-        if name in present or place.expert is not None or "block_sparse_moe" in name:
-            grouped.setdefault(place.name, []).append(name)
+    for name in listed_names(source, where):
+        grouped.setdefault(where[name].name, []).append(name)
     return grouped
 
 
 def _gather(source: Checkpoint, where: Mapping[str, Place], names: list[str]) -> torch.Tensor:
-    parts = [where[name].to_modelzoo(_hugging_face(source, name)) for name in names]
+    parts = [where[name].to_modelzoo(read_listed(source, name)) for name in names]
     return parts[0].contiguous() if where[names[0]].expert is None else torch.stack(parts, dim=1)
-
-
-def _hugging_face(source: Checkpoint, name: str) -> torch.Tensor:
-    if name in source.names or isinstance(source, CerebrasCheckpoint):
-        return source.tensor(name)
-    if name.endswith("block_sparse_moe.gate.weight"):  # transformers 5 names the router so where it fuses experts
-        return source.tensor(name.replace("block_sparse_moe", "mlp"))
-    slot = slots(source.config, [name])[name]
-    fused = {slot.parameter, slot.parameter.replace(".mlp.", ".block_sparse_moe.")} & set(source.names)
-    if not fused:
-        return source.tensor(name)  # raises, naming it
-    return slot.view(source.tensor(fused.pop()))

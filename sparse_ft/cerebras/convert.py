@@ -21,9 +21,11 @@ from safetensors.torch import load_file, save_file
 from sparse_ft.cerebras.model_section import converter_config, model_section
 from sparse_ft.errors import UserError
 from sparse_ft.files import atomic_folder, write_json
+from sparse_ft.models.cerebras.checkpoint import listed_names, read_listed
 from sparse_ft.models.cerebras.names import places
 from sparse_ft.models.checkpoint import Checkpoint
-from sparse_ft.models.names import slots
+from sparse_ft.models.families import architecture_of
+from sparse_ft.models.names import has_fused_experts
 
 __all__ = ["FORMAT", "to_hugging_face", "to_modelzoo"]
 
@@ -93,7 +95,7 @@ def _write_shards(shards: list[Path], source: Checkpoint, target: Path, dtype: t
     for number, shard in enumerate(shards, 1):
         tensors = load_file(shard)
         if tied:
-            tensors.pop("lm_head.weight", None)
+            tensors.pop(architecture_of(source.config).head_weight, None)
         tensors = {name: tensor.to(dtype or tensor.dtype).contiguous() for name, tensor in tensors.items()}
         name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         save_file(tensors, target / name, metadata={"format": "pt"})
@@ -115,8 +117,7 @@ def _stage(source: Checkpoint, folder: Path) -> Path:
     staged = folder / "hf"
     staged.mkdir()
     weight_map = {}
-    fused = [name for name in source.names if name.endswith((".experts.gate_up_proj", ".experts.down_proj"))]
-    if fused:
+    if has_fused_experts(source.config, source.names):
         weight_map = _split_experts(source, staged)
     else:
         for file in source.files:
@@ -129,20 +130,13 @@ def _stage(source: Checkpoint, folder: Path) -> Path:
 
 def _split_experts(source: Checkpoint, staged: Path) -> dict[str, str]:
     weight_map = {}
-    names = [name for name in places(source.config) if name in source.names or "block_sparse_moe" in name]
+    blocks = architecture_of(source.config).blocks
     by_block: dict[str, list[str]] = {}
-    for name in names:
-        by_block.setdefault(name.split(".")[2] if name.startswith("model.layers.") else "rest", []).append(name)
+    for name in listed_names(source, places(source.config)):
+        number = name.removeprefix(f"{blocks}.").split(".")[0] if name.startswith(f"{blocks}.") else "rest"
+        by_block.setdefault(number, []).append(name)
     for block, members in by_block.items():
-        tensors = {}
-        for name in members:
-            if name in source.names:
-                tensors[name] = source.tensor(name)
-            elif name.endswith(".gate.weight"):
-                tensors[name] = source.tensor(name.replace("block_sparse_moe", "mlp"))
-            else:
-                slot = slots(source.config, [name])[name]
-                tensors[name] = slot.view(source.tensor(slot.parameter)).contiguous()
+        tensors = {name: read_listed(source, name).contiguous() for name in members}
         file = f"model-{block}.safetensors"
         save_file(tensors, staged / file, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(tensors, file))

@@ -7,6 +7,7 @@ from typing import Any
 
 from sparse_ft.errors import UserError
 from sparse_ft.models.cerebras.names import check_convertible, head_dim
+from sparse_ft.models.families import architecture_of
 
 __all__ = ["converter_config", "model_section"]
 
@@ -31,7 +32,7 @@ def converter_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def model_section(config: Mapping[str, Any]) -> dict[str, Any]:
-    """ModelZoo's ``trainer.init.model`` for a llama, mistral or mixtral model.
+    """ModelZoo's ``trainer.init.model`` for a model of a family that it has.
 
     The same as ModelZoo's converter writes, without ``norm_first`` and ``use_ff_layer1_dropout``, which its own
     schema refuses, and with the implementation of a mixture that the converter's tensors belong to.
@@ -78,9 +79,9 @@ def model_section(config: Mapping[str, Any]) -> dict[str, Any]:
         section["extra_attention_params"] = {"num_kv_groups": groups}
     if kind != "llama":
         section["attention_sliding_window_length"] = old.get("sliding_window")
-    if kind == "mixtral":
+    if (experts := architecture_of(config).experts) is not None:
         section["moe"] = {
-            "num_experts": old["num_local_experts"],
+            "num_experts": old[experts.count],
             "top_k": old["num_experts_per_tok"],
             "load_balancing_loss_coef": old.get("router_aux_loss_coef", 0.001),
             # The layout of the converter's output; ModelZoo's default is another, whose names it does not write.

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from sparse_ft.errors import UserError
 from sparse_ft.lora.rounding import ROUNDINGS
+from sparse_ft.models.families import architecture_of
+from sparse_ft.models.names import projection_names
 from sparse_ft.settings.modes import MODES
 
 __all__ = ["SPARSE_MODES", "LoraSettings", "chosen_projections"]
@@ -22,9 +25,9 @@ class LoraSettings:
     Attributes:
         r: rank of the factors.
         alpha: the update is scaled by alpha / r.
-        dropout: probability of dropping an input of the adapter while training. Experts (Mixtral) take none.
-        target_modules: projections to adapt (``q_proj`` ... ``down_proj``, ``w1`` ``w2`` ``w3`` for experts);
-            None adapts every prunable projection.
+        dropout: probability of dropping an input of the adapter while training. Experts take none.
+        target_modules: projections to adapt, by the names in the family's row (Mixtral's experts have ``w1``, ``w2``
+            and ``w3``); None adapts every prunable projection.
         rounding: of ``W + s B A`` to bfloat16 or float16, in the sparse forward and in every merge: ``dithered``,
             which keeps small updates in the mean, or ``nearest``. Without effect in float32.
 
@@ -54,17 +57,25 @@ class LoraSettings:
             object.__setattr__(self, "target_modules", tuple(self.target_modules))
 
 
-def chosen_projections(settings: LoraSettings, projections: Collection[str]) -> set[str]:
-    """The projections that an adapter changes, of those that a model has (experts as w1, w2, w3).
+def chosen_projections(settings: LoraSettings, config: Mapping[str, Any], names: Collection[str]) -> set[str]:
+    """The projections that an adapter changes, of those that a model has.
+
+    Args:
+        config: the model's configuration; names: of its prunable tensors.
 
     Raises:
-        UserError: one that the model has not, w1 without w3, or dropout on experts.
+        UserError: one that the model has not, one of experts without the other in its parameter, dropout on experts.
     """
+    projections, experts = projection_names(config, names), architecture_of(config).experts
     targets = set(projections if settings.target_modules is None else settings.target_modules)
     if unknown := sorted(targets - set(projections)):
         raise UserError(f"lora target_modules {', '.join(unknown)}: this model has {', '.join(sorted(projections))}.")
-    if len(targets & {"w1", "w3"}) == 1:
-        raise UserError("Adapt the expert projections w1 and w3 together: they are one parameter of the model.")
-    if settings.dropout and targets & {"w1", "w2", "w3"}:
-        raise UserError("lora_dropout must be 0 on experts (w1, w2, w3): their input is not at hand to drop.")
+    stacks = [set(matrix.singles) for matrix in experts.matrices] if experts is not None else []
+    for stack in stacks:
+        if 0 < len(targets & stack) < len(stack):
+            both = " and ".join(sorted(stack))
+            raise UserError(f"Adapt the expert projections {both} together: they are one parameter of the model.")
+    if settings.dropout and targets & set().union(*stacks):
+        every = ", ".join(sorted(set().union(*stacks)))
+        raise UserError(f"lora_dropout must be 0 on experts ({every}): their input is not at hand to drop.")
     return targets

@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from peft.tuners.lora import layer as peft_layer
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from sparse_ft.lora.function import masked_weight, prune_
 from sparse_ft.lora.layer import MaskedBase
-from sparse_ft.lora.peft_config import SparseLoRAConfig
 from sparse_ft.settings.modes import MODES, SPARSE_TO_SPARSE
 
 __all__ = ["ParamWrapper", "expert_factors"]
@@ -49,7 +49,7 @@ class ParamWrapper(MaskedBase, peft_layer.ParamWrapper):
     The class keeps PEFT's name because PEFT recognises nested wrappers by that string.
     """
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, parameter_name: str, config: SparseLoRAConfig,
+    def __init__(self, base_layer: nn.Module, adapter_name: str, parameter_name: str, config: LoraConfig,
                  **kwargs: Any) -> None:  # fmt: skip
         super().__init__(base_layer, adapter_name, parameter_name=parameter_name, config=config, **kwargs)
         self.init_mask()
@@ -59,7 +59,7 @@ class ParamWrapper(MaskedBase, peft_layer.ParamWrapper):
     def lora_variants(self) -> dict[tuple[str, ...], None]:
         return {(): None, (SPARSE_TO_SPARSE.name,): None}  # PEFT knows no variant classes for parameters
 
-    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: SparseLoRAConfig, **kwargs: Any) -> None:
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
         super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
         if hasattr(self, "_under_mask"):  # a second adapter on a layer that exists
             self._under_mask[adapter_name] = MODES[config.sparse_mode].masked_update

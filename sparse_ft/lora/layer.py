@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from peft.tuners.lora.layer import Linear, LoraVariant
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -12,30 +13,11 @@ from torch.nn import functional as F
 from sparse_ft.errors import UserError
 from sparse_ft.lora.config import SPARSE_MODES
 from sparse_ft.lora.function import effective_weight, masked_linear, prune_, rank_one_factors
-from sparse_ft.lora.peft_config import SparseLoRAConfig
 from sparse_ft.lora.rounding import noise_key
 from sparse_ft.masks.mask_set import unpack_bits
 from sparse_ft.settings.modes import SPARSE_TO_SPARSE
 
-__all__ = ["MaskedBase", "SparseLinearVariant", "SparseLoRALayer", "sparse_layer"]
-
-
-def sparse_layer(
-    target: nn.Module, adapter_name: str, config: SparseLoRAConfig, parameter_name: str | None = None, **kwargs: Any
-) -> nn.Module:
-    """The layer that PEFT puts in the place of ``target``: for a linear map, or for a parameter of a module.
-
-    Raises:
-        UserError: a module that is no linear map (an embedding, say).
-    """
-    base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
-    if parameter_name is not None:
-        from sparse_ft.lora.experts import ParamWrapper
-
-        return ParamWrapper(target, adapter_name, parameter_name=parameter_name, config=config, **kwargs)
-    if not isinstance(base, nn.Linear):
-        raise UserError(f"Sparse LoRA cannot adapt a {type(base).__name__}; choose linear maps as target_modules.")
-    return SparseLoRALayer(target, adapter_name, config=config, **kwargs)
+__all__ = ["MaskedBase", "SparseLinearVariant", "SparseLoRALayer"]
 
 
 class MaskedBase:
@@ -58,7 +40,7 @@ class MaskedBase:
         """The base weight under the mask."""
         return self.get_base_layer().weight
 
-    def update_layer(self, adapter_name: str, *args: Any, config: SparseLoRAConfig, **kwargs: Any) -> None:
+    def update_layer(self, adapter_name: str, *args: Any, config: LoraConfig, **kwargs: Any) -> None:
         """Makes the adapter's factors (PEFT), and remembers how its weights are rounded."""
         super().update_layer(adapter_name, *args, config=config, **kwargs)
         self.__dict__.setdefault("_rounding", {})[adapter_name] = (config.rounding, config.rounding_seed)
@@ -180,7 +162,7 @@ class SparseLinearVariant(LoraVariant):
 class SparseLoRALayer(MaskedBase, Linear):
     """A linear map with a low-rank update under a mask (or, in ``sparse_to_dense``, beside one)."""
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: SparseLoRAConfig, **kwargs: Any) -> None:
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> None:
         super().__init__(base_layer, adapter_name, config=config, **kwargs)
         self.init_mask()
 

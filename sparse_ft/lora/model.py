@@ -28,7 +28,7 @@ from sparse_ft.lora.merge import adapted_layers, refuse_shared
 from sparse_ft.lora.peft_config import SparseLoRAConfig
 from sparse_ft.masks.mask_set import MaskSet, packed_shape
 from sparse_ft.models.loading import apply_masks, prunable_shapes
-from sparse_ft.models.names import role, slots
+from sparse_ft.models.names import slots
 from sparse_ft.settings.modes import DENSE, MODES, SPARSE_TO_SPARSE
 
 __all__ = [
@@ -50,7 +50,7 @@ def apply_sparse_lora(
     """Prepares ``model``, in place, for fine-tuning in one of the four modes.
 
     Args:
-        model: a plain llama, mistral or mixtral model, pruned already or not: masked weights are set to zero.
+        model: a plain model of a supported family, pruned already or not: masked weights are set to zero.
         settings: rank, alpha, dropout and target modules; a PEFT configuration is taken as it is (of a
             `SparseLoRAConfig` the mask's checksum is filled in). Unused in mode ``full``.
         mode: dense, sparse_to_dense, sparse_to_sparse or full.
@@ -212,7 +212,7 @@ def _peft_config(
                 raise UserError(f"The configuration belongs to the masks {settings.mask_checksum[:12]}, not to these.")
             settings.mask_checksum = masks.checksum
         return settings
-    targets = chosen_projections(settings, {role(name).projection for name in prunable_shapes(model)})
+    targets = chosen_projections(settings, model.config.to_dict(), prunable_shapes(model))
     common = {
         "r": settings.r,
         "lora_alpha": settings.alpha,

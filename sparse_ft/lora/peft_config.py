@@ -10,6 +10,8 @@ from torch import nn
 
 from sparse_ft.errors import UserError
 from sparse_ft.lora.config import SPARSE_MODES
+from sparse_ft.lora.experts import ParamWrapper
+from sparse_ft.lora.layer import SparseLoRALayer
 from sparse_ft.lora.rounding import ROUNDINGS
 from sparse_ft.settings.modes import SPARSE_TO_SPARSE
 
@@ -65,9 +67,7 @@ class SparseLoRAConfig(LoraConfig):
                 raise UserError(f"{option} cannot be combined with sparse LoRA: the merge would not be exact.")
         self.init_lora_weights = self.sparse_mode
         super().__post_init__()
-        from sparse_ft.lora.layer import sparse_layer
-
-        self._register_custom_module({nn.Module: sparse_layer})
+        self._register_custom_module({nn.Module: _sparse_layer})
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> SparseLoRAConfig:
@@ -82,3 +82,19 @@ class SparseLoRAConfig(LoraConfig):
         if unknown:
             raise UserError(f"adapter_config.json has fields this version does not know: {', '.join(unknown)}.")
         return cls(**{"rounding": "nearest", **kwargs})  # what was saved without one was made without dither
+
+
+def _sparse_layer(
+    target: nn.Module, adapter_name: str, config: SparseLoRAConfig, parameter_name: str | None = None, **kwargs: Any
+) -> nn.Module:
+    """The layer that PEFT puts in the place of ``target``: for a linear map, or for a parameter of a module.
+
+    Raises:
+        UserError: a module that is no linear map (an embedding, say).
+    """
+    base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
+    if parameter_name is not None:
+        return ParamWrapper(target, adapter_name, parameter_name=parameter_name, config=config, **kwargs)
+    if not isinstance(base, nn.Linear):
+        raise UserError(f"Sparse LoRA cannot adapt a {type(base).__name__}; choose linear maps as target_modules.")
+    return SparseLoRALayer(target, adapter_name, config=config, **kwargs)

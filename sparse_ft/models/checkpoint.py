@@ -27,7 +27,7 @@ from sparse_ft.models.names import place, prunable_names
 from sparse_ft.models.skeleton import Skeleton, build_skeleton, config_values
 from sparse_ft.progress import SILENT, Progress
 
-__all__ = ["Checkpoint", "Entry", "copy_checkpoint", "copy_other_files", "open_checkpoint"]
+__all__ = ["Checkpoint", "Entry", "copy_checkpoint", "copy_other_files"]
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -89,7 +89,7 @@ class Checkpoint:
     @cached_property
     def names(self) -> list[str]:
         """The tensors that the model has a place for, in name order."""
-        return sorted(name for name in self._entries if place({}, name).parameter in self._skeleton.tensors)
+        return sorted(name for name in self._entries if place(self.config, name).parameter in self._skeleton.tensors)
 
     @cached_property
     def carried(self) -> list[str]:
@@ -170,7 +170,7 @@ class Checkpoint:
                 )
 
     def _check_whole(self) -> None:
-        filled = {place({}, name).parameter for name in self.names}
+        filled = {place(self.config, name).parameter for name in self.names}
         lost = sorted(set(self._skeleton.tensors) - self._skeleton.tied - filled)
         if lost:
             raise UserError(
@@ -289,19 +289,6 @@ class Checkpoint:
             return self._entries[name]
         except KeyError:
             raise UserError(f"Checkpoint {self.folder} has no tensor {name}.") from None
-
-
-def open_checkpoint(path: str | Path) -> Checkpoint:
-    """The checkpoint at ``path``: a Hugging Face folder, or a Cerebras ``.mdl`` file seen as one.
-
-    Raises:
-        UserError: neither.
-    """
-    if Path(path).suffix == ".mdl":
-        from sparse_ft.models.cerebras.checkpoint import CerebrasCheckpoint
-
-        return CerebrasCheckpoint(path)
-    return Checkpoint(path)
 
 
 def copy_checkpoint(

@@ -18,7 +18,7 @@ from sparse_ft.files import atomic_folder
 from sparse_ft.masks.checks import check_masks
 from sparse_ft.masks.mask_set import MaskSet
 from sparse_ft.models.checkpoint import Checkpoint
-from sparse_ft.models.names import place, prunable_names, role, slots
+from sparse_ft.models.names import has_fused_experts, place, prunable_names, single_names, slots
 from sparse_ft.models.skeleton import model_config
 from sparse_ft.models.tokenizers import leave_open, pad_inside
 
@@ -209,22 +209,13 @@ def prunable_shapes(model: PreTrainedModel, fused: bool = False) -> dict[str, tu
     """Shapes of a loaded model's prunable tensors, by checkpoint name, in name order.
 
     Args:
-        model: a plain (not wrapped) llama, mistral or mixtral model.
+        model: plain (not wrapped), of a supported family.
         fused: name the experts of a block as transformers holds them, as 3-D tensors, and not one by one.
     """
     parameters = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name in prunable_names(model.config.to_dict(), parameters):
-        what, shape = role(name), parameters[name]
-        if what.expert != -1 or fused:
-            shapes[name] = shape
-            continue
-        experts, rows, columns = shape
-        matrices = ("w1", "w3") if what.projection == "gate_up_proj" else ("w2",)
-        prefix = f"model.layers.{what.block}.block_sparse_moe.experts"
-        for expert in range(experts):
-            for matrix in matrices:
-                shapes[f"{prefix}.{expert}.{matrix}.weight"] = (rows // len(matrices), columns)
+    config, shapes = model.config.to_dict(), {}
+    for name in prunable_names(config, parameters):
+        shapes |= {name: parameters[name]} if fused else single_names(config, name, parameters[name])
     return dict(sorted(shapes.items()))
 
 
@@ -235,9 +226,9 @@ def apply_masks(model: PreTrainedModel, masks: MaskSet) -> None:
     Raises:
         UserError: the masks are not exactly those of this model's prunable tensors; nothing was changed.
     """
-    fused = any(name.endswith(("gate_up_proj", "experts.down_proj")) for name in masks.shapes)
-    check_masks(masks, prunable_shapes(model, fused))
-    for name, slot in slots(model.config.to_dict(), masks.shapes).items():
+    config = model.config.to_dict()
+    check_masks(masks, prunable_shapes(model, fused=has_fused_experts(config, masks.shapes)))
+    for name, slot in slots(config, masks.shapes).items():
         weight = slot.view(model.get_parameter(slot.parameter))
         weight.masked_fill_(~masks[name].to(weight.device), 0)
 

@@ -1,7 +1,7 @@
 """Which tensors of a checkpoint are prunable, what each one is, and where it lives in the loaded model.
 
-One mapping serves every caller. Llama and Mistral checkpoints name their parameters as transformers does.
-Mixtral checkpoints name every expert's matrices one by one (``block_sparse_moe.experts.3.w1.weight``), while
+One mapping, made from the family's row, serves every caller. Most checkpoints name their parameters as transformers
+does. Those of mixtures name every expert's matrices one by one (``block_sparse_moe.experts.3.w1.weight``), while
 transformers 5 keeps all experts of a block in two 3-D parameters (``mlp.experts.gate_up_proj [E, 2I, H]``,
 ``mlp.experts.down_proj [E, H, I]``), and a checkpoint may also be written that way: both are understood.
 """
@@ -16,40 +16,43 @@ from typing import Any
 import torch
 
 from sparse_ft.errors import UserError
+from sparse_ft.models.families import Architecture, Experts, Projection, architecture_of
 
 __all__ = [
-    "ARCHITECTURES",
     "Role",
     "Slot",
-    "check_architecture",
+    "has_fused_experts",
     "parameter_masks",
     "place",
+    "projection_names",
     "prunable_names",
     "role",
+    "single_names",
     "slots",
 ]
 
-ARCHITECTURES = ("llama", "mistral", "mixtral")
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-_MLP = ("gate_proj", "up_proj", "down_proj")
-_EXPERT = ("w1", "w2", "w3")  # gate, down, up
-_FUSED = ("gate_up_proj", "down_proj")
+_ALL = -1  # the expert of a tensor that holds all of them
 
 
 @dataclass(frozen=True)
 class Role:
-    """What a prunable tensor is: its block, its projection, and its expert (None outside an MoE).
+    """What a prunable tensor is: its block, its linear map, and its expert (None outside an MoE).
 
     ``expert`` is -1 for a 3-D tensor that holds all experts of a block.
     """
 
     block: int
-    projection: str
+    map: Projection
     expert: int | None = None
 
     @property
-    def is_attention(self) -> bool:
-        return self.projection in _ATTENTION
+    def fused_experts(self) -> bool:
+        """Whether it holds all experts of a block."""
+        return self.expert == _ALL
+
+    def is_adapted(self, targets: Collection[str] | None) -> bool:
+        """Whether adapters on these projections (None: on all) change it."""
+        return targets is None or any(name in targets for name in self.map.adapter_names)
 
 
 @dataclass(frozen=True)
@@ -64,20 +67,6 @@ class Slot:
         return tensor[self.index] if self.index else tensor
 
 
-def check_architecture(config: Mapping[str, Any]) -> str:
-    """The model's type, one of ``ARCHITECTURES``.
-
-    Raises:
-        UserError: any other.
-    """
-    kind = config.get("model_type")
-    if kind not in ARCHITECTURES:
-        raise UserError(
-            f"Models of type '{kind}' are not supported; sparse_ft prunes {', '.join(ARCHITECTURES)} models."
-        )
-    return kind
-
-
 def prunable_names(config: Mapping[str, Any], names: Collection[str]) -> list[str]:
     """Names of the prunable tensors of a checkpoint, in name order.
 
@@ -89,58 +78,73 @@ def prunable_names(config: Mapping[str, Any], names: Collection[str]) -> list[st
         names: all tensor names of the checkpoint.
 
     Raises:
-        UserError: an architecture that is not llama, mistral or mixtral, or missing tensors.
+        UserError: a family that is not supported, or missing tensors.
     """
-    kind = check_architecture(config)
-    present, found, missing = set(names), [], []
+    row, present = architecture_of(config), set(names)
+    found = []
     for block in range(config["num_hidden_layers"]):
-        prefix = f"model.layers.{block}"
-        expected = [f"{prefix}.self_attn.{projection}.weight" for projection in _ATTENTION]
-        if kind != "mixtral":
-            expected += [f"{prefix}.mlp.{projection}.weight" for projection in _MLP]
-        elif any(name in present for name in _fused_names(prefix)):
-            expected += [name for name in _fused_names(prefix) if name in present]
-            if len([name for name in expected if ".experts." in name]) != len(_FUSED):
-                missing += [f"{prefix}.mlp.experts.gate_up_proj", f"{prefix}.mlp.experts.down_proj"]
-        else:
-            expert = f"{prefix}.block_sparse_moe.experts"
-            expected += [f"{expert}.{e}.{w}.weight" for e in range(config["num_local_experts"]) for w in _EXPERT]
-        found += expected
-        missing += [name for name in expected if name not in present]
-    if missing:
+        found += [f"{row.block(block)}{projection.path}.weight" for projection in row.projections]
+        if row.experts is not None:
+            found += _expert_names(row.experts, row.block(block), config[row.experts.count], present)
+    if missing := [name for name in found if name not in present]:
         raise UserError(
-            f"The checkpoint lacks {len(missing)} tensors that a {kind} model has, the first is {missing[0]}."
-            " Is it complete, and do config.json and the weights belong together?"
+            f"The checkpoint lacks {len(missing)} tensors that a {row.model_type} model has, the first is"
+            f" {missing[0]}. Is it complete, and do config.json and the weights belong together?"
         )
     return sorted(found)
 
 
-def role(name: str) -> Role:
+def role(config: Mapping[str, Any], name: str) -> Role:
     """What the prunable tensor ``name`` is.
 
     Raises:
         ValueError: the name is not one that `prunable_names` gives.
     """
-    match = _NAME.fullmatch(name)
-    if match is None:
+    found = _find(architecture_of(config), name)
+    if found is None:
         raise ValueError(f"{name} is no prunable tensor")
-    block, attention, mlp, expert, matrix, fused = match.groups()
-    if attention or mlp:
-        return Role(int(block), attention or mlp)
-    return Role(int(block), matrix, int(expert)) if matrix else Role(int(block), fused, -1)
+    return found
+
+
+def has_fused_experts(config: Mapping[str, Any], names: Iterable[str]) -> bool:
+    """Whether the names, which may be those of another model, hold all experts of a block in one tensor."""
+    row = architecture_of(config)
+    return any(what is not None and what.fused_experts for what in (_find(row, name) for name in names))
+
+
+def projection_names(config: Mapping[str, Any], names: Iterable[str]) -> set[str]:
+    """The projections of prunable tensors, as adapters name them."""
+    return {projection for name in names for projection in role(config, name).map.adapter_names}
+
+
+def single_names(config: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of a prunable tensor in a checkpoint that lists experts one by one."""
+    row, what = architecture_of(config), role(config, name)
+    if not what.fused_experts:
+        return {name: shape}
+    prefix, (experts, rows, columns) = f"{row.block(what.block)}{row.experts.stored}.experts", shape
+    singles = what.map.singles
+    return {
+        f"{prefix}.{expert}.{single}.weight": (rows // len(singles), columns)
+        for expert in range(experts)
+        for single in singles
+    }
 
 
 def place(config: Mapping[str, Any], name: str) -> Slot:
     """Where any checkpoint tensor lives in the loaded model, prunable or not, or would if it had a place there."""
-    if _NAME.fullmatch(name):
-        return _slot(name, role(name), config.get("intermediate_size", 0))
-    return Slot(name.replace(".block_sparse_moe.", ".mlp."))  # the router of a mixture, which is not prunable
+    row = architecture_of(config)
+    if (what := _find(row, name)) is not None:
+        return _slot(row, config, name, what)
+    if row.experts is None:
+        return Slot(name)
+    return Slot(name.replace(f".{row.experts.stored}.", f".{row.experts.module}."))  # the router
 
 
 def slots(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Slot]:
     """Where each prunable checkpoint tensor lives in the model that transformers builds from it."""
-    width = config.get("intermediate_size", 0)
-    return {name: _slot(name, role(name), width) for name in names}
+    row = architecture_of(config)
+    return {name: _slot(row, config, name, role(config, name)) for name in names}
 
 
 def parameter_masks(config: Mapping[str, Any], masks: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -153,6 +157,7 @@ def parameter_masks(config: Mapping[str, Any], masks: Mapping[str, torch.Tensor]
     Returns:
         parameter name -> boolean mask of the parameter's shape.
     """
+    experts = architecture_of(config).experts
     whole: dict[str, torch.Tensor] = {}
     for name, slot in slots(config, masks).items():
         mask = masks[name]
@@ -160,33 +165,51 @@ def parameter_masks(config: Mapping[str, Any], masks: Mapping[str, torch.Tensor]
             whole[slot.parameter] = mask
             continue
         if slot.parameter not in whole:
-            rows = 2 * mask.shape[0] if slot.parameter.endswith("gate_up_proj") else mask.shape[0]
-            shape = (config["num_local_experts"], rows, mask.shape[1])
+            matrix, _ = experts.matrix_of(role(config, name).map.name)
+            shape = (config[experts.count], len(matrix.parts) * mask.shape[0], mask.shape[1])
             whole[slot.parameter] = torch.ones(shape, dtype=torch.bool)
         slot.view(whole[slot.parameter]).copy_(mask)
     return whole
 
 
-_NAME = re.compile(
-    r"model\.layers\.(\d+)\.(?:"
-    r"self_attn\.([qkvo]_proj)\.weight"
-    r"|mlp\.(gate_proj|up_proj|down_proj)\.weight"
-    r"|block_sparse_moe\.experts\.(\d+)\.(w[123])\.weight"
-    r"|(?:mlp|block_sparse_moe)\.experts\.(gate_up_proj|down_proj))"
-)
+def _expert_names(experts: Experts, block: str, count: int, present: Collection[str]) -> list[str]:
+    """The names that a block's experts have here: as one tensor a matrix, or one by one."""
+    for mixture in (experts.module, experts.stored):
+        fused = [f"{block}{mixture}.experts.{matrix.path}" for matrix in experts.matrices]
+        if any(name in present for name in fused):
+            return fused
+    singles = [single for matrix in experts.matrices for single in matrix.singles]
+    return [f"{block}{experts.stored}.experts.{e}.{single}.weight" for e in range(count) for single in singles]
 
 
-def _fused_names(prefix: str) -> list[str]:
-    return [f"{prefix}.{moe}.experts.{matrix}" for moe in ("mlp", "block_sparse_moe") for matrix in _FUSED]
+def _find(row: Architecture, name: str) -> Role | None:
+    match = re.fullmatch(rf"{re.escape(row.blocks)}\.(\d+)\.(.+)", name)
+    if match is None:
+        return None
+    block, path = int(match[1]), match[2]
+    for projection in row.projections:
+        if path == f"{projection.path}.weight":
+            return Role(block, projection)
+    if (experts := row.experts) is None:
+        return None
+    mixture, _, path = path.partition(".experts.")
+    for matrix in experts.matrices:
+        if mixture in (experts.module, experts.stored) and path == matrix.path:
+            return Role(block, matrix, _ALL)
+        for position, single in enumerate(matrix.singles):
+            if mixture == experts.stored and (one := re.fullmatch(rf"(\d+)\.{re.escape(single)}\.weight", path)):
+                return Role(block, matrix.single(position), int(one[1]))
+    return None
 
 
-def _slot(name: str, what: Role, width: int) -> Slot:
+def _slot(row: Architecture, config: Mapping[str, Any], name: str, what: Role) -> Slot:
     if what.expert is None:
         return Slot(name)
-    experts = f"model.layers.{what.block}.mlp.experts"
-    if what.expert < 0:
-        return Slot(f"{experts}.{what.projection}")
-    if what.projection == "w2":
-        return Slot(f"{experts}.down_proj", (what.expert,))
-    rows = slice(0, width) if what.projection == "w1" else slice(width, 2 * width)
-    return Slot(f"{experts}.gate_up_proj", (what.expert, rows))
+    home = f"{row.block(what.block)}{row.experts.module}.experts"
+    if what.fused_experts:
+        return Slot(f"{home}.{what.map.path}")
+    matrix, position = row.experts.matrix_of(what.map.name)
+    if len(matrix.parts) == 1:
+        return Slot(f"{home}.{matrix.path}", (what.expert,))
+    width = config[row.experts.width]
+    return Slot(f"{home}.{matrix.path}", (what.expert, slice(position * width, (position + 1) * width)))

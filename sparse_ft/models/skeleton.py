@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sparse_ft.errors import UserError
+from sparse_ft.models.families import architecture_of
 from sparse_ft.models.folder import read_json
-from sparse_ft.models.names import check_architecture
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -52,7 +52,7 @@ def model_config(path: str | Path) -> PretrainedConfig:
     from transformers import AutoConfig
 
     file = _config_file(path)
-    check_architecture(read_json(file))
+    architecture_of(read_json(file))
     try:
         config = AutoConfig.from_pretrained(str(file.parent), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # each config class has its own ways to refuse a value

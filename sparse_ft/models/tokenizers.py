@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sparse_ft.errors import UserError
 from sparse_ft.models.checkpoint import Checkpoint
+from sparse_ft.models.families import architecture_of
 
 __all__ = ["embedding_rows", "leave_open", "pad_inside"]
 
@@ -77,7 +78,8 @@ def embedding_rows(folder: str | Path) -> int:
     Raises:
         UserError: the folder is no checkpoint.
     """
-    return Checkpoint(folder).shape("model.embed_tokens.weight")[0]
+    checkpoint = Checkpoint(folder)
+    return checkpoint.shape(architecture_of(checkpoint.config).embedding_weight)[0]
 
 
 def _around(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int]]:

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 
 from sparse_ft.models.checkpoint import Checkpoint
+from sparse_ft.models.families import architecture_of
 from sparse_ft.models.loading import load_state_into, quiet_transformers
 from sparse_ft.models.names import Slot, role, slots
 from sparse_ft.models.skeleton import model_config
@@ -68,16 +69,21 @@ class BlockModel:
             self.model = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation="sdpa", experts_implementation="eager"
             ).eval()
+        self.family = architecture_of(checkpoint.config)
         self.slots = slots(checkpoint.config, checkpoint.prunable)
         self._calls: dict[int, tuple[tuple, dict[str, Any]]] = {}
 
     @property
     def count(self) -> int:
-        return len(self.model.model.layers)
+        return len(self._blocks)
+
+    @property
+    def _blocks(self) -> torch.nn.ModuleList:
+        return self.model.get_submodule(self.family.blocks)
 
     def names(self, block: int) -> list[str]:
         """Prunable tensors of a block."""
-        return [name for name in self.checkpoint.prunable if role(name).block == block]
+        return [name for name in self.checkpoint.prunable if role(self.checkpoint.config, name).block == block]
 
     @torch.no_grad()
     def embed(self, token_ids: torch.Tensor, path: Path) -> HiddenStates:
@@ -97,15 +103,15 @@ class BlockModel:
 
     def load(self, block: int) -> torch.nn.Module:
         """Makes a block whole: its weights from the checkpoint, on the device."""
-        module = self.model.model.layers[block]
+        module = self._blocks[block]
         if next(module.parameters()).is_meta:
             module.to_empty(device=self.device)
-        prefix = f"model.layers.{block}."
+        prefix = self.family.block(block)
         load_state_into(self.model, self.checkpoint, [n for n in self.checkpoint.names if n.startswith(prefix)])
         return module
 
     def unload(self, block: int) -> None:
-        self.model.model.layers[block].to_empty(device="meta")
+        self._blocks[block].to_empty(device="meta")
 
     def weight(self, name: str) -> torch.Tensor:
         """The tensor ``name`` inside the loaded block: a view, to be read or written."""
@@ -144,10 +150,11 @@ class BlockModel:
 
     @torch.no_grad()
     def _capture(self, ids: torch.Tensor) -> torch.Tensor:
-        base = self.model.model
-        if next(base.embed_tokens.parameters()).is_meta:
-            base.embed_tokens.to_empty(device=self.device)
-            load_state_into(self.model, self.checkpoint, ["model.embed_tokens.weight"])
+        base = self.model.get_submodule(self.family.decoder)
+        embedding = base.get_submodule(self.family.embedding)
+        if next(embedding.parameters()).is_meta:
+            embedding.to_empty(device=self.device)
+            load_state_into(self.model, self.checkpoint, [self.family.embedding_weight])
             for child in base.children():  # the rotary table and the like: small, and not in the checkpoint
                 if not list(child.parameters()):
                     child.to(self.device)
@@ -160,7 +167,7 @@ class BlockModel:
             self._calls[len(ids)] = (arguments[1:], rest)
             raise _Captured
 
-        handle = base.layers[0].register_forward_pre_hook(stop, with_kwargs=True)
+        handle = self._blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
         try:
             base(input_ids=ids, use_cache=False)
         except _Captured:

@@ -6,16 +6,9 @@ import math
 from typing import Any
 
 from sparse_ft.models.checkpoint import Checkpoint
+from sparse_ft.models.families import Architecture, architecture_of
 
 __all__ = ["coverage_report"]
-
-_REASONS = (  # the first that fits; by word of the name, so that nothing is matched inside a longer word
-    ("embedding", ("embed_tokens",)),
-    ("output head", ("lm_head",)),
-    ("norm", ("input_layernorm", "post_attention_layernorm", "norm")),
-    ("bias", ("bias",)),
-    ("router", ("gate",)),
-)
 
 
 def coverage_report(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -28,10 +21,11 @@ def coverage_report(checkpoint: Checkpoint) -> dict[str, Any]:
     """
     sizes = {name: math.prod(checkpoint.shape(name)) for name in checkpoint.names}
     covered = set(checkpoint.prunable)
+    row = architecture_of(checkpoint.config)
     left: dict[str, dict[str, Any]] = {}
     for name in checkpoint.names:
         if name not in covered:
-            entry = left.setdefault(_reason(name), {"tensors": 0, "parameters": 0, "names": []})
+            entry = left.setdefault(_reason(row, name), {"tensors": 0, "parameters": 0, "names": []})
             entry["tensors"] += 1
             entry["parameters"] += sizes[name]
             entry["names"].append(name)
@@ -46,9 +40,16 @@ def coverage_report(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _reason(name: str) -> str:
-    words = name.split(".")
-    for reason, marks in _REASONS:
+def _reason(row: Architecture, name: str) -> str:
+    words = name.split(".")  # so that nothing is matched inside a longer word
+    marks_of = {
+        "embedding": (row.embedding,),
+        "output head": (row.head,),
+        "norm": row.norms,
+        "bias": ("bias",),
+        "router": () if row.experts is None else (row.experts.router,),
+    }
+    for reason, marks in marks_of.items():
         if any(mark in words for mark in marks):
             return reason
     return "not a linear map of a decoder block"

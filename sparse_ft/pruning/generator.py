@@ -17,9 +17,10 @@ import torch
 import sparse_ft
 from sparse_ft.errors import UserError
 from sparse_ft.files import write_json
-from sparse_ft.models.checkpoint import copy_checkpoint, open_checkpoint
+from sparse_ft.models.checkpoint import copy_checkpoint
 from sparse_ft.models.loading import resolve_device, resolve_dtype
 from sparse_ft.models.names import role
+from sparse_ft.models.opening import open_checkpoint
 from sparse_ft.progress import SILENT, Progress
 from sparse_ft.pruning.allocation import owl_deviations, owl_sparsities, row_counts, tensor_counts
 from sparse_ft.pruning.blocks import BlockModel
@@ -164,7 +165,7 @@ class MaskGenerator:
                     self.checkpoint,
                     folder / f"model_{files.stems[level]}",
                     lambda name, tensor, level=level: (
-                        pruner.weight(level, role(name).block, name) if name in self.shapes else tensor
+                        pruner.weight(level, self._block(name), name) if name in self.shapes else tensor
                     ),
                     self.progress,
                 )
@@ -243,7 +244,10 @@ class MaskGenerator:
         deviations = owl_deviations(outliers, settings.owl_range)
         sizes = [sum(math.prod(self.shapes[name]) for name in model.names(b)) for b in range(model.count)]
         by_level = [owl_sparsities(level, deviations, sizes) for level in settings.levels]
-        return {name: [float(values[role(name).block]) for values in by_level] for name in self.shapes}
+        return {name: [float(values[self._block(name)]) for values in by_level] for name in self.shapes}
+
+    def _block(self, name: str) -> int:
+        return role(self.checkpoint.config, name).block
 
     def _check_finite(self) -> None:
         """Reads all weights once: a model with NaN gives scores that say nothing about where they are."""

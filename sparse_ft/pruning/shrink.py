@@ -14,6 +14,7 @@ from sparse_ft.files import atomic_folder, write_json
 from sparse_ft.masks.checks import check_masks
 from sparse_ft.masks.mask_set import MaskSet
 from sparse_ft.models.checkpoint import Checkpoint, copy_other_files
+from sparse_ft.models.families import architecture_of
 from sparse_ft.models.folder import read_json
 from sparse_ft.progress import SILENT, Progress
 from sparse_ft.pruning.structure import Family, Part, families
@@ -123,7 +124,7 @@ def _smaller_config(checkpoint: Checkpoint, groups: int, channels: int) -> dict[
         "head_dim": values.get("head_dim") or values["hidden_size"] // heads,
         "num_attention_heads": heads // old_groups * groups,
         "num_key_value_heads": groups,
-        "intermediate_size": channels,
+        architecture_of(values).width: channels,
     }
     stored = {key: value for key, value in checkpoint.stored_config.items() if key != "quantization_config"}
     return stored | sizes

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from sparse_ft.models.families import CHANNELS, GROUPS, HEADS
 from sparse_ft.models.names import role
 from sparse_ft.progress import SILENT, Progress
 from sparse_ft.pruning.kernels import add_column_sums
@@ -56,32 +57,29 @@ class Family:
 
 def families(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> list[Family]:
     """All families of a model, from its config and the shapes of its prunable tensors."""
-    groups = config.get("num_key_value_heads") or config["num_attention_heads"]
+    heads = config["num_attention_heads"]
+    groups = config.get("num_key_value_heads") or heads
+    shares = {HEADS: heads // groups, GROUPS: 1, CHANNELS: 1}  # of each kind of line, in one unit
     members: dict[tuple[int, str, int], list[Part]] = {}
+    units: dict[tuple[int, str, int], int] = {}
     for name, shape in shapes.items():
-        what = role(name)
-        if what.is_attention:
-            axis = "column" if what.projection == "o_proj" else "row"
-            width = (shape[1] if axis == "column" else shape[0]) // groups
-            members.setdefault((what.block, "attention", 0), []).append(Part(name, axis, width))
-        elif what.expert is None or what.expert >= 0:
-            axis = "column" if what.projection in ("down_proj", "w2") else "row"
-            members.setdefault((what.block, "mlp", what.expert or 0), []).append(Part(name, axis))
-        else:
-            for expert in range(shape[0]):
-                parts = members.setdefault((what.block, "mlp", expert), [])
-                if what.projection == "down_proj":
-                    parts.append(Part(name, "column", expert=expert))
-                else:
-                    parts += [Part(name, "row", 1, start, expert) for start in (0, shape[1] // 2)]
+        what = role(config, name)
+        projection, kind = what.map, "attention" if what.map.is_attention else "mlp"
+        lines = shape[-1] if projection.axis == "column" else shape[-2]
+        count = groups if projection.is_attention else lines // len(projection.parts)
+        step = lines // count // sum(shares[part] for part in projection.parts)
+        for expert in range(shape[0]) if what.fused_experts else [None]:
+            key, start = (what.block, kind, (what.expert if expert is None else expert) or 0), 0
+            units[key] = count
+            for part in projection.parts:
+                width = step * shares[part]
+                members.setdefault(key, []).append(Part(name, projection.axis, width, start, expert))
+                start += width * count
     result = []
-    for (block, kind, _), parts in sorted(members.items()):
-        first = parts[0]
-        rows, columns = shapes[first.name][-2:]
-        extent = columns if first.axis == "column" else rows // sum(p.name == first.name for p in parts)
+    for key, parts in sorted(members.items()):
         across = [shapes[part.name][-2 if part.axis == "column" else -1] for part in parts]
         weights = sum(part.width * length for part, length in zip(parts, across, strict=True))
-        result.append(Family(block, kind, extent // first.width, weights, tuple(parts)))
+        result.append(Family(*key[:2], units[key], weights, tuple(parts)))
     return result
 
 

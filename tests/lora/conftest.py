@@ -59,7 +59,7 @@ def make_masks():
                 mask[:, :whole] = (order < 2).reshape(rows, whole)
             else:  # structured: whole rows, or whole columns where the layer's input was removed
                 mask = torch.ones(rows, columns, dtype=torch.bool)
-                if role(name).projection in ("o_proj", "down_proj", "w2"):
+                if role(model.config.to_dict(), name).map.axis == "column":
                     mask[:, torch.rand(columns, generator=generator) < 0.5] = False
                 else:
                     mask[torch.rand(rows, generator=generator) < 0.5] = False

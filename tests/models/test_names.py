@@ -4,7 +4,7 @@ import torch
 from sparse_ft.errors import UserError
 from sparse_ft.models.checkpoint import Checkpoint
 from sparse_ft.models.loading import load_model
-from sparse_ft.models.names import Role, parameter_masks, prunable_names, role, slots
+from sparse_ft.models.names import parameter_masks, prunable_names, role, slots
 
 
 @pytest.fixture(params=["tiny-llama", "tiny-mistral", "tiny-mixtral"])
@@ -57,19 +57,26 @@ def test_other_architectures_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"),
+    ("family", "name", "expected"),
     [
-        ("model.layers.3.self_attn.q_proj.weight", Role(3, "q_proj")),
-        ("model.layers.12.mlp.down_proj.weight", Role(12, "down_proj")),
-        ("model.layers.0.block_sparse_moe.experts.7.w3.weight", Role(0, "w3", 7)),
-        ("model.layers.0.mlp.experts.gate_up_proj", Role(0, "gate_up_proj", -1)),
+        ("llama", "model.layers.3.self_attn.q_proj.weight", (3, "q_proj", "row", None)),
+        ("mistral", "model.layers.12.mlp.down_proj.weight", (12, "down_proj", "column", None)),
+        ("mixtral", "model.layers.0.block_sparse_moe.experts.7.w3.weight", (0, "w3", "row", 7)),
+        ("mixtral", "model.layers.0.mlp.experts.gate_up_proj", (0, "gate_up_proj", "row", -1)),
     ],
 )
-def test_roles(name, expected):
-    assert role(name) == expected
+def test_roles(family, name, expected):
+    what = role({"model_type": family}, name)
+    assert (what.block, what.map.name, what.map.axis, what.expert) == expected
 
 
-@pytest.mark.parametrize("name", ["lm_head.weight", "xmodel.layers.3.self_attn.q_proj.weight", "model.norm.weight"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("lm_head.weight", "xmodel.layers.3.self_attn.q_proj.weight", "model.norm.weight"),
+        *("model.layers.0.mlp.up_proj.weight", "model.layers.0.block_sparse_moe.gate.weight"),
+    ],
+)
 def test_names_that_are_not_prunable_have_no_role(name):
     with pytest.raises(ValueError, match="no prunable"):
-        role(name)
+        role({"model_type": "mixtral"}, name)

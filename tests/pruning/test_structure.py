@@ -35,7 +35,7 @@ def test_a_fused_tensor_is_scored_expert_by_expert(monkeypatch):
     from sparse_ft.pruning import sources
 
     monkeypatch.setattr(sources, "PART", 37)  # parts reach over the border between experts
-    config = {"num_attention_heads": 1, "num_key_value_heads": 1}
+    config = {"model_type": "mixtral", "num_attention_heads": 1, "num_key_value_heads": 1}
     generator = torch.Generator().manual_seed(0)
     weights = {
         "model.layers.0.mlp.experts.gate_up_proj": torch.rand(3, 10, 4, generator=generator),

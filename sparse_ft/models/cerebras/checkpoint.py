@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,11 @@ from sparse_ft.errors import UserError
 from sparse_ft.models.cerebras.mdl import MdlFile
 from sparse_ft.models.cerebras.names import Place, places, strip_prefix
 from sparse_ft.models.checkpoint import Checkpoint, Entry
+from sparse_ft.models.families import architecture_of
+from sparse_ft.models.names import place
 from sparse_ft.models.skeleton import config_values
 
-__all__ = ["CerebrasCheckpoint"]
+__all__ = ["CerebrasCheckpoint", "listed_names", "read_listed"]
 
 
 class CerebrasCheckpoint(Checkpoint):
@@ -47,7 +49,7 @@ class CerebrasCheckpoint(Checkpoint):
             )
         self._places: dict[str, Place] = places(self.config)
         if self.config.get("tie_word_embeddings"):
-            self._places.pop("lm_head.weight")
+            self._places.pop(architecture_of(self.config).head_weight)
         missing = sorted(name for name, place in self._places.items() if place.name not in own)
         if missing:
             raise UserError(
@@ -96,6 +98,27 @@ class CerebrasCheckpoint(Checkpoint):
             view[:] = raw[begin : begin + view.size]
 
         yield read
+
+
+def listed_names(source: Checkpoint, names: Iterable[str]) -> list[str]:
+    """Those of the names that a checkpoint has, or that are of a mixture, whose experts it may have fused."""
+    present, experts = set(source.names), architecture_of(source.config).experts
+    return [name for name in names if name in present or (experts is not None and f".{experts.stored}." in name)]
+
+
+def read_listed(source: Checkpoint, name: str) -> torch.Tensor:
+    """One of `listed_names`, wherever a checkpoint holds it: transformers 5 fuses experts, and renames their router.
+
+    Raises:
+        UserError: it is not there.
+    """
+    if name in source.names:
+        return source.tensor(name)
+    slot, experts = place(source.config, name), architecture_of(source.config).experts
+    for parameter in (slot.parameter, slot.parameter.replace(f".{experts.module}.", f".{experts.stored}.")):
+        if parameter in source.names:
+            return slot.view(source.tensor(parameter))
+    return source.tensor(name)  # raises, naming it
 
 
 def _find_config(path: Path) -> dict[str, Any]:

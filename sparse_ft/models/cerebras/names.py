@@ -1,6 +1,6 @@
 """What ModelZoo's names and layouts are in Hugging Face's: the map behind Cerebras checkpoints. Pure.
 
-ModelZoo builds llama, mistral and mixtral on its GPT-2 backbone, with other names, with the rows of the query and
+ModelZoo builds the families whose rows say so on its GPT-2 backbone, with other names, with the rows of the query and
 key projections interleaved (its rotary embedding turns neighbouring rows, Hugging Face's turns halves of a head),
 and with the experts of a mixture in one tensor ``[out, experts, in]``. Below, ``transformer_decoder...`` are the
 names in its converter's output; a module's own state dict has ``model.`` before them.
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from sparse_ft.errors import UserError
+from sparse_ft.models.families import ARCHITECTURES, architecture_of
 
 __all__ = ["Place", "check_convertible", "head_dim", "places"]
 
@@ -29,17 +30,12 @@ _LAYER = {
     "mlp.up_proj.weight": "ffn.ffn.0.linear_layer.weight",
     "mlp.gate_proj.weight": "ffn.ffn.0.linear_layer_for_glu.weight",
     "mlp.down_proj.weight": "ffn.ffn.1.linear_layer.weight",
-    "block_sparse_moe.gate.weight": "ffn.gate.weight",
 }
+_ROUTER = "ffn.gate.weight"
 _EXPERT = {
     "w1": "ffn.experts.fused_ffns.0.linear_layer_for_glu.expert_weights",
     "w2": "ffn.experts.fused_ffns.1.linear_layer.expert_weights",
     "w3": "ffn.experts.fused_ffns.0.linear_layer.expert_weights",
-}
-_WHOLE = {
-    "model.embed_tokens.weight": "embedding_layer.word_embeddings.weight",
-    "model.norm.weight": "transformer_decoder.norm.weight",
-    "lm_head.weight": "lm_head.weight",
 }
 
 
@@ -87,20 +83,25 @@ def places(config: Mapping[str, Any]) -> dict[str, Place]:
         UserError: a model that ModelZoo's converter cannot take (see `check_convertible`).
     """
     check_convertible(config)
+    row = architecture_of(config)
     heads, groups = config["num_attention_heads"], config.get("num_key_value_heads") or config["num_attention_heads"]
-    experts = config.get("num_local_experts") if config["model_type"] == "mixtral" else None
-    found = {name: Place(theirs) for name, theirs in _WHOLE.items()}
+    found = {
+        row.embedding_weight: Place("embedding_layer.word_embeddings.weight"),
+        f"{row.decoder}.norm.weight": Place("transformer_decoder.norm.weight"),
+        row.head_weight: Place("lm_head.weight"),
+    }
     for block in range(config["num_hidden_layers"]):
-        here, there = f"model.layers.{block}.", f"transformer_decoder.layers.{block}."
+        here, there = row.block(block), f"transformer_decoder.layers.{block}."
         for name, theirs in _LAYER.items():
-            if name.startswith("mlp." if experts else "block_sparse_moe."):
-                continue
-            interleaved = {"self_attn.q_proj.weight": heads, "self_attn.k_proj.weight": groups}.get(name)
-            found[here + name] = Place(there + theirs, interleaved)
-        for expert in range(experts or 0):
-            for matrix, theirs in _EXPERT.items():
-                name = f"{here}block_sparse_moe.experts.{expert}.{matrix}.weight"
-                found[name] = Place(there + theirs, expert=expert)
+            if row.experts is None or not name.startswith("mlp."):
+                interleaved = {"self_attn.q_proj.weight": heads, "self_attn.k_proj.weight": groups}.get(name)
+                found[here + name] = Place(there + theirs, interleaved)
+        if row.experts is not None:
+            mixture = here + row.experts.stored
+            found[f"{mixture}.{row.experts.router}.weight"] = Place(there + _ROUTER)
+            for expert in range(config[row.experts.count]):
+                for matrix, theirs in _EXPERT.items():
+                    found[f"{mixture}.experts.{expert}.{matrix}.weight"] = Place(there + theirs, expert=expert)
     return found
 
 
@@ -116,9 +117,9 @@ def check_convertible(config: Mapping[str, Any]) -> None:
         UserError: another architecture, a head size that is not hidden_size / heads or is odd, biases, or an
             activation other than SiLU.
     """
-    kind = config.get("model_type")
-    if kind not in ("llama", "mistral", "mixtral"):
-        raise UserError(f"ModelZoo has no converter for '{kind}' here; llama, mistral and mixtral are supported.")
+    known = [name for name, row in ARCHITECTURES.items() if row.modelzoo]
+    if (kind := config.get("model_type")) not in known:
+        raise UserError(f"ModelZoo has no converter for '{kind}' here; {', '.join(known)} are supported.")
     size = head_dim(config)
     if size * config["num_attention_heads"] != config["hidden_size"]:
         raise UserError(

@@ -180,10 +180,8 @@ def check_targets(cell: CellConfig, bench: Workbench) -> None:
     """
     if not MODES[cell.mode].lora:
         return
-    found = {role(name).projection for name in bench.checkpoint(cell.model).prunable_shapes()}
-    if "gate_up_proj" in found:  # experts that the checkpoint holds as 3-D tensors are adapted by their own names
-        found = (found - {"gate_up_proj", "down_proj"}) | {"w1", "w2", "w3"}
-    chosen_projections(lora_settings(cell), found)
+    checkpoint = bench.checkpoint(cell.model)
+    chosen_projections(lora_settings(cell), checkpoint.config, checkpoint.prunable)
 
 
 def _bytes(checkpoint: Checkpoint, itemsize: int) -> int:
@@ -193,7 +191,7 @@ def _bytes(checkpoint: Checkpoint, itemsize: int) -> int:
 def _adapter_bytes(checkpoint: Checkpoint, rank: int, targets: str) -> int:
     """Adapters are saved in float32: A is [r, in], B is [out, r]."""
     chosen = target_names(targets)
-    shapes = [s for n, s in checkpoint.prunable_shapes().items() if chosen is None or role(n).projection in chosen]
+    shapes = [s for n, s in checkpoint.prunable_shapes().items() if role(checkpoint.config, n).is_adapted(chosen)]
     return 4 * rank * sum(math.prod(shape[:-2]) * (shape[-2] + shape[-1]) for shape in shapes)
 
 

@@ -48,7 +48,8 @@ def prepare(folder, data, work, mode, device="CPU", steps=5, **settings):
     from sparse_ft.cerebras.config import TrainerPlan, create_sparse_config, write_config
     from sparse_ft.cerebras.convert import to_modelzoo
     from sparse_ft.masks.files import save_masks
-    from sparse_ft.models.checkpoint import Checkpoint, open_checkpoint
+    from sparse_ft.models.checkpoint import Checkpoint
+    from sparse_ft.models.opening import open_checkpoint
 
     source = Checkpoint(folder)
     work.mkdir(parents=True, exist_ok=True)

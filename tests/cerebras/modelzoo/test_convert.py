@@ -7,7 +7,8 @@ from sparse_ft.cerebras.convert import to_hugging_face, to_modelzoo
 from sparse_ft.cerebras.model_section import converter_config, model_section
 from sparse_ft.errors import UserError
 from sparse_ft.models.cerebras.mdl import MdlFile
-from sparse_ft.models.checkpoint import Checkpoint, open_checkpoint
+from sparse_ft.models.checkpoint import Checkpoint
+from sparse_ft.models.opening import open_checkpoint
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "mixtral"])

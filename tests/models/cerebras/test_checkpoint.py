@@ -12,7 +12,8 @@ from sparse_ft.errors import UserError
 from sparse_ft.models.cerebras.checkpoint import CerebrasCheckpoint
 from sparse_ft.models.cerebras.mdl import write_mdl
 from sparse_ft.models.cerebras.names import check_convertible, places
-from sparse_ft.models.checkpoint import Checkpoint, open_checkpoint
+from sparse_ft.models.checkpoint import Checkpoint
+from sparse_ft.models.opening import open_checkpoint
 
 CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "mixtral": MixtralConfig}
 SHAPE = {

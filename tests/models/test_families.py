@@ -1,0 +1,101 @@
+"""A family is a row: these tests add one in exactly the way that CONTRIBUTING.md describes, and use it throughout."""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from sparse_ft.errors import UserError
+from sparse_ft.lora.config import LoraSettings
+from sparse_ft.lora.merge import merge_all_lora_weights
+from sparse_ft.lora.model import apply_sparse_lora
+from sparse_ft.models.checkpoint import Checkpoint
+from sparse_ft.models.families import ARCHITECTURES, CHANNELS, GROUPS, HEADS, Architecture, Projection
+from sparse_ft.models.loading import apply_masks, load_model, save_model
+from sparse_ft.pruning import Calibration, MaskGenerator, PruningSettings
+from sparse_ft.pruning.shrink import shrink_checkpoint
+from sparse_ft.validation import validate_checkpoint
+
+# What a contributor adds to the table: Phi-3, whose query, key and value maps are one, as are gate and up.
+PHI3 = Architecture(
+    "phi3",
+    (
+        Projection("self_attn.qkv_proj", (HEADS, GROUPS, GROUPS)),
+        Projection("self_attn.o_proj", (HEADS,), "column"),
+        Projection("mlp.gate_up_proj", (CHANNELS, CHANNELS)),
+        Projection("mlp.down_proj", (CHANNELS,), "column"),
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A random Phi-3 as transformers writes it."""
+    torch.manual_seed(5)
+    sizes = {"hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 2, "vocab_size": 64}
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 3}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = AutoConfig.for_model("phi3", initializer_range=0.2, **sizes, **heads, **tokens)
+    return save_model(AutoModelForCausalLM.from_config(config), None, tmp_path_factory.mktemp("phi3") / "model")
+
+
+@pytest.fixture
+def phi3(folder, monkeypatch):
+    monkeypatch.setitem(ARCHITECTURES, "phi3", PHI3)
+    return folder
+
+
+def generate(folder, out, text=None, **how):
+    calibration = None if text is None else Calibration(text)
+    return MaskGenerator(folder, PruningSettings(**how), calibration).generate(out, figures=False)[0]
+
+
+def test_without_its_row_a_family_is_refused(folder):
+    with pytest.raises(UserError, match="'phi3' are not supported; sparse_ft prunes llama, mistral, mixtral models"):
+        MaskGenerator(folder, PruningSettings())
+
+
+def test_magnitude_masks_cover_every_linear_map_of_the_blocks(phi3, tmp_path):
+    masks = generate(phi3, tmp_path, sparsities=(0.5,)).load()
+    model = load_model(phi3, "float32", "cpu")
+    maps = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "layers" in name}
+    assert set(masks) == {f"{name}.weight" for name in maps} and len(maps) == 8
+    for name, module in maps.items():
+        weight, mask = module.weight.abs(), masks[f"{name}.weight"]
+        assert int((~mask).sum()) == weight.numel() // 2
+        assert weight[~mask].max() <= weight[mask].min()
+
+
+@pytest.mark.parametrize("importance", ["wanda", "sparsegpt"])
+def test_rules_that_read_text_run_block_by_block(phi3, tmp_path, importance):
+    text = torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(0))
+    made = generate(phi3, tmp_path, text, importance=importance)
+    assert made.pruned == round(made.weights / 2)
+    if importance == "sparsegpt":
+        assert validate_checkpoint(made.checkpoint, made.load()).ok
+
+
+@torch.no_grad()
+def test_heads_and_channels_of_fused_maps_go_together(phi3, tmp_path):
+    masks = generate(phi3, tmp_path, method="structured").load()
+    small = shrink_checkpoint(phi3, masks, tmp_path / "small")
+    shapes = {name: shape for name, shape in Checkpoint(small).prunable_shapes().items() if ".0." in name}
+    assert shapes["model.layers.0.self_attn.qkv_proj.weight"] == (2 * (16 + 8 + 8), 48)
+    assert shapes["model.layers.0.mlp.gate_up_proj.weight"][0] == 2 * shapes["model.layers.0.mlp.down_proj.weight"][1]
+    model, ids = load_model(phi3, "float32", "cpu"), torch.arange(20)[None]
+    apply_masks(model, masks)
+    ours = load_model(small, "float32", "cpu")(input_ids=ids).logits
+    torch.testing.assert_close(ours, model(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_sparse_adapter_merges_to_the_bit(phi3, tmp_path):
+    masks = generate(phi3, tmp_path, sparsities=(0.7,)).load()
+    model = apply_sparse_lora(load_model(phi3, "bfloat16", "cpu"), LoraSettings(r=2), masks=masks)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.normal_(std=0.05)
+    ids = torch.arange(20)[None]
+    trained = model(input_ids=ids).logits
+    merged = save_model(merge_all_lora_weights(model), None, tmp_path / "merged")
+    assert torch.equal(load_model(merged, "bfloat16", "cpu")(input_ids=ids).logits, trained)
+    assert validate_checkpoint(merged, masks, base=phi3).ok
