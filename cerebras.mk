@@ -14,7 +14,7 @@ test-modelzoo: .venv-modelzoo/.ready $(READY)
 	@test -n "$(MODELZOO)" || { echo "Say where ModelZoo 2.10 is: make test-modelzoo MODELZOO=PATH" >&2; exit 2; }
 	$(MZBIN)/python -m pip install --quiet --no-deps --editable "$(MODELZOO)"
 	OMP_NUM_THREADS=1 $(MZBIN)/python -m pytest tests/cerebras/modelzoo
-	OMP_NUM_THREADS=1 SPARSE_FT_CEREBRAS_PYTHON="$(CURDIR)/$(MZBIN)/python" $(BIN)/python -m pytest tests/study/executors/test_cerebras.py
+	OMP_NUM_THREADS=1 SPARSE_FT_CEREBRAS_PYTHON="$(CURDIR)/$(MZBIN)/python" $(BIN)/python -m pytest tests/cerebras/test_trainer.py
 
 .venv-cerebras/.ready: requirements/cerebras.txt requirements/cerebras_torch.py
 .venv-modelzoo/.ready: requirements/cerebras-modelzoo.txt requirements/cerebras_torch.py

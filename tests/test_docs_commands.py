@@ -35,7 +35,7 @@ RUN = {
     r"mlflow runs delete": BY_HAND + "a failed cell deleted, its study resumed: the cell ran again",
     r"mlflow run \. -e analyze .*": STARTED,
     r"mlflow run \. -e sweep .* -P config=configs/full.yaml -P executor=process -P resume=PARENT_RUN_ID": RESUMED,
-    r"mlflow run \. -e sweep .* -P config=configs/full.yaml -P executor=cerebras -P cerebras=SETTINGS.yaml": BY_HAND
+    r"mlflow run \. -e sweep .* -P config=configs/full.yaml -P trainer=cerebras -P cerebras=SETTINGS.yaml": BY_HAND
     + "tiny models under these names, one level, device: CPU",
     r"mlflow run \. -e sweep .* -P config=configs/tiny_full.yaml .*": BY_HAND + "its time stands in docs/benchmarks.md",
     r"mlflow run \. -e sweep .* -P config=configs/smoke.yaml": CI,

@@ -17,7 +17,7 @@ from sparse_ft.tracking.parameters import flatten_config
 from sparse_ft.tracking.runs import Tracker
 
 if TYPE_CHECKING:
-    from sparse_ft.cell.run import CellResult
+    from sparse_ft.cell.result import CellResult
 
 __all__ = [
     "log_cell_inputs",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from sparse_ft.cell.run import CellResult
+from sparse_ft.cell.result import CellResult
 from sparse_ft.levels import level_label
 from sparse_ft.models.catalog import without_revision
 from sparse_ft.progress import SILENT, Progress

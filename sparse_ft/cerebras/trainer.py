@@ -1,20 +1,19 @@
-"""A cell on a Cerebras cluster: everything but the training runs here, the training runs in ModelZoo's environment."""
+"""Trains cells on a Cerebras cluster: everything but the training runs here, that runs in ModelZoo's environment."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from sparse_ft.cell.run import CellResult, _Clock, _log_scores, _log_untuned, _log_validation, _masks, _Scores
-from sparse_ft.cell.settings import check_cell, count, lora_settings, training_settings
-from sparse_ft.cell.workbench import Workbench
+from sparse_ft.cell.settings import lora_settings
+from sparse_ft.cell.trainer import Trained, Training, Watch
 from sparse_ft.cerebras.checkpoint import LoraPlan, merge_checkpoint, write_start_checkpoint
 from sparse_ft.cerebras.config import Cluster, TrainerPlan, create_sparse_config, write_config
 from sparse_ft.cerebras.convert import to_hugging_face, to_modelzoo
@@ -26,18 +25,21 @@ from sparse_ft.cerebras.runner import FitResult, fit_command, run_fit, trainer_e
 from sparse_ft.errors import UserError
 from sparse_ft.files import load_yaml, write_json
 from sparse_ft.masks.files import save_masks
-from sparse_ft.masks.mask_set import MaskSet
 from sparse_ft.models.cerebras.checkpoint import CerebrasCheckpoint
 from sparse_ft.models.cerebras.mdl import MdlFile
 from sparse_ft.models.checkpoint import Checkpoint
-from sparse_ft.models.loading import apply_masks, load_model, load_state_into, resolve_device, resolve_dtype
-from sparse_ft.pruning.output import MaskFile
+from sparse_ft.models.loading import load_state_into
 from sparse_ft.settings.cell import CellConfig
 from sparse_ft.settings.modes import MODES
-from sparse_ft.tasks.examples import training_examples
-from sparse_ft.validation import validate_checkpoint
 
-__all__ = ["CerebrasSettings", "check_trainable", "load_settings", "run_cerebras_cell", "trainer_plan"]
+__all__ = [
+    "CerebrasSettings",
+    "CerebrasTrainer",
+    "check_trainable",
+    "load_settings",
+    "settings_of_try",
+    "trainer_plan",
+]
 
 
 @dataclass(frozen=True)
@@ -110,144 +112,113 @@ def check_trainable(cell: CellConfig, config: Mapping[str, Any], settings: Cereb
     trainer_plan(cell, config, settings.device, settings.cluster)
 
 
-def run_cerebras_cell(
-    cell: CellConfig,
-    mask_file: MaskFile | None,
-    bench: Workbench,
-    folder: Path,
-    settings: CerebrasSettings,
-    follow: Callable[[Step], None] = lambda step: None,
-    labels: tuple[str, ...] = (),
-    name: str = "",
-) -> CellResult:
-    """Runs a cell: masks -> ``.mdl`` -> configuration -> ``cszoo fit`` -> masked merge -> convert -> validate -> score.
+@dataclass(frozen=True)
+class CerebrasTrainer:
+    """Trains in ModelZoo's environment, and merges here: ``.mdl`` -> configuration -> ``cszoo fit`` -> masked merge ->
+    Hugging Face folder. The adapter is not kept, nor scored before the merge."""
 
-    Args:
-        cell, mask_file, bench, folder, name: as of `sparse_ft.cell.run.run_cell`.
-        follow: called with every line of progress of the training, as it comes.
-        labels: of the cluster's job, ``key=value``.
+    settings: CerebrasSettings
 
-    Raises:
-        UserError: what preflight finds, or a cell that ModelZoo cannot take.
-        TrainerError: the training failed, with the class of the failure.
-        ValidationFailedError: the merged checkpoint breaks what the mode promises.
+    can_stop, takes_all = False, True
+
+    def check(self, cell: CellConfig, checkpoint: Checkpoint) -> None:
+        """Refuses what ModelZoo cannot train: some models, single projections, dropout under a mask."""
+        try:
+            check_trainable(cell, checkpoint.config, self.settings)
+        except UserError as error:
+            raise UserError(f"{cell.model} cannot be trained on a Cerebras: {error}") from None
+
+    def missing(self) -> list[str]:
+        """See `sparse_ft.cerebras.preflight.preflight`."""
+        return preflight(self.settings.python, self.settings.device)
+
+    def train(self, training: Training) -> Trained:
+        """Trains with ModelZoo's trainer, and puts the merged weights into the model in memory.
+
+        Raises:
+            UserError: what preflight finds in the configuration, or what ModelZoo's converter says.
+            TrainerError: the training failed, with the class of the failure.
+        """
+        cell, clock, progress = training.cell, training.clock, training.progress
+        mode, settings = MODES[cell.mode], settings_of_try(self.settings, cell, training.watch)
+        folder = training.folder.absolute()  # the trainer's paths
+        plan = trainer_plan(cell, training.base.config, settings.device, settings.cluster)
+        with clock("convert"):
+            config = _prepare(training, plan, settings, folder)
+        if missing := preflight(settings.python, settings.device, yaml.safe_load(config.read_text(encoding="utf-8"))):
+            raise UserError(" | ".join(missing))
+        progress.start("train", cell.max_steps, "steps")
+        with clock("train"):
+            trained = run_fit(
+                fit_command(settings.python, config, settings.device, _labels(settings, training)),
+                folder / "fit.log",
+                folder / "model_dir",
+                lambda step: _follow(training, step),
+                settings.retries,
+                trainer_environment(settings.python),
+            )
+        progress.stop()
+        _log(training, trained, settings, folder, config)
+        with clock("validate"):
+            base_violations = _base_violations(trained.checkpoint) if mode.loses_zeros else 0
+        with clock("merge"):
+            scaling = plan.lora.scaling if mode.lora else None
+            merged = merge_checkpoint(
+                trained.checkpoint, folder / "merged.mdl", training.base.config, cell.mode, training.masks, scaling,
+                progress,
+            )  # fmt: skip
+        with clock("save"):
+            to_hugging_face(merged, training.base.folder, training.target, python=settings.python)
+        load_state_into(training.model, training.target)
+        for rest in ("model.mdl", "start.mdl", "merged.mdl"):
+            (folder / rest).unlink(missing_ok=True)
+        shutil.rmtree(folder / "model_dir", ignore_errors=True)
+        return Trained(training.model, base_violations)
+
+
+def settings_of_try(settings: CerebrasSettings, cell: CellConfig, watch: Watch) -> CerebrasSettings:
+    """The settings for this try of a cell: one that ran out of memory computes fewer sequences at a time.
+
+    The step has as many as before, so without saying so the second try would be the first.
     """
-    result, clock, mode = CellResult(), _Clock(), MODES[cell.mode]
-    folder = folder.absolute()  # the trainer's paths
-    folder.mkdir(parents=True, exist_ok=True)
-    with clock("load"):
-        check_cell(cell)
-        _require(preflight(settings.python, settings.device))  # before anything is converted
-        checkpoint, tokenizer = bench.checkpoint(cell.model), bench.tokenizer(cell.model)
-        result.tags.update(bench.identity(cell.model))
-        plan = trainer_plan(cell, checkpoint.config, settings.device, settings.cluster)
-        task = bench.task(cell.task, cell.data_dir, count(cell.num_fewshot))
-        start = checkpoint if mask_file is None or mask_file.checkpoint is None else Checkpoint(mask_file.checkpoint)
-        masks = _masks(mask_file, start, checkpoint, False, result)
-        needed = training_settings(cell).examples_needed
-        examples = training_examples(task, tokenizer, cell.max_seq_len, needed, cell.seed)
-    scores = _Scores(cell, name or cell.title, bench, tokenizer, task, folder)
-    if cell.score_untuned:
-        with clock("load"), bench.borrow(cell) as model:
-            if start is not checkpoint:
-                load_state_into(model, start, start.prunable)
-            if masks is not None:
-                apply_masks(model, masks)
-            with clock("eval_untuned"):
-                _log_untuned(result, scores, model, start, masks)
-
-    config = _prepare(cell, plan, start, masks, examples, tokenizer.pad_token_id, folder, settings, bench, clock)
-    _require(preflight(settings.python, settings.device, yaml.safe_load(config.read_text(encoding="utf-8"))))
-    bench.progress.start("train", cell.max_steps, "steps")
-    with clock("train"):
-        trained = run_fit(
-            fit_command(settings.python, config, settings.device, labels),
-            folder / "fit.log",
-            folder / "model_dir",
-            lambda step: (bench.progress.advance(1, f"loss {step.loss:.3f}"), follow(step)),
-            settings.retries,
-            trainer_environment(settings.python),
-        )
-    bench.progress.stop()
-    _log_training(result, trained, cell, settings, folder, config)
-
-    with clock("merge"):
-        scaling = plan.lora.scaling if mode.lora else None
-        merged = merge_checkpoint(
-            trained.checkpoint, folder / "merged.mdl", checkpoint.config, cell.mode, masks, scaling, bench.progress
-        )
-    with clock("save"):
-        target = to_hugging_face(merged, checkpoint.folder, folder / "merged", python=settings.python)
-        result.tags["merged_fingerprint"] = Checkpoint(target).fingerprint
-    with clock("validate"):
-        obeyed = MaskSet.all_kept(checkpoint.prunable_shapes()) if masks is None else masks
-        validation = validate_checkpoint(
-            target,
-            obeyed,
-            base=start.folder if mode.lora else None,
-            target_modules=lora_settings(cell).target_modules,
-            progress=bench.progress,
-        )
-        violations = _base_violations(trained.checkpoint) if mode.loses_zeros else 0
-        _log_validation(result, cell, validation, violations, folder)
-    with clock("eval"):
-        device = resolve_device(cell.device)
-        model = load_model(target, resolve_dtype(cell.dtype, device), device)
-        _log_scores(result, scores(model, "score"), "")
-        result.protocol.update(scores.protocol)
-    if mode.loses_zeros:
-        with clock("eval_remasked"):
-            apply_masks(model, masks)
-            _log_scores(result, scores(model, "score re-masked"), "_remasked")
-    if cell.keep == "all" or cell.register_as != "none":
-        result.merged = target
-    else:
-        shutil.rmtree(target)
-    for rest in ("model.mdl", "start.mdl", "merged.mdl"):
-        (folder / rest).unlink(missing_ok=True)
-    shutil.rmtree(folder / "model_dir", ignore_errors=True)
-    if cell.keep_samples:
-        result.artifacts += [(file, "samples") for file in scores.written]
-    result.metrics.update(clock.metrics())
-    return result
+    if not watch.reduced:
+        return settings
+    return replace(settings, cluster=replace(settings.cluster, micro_batch_size=cell.batch_size))
 
 
-def _require(problems: list[str]) -> None:
-    if problems:
-        raise UserError(" | ".join(problems))
+def _labels(settings: CerebrasSettings, training: Training) -> tuple[str, ...]:
+    run_id = training.watch.run_id
+    return (*settings.cluster.job_labels, *([f"mlflow_run={run_id}"] if run_id else []))
 
 
-def _prepare(
-    cell: CellConfig,
-    plan: TrainerPlan,
-    start: Checkpoint,
-    masks: MaskSet | None,
-    examples: list,
-    pad_token_id: int,
-    folder: Path,
-    settings: CerebrasSettings,
-    bench: Workbench,
-    clock: _Clock,
-) -> Path:
+def _follow(training: Training, step: Step) -> None:
+    """Shows a line of progress, and sends its numbers to the run."""
+    training.progress.advance(1, f"loss {step.loss:.3f}")
+    values = {"cerebras/loss": step.loss, "cerebras/samples_per_second": step.rate}
+    training.watch.log({name: [(step.number, value)] for name, value in values.items() if value is not None})
+
+
+def _prepare(training: Training, plan: TrainerPlan, settings: CerebrasSettings, folder: Path) -> Path:
     """Data, start checkpoint and configuration of a cell; returns the configuration's file."""
-    with clock("convert"):
-        write_examples(examples, folder / "data", cell.max_seq_len, pad_token_id, plan.batch_size, bench.progress)
-        source = CerebrasCheckpoint(to_modelzoo(start.folder, folder / "model.mdl", settings.python), start.config)
-        lora = plan.lora if MODES[cell.mode].lora else None
-        write_start_checkpoint(source, folder / "start.mdl", masks, lora, cell.seed, bench.progress)
-        if masks is not None:
-            save_masks(masks, folder / "masks.safetensors")
-        config = create_sparse_config(
-            start.config,
-            folder / "data",
-            None if masks is None else folder / "masks.safetensors",
-            cell.mode,
-            hf_config=folder / "config.json",
-            start=folder / "start.mdl",
-            model_dir=folder / "model_dir",
-            plan=plan,
-        )
-        return write_config(folder / "fit.yaml", config)
+    cell, start, masks, progress = training.cell, training.start, training.masks, training.progress
+    pad = training.tokenizer.pad_token_id
+    write_examples(training.examples, folder / "data", cell.max_seq_len, pad, plan.batch_size, progress)
+    source = CerebrasCheckpoint(to_modelzoo(start.folder, folder / "model.mdl", settings.python), start.config)
+    lora = plan.lora if MODES[cell.mode].lora else None
+    write_start_checkpoint(source, folder / "start.mdl", masks, lora, cell.seed, progress)
+    if masks is not None:
+        save_masks(masks, folder / "masks.safetensors")
+    config = create_sparse_config(
+        start.config,
+        folder / "data",
+        None if masks is None else folder / "masks.safetensors",
+        cell.mode,
+        hf_config=folder / "config.json",
+        start=folder / "start.mdl",
+        model_dir=folder / "model_dir",
+        plan=plan,
+    )
+    return write_config(folder / "fit.yaml", config)
 
 
 def _base_violations(trained: Path) -> int:
@@ -257,10 +228,9 @@ def _base_violations(trained: Path) -> int:
     return sum(int((file.read(name.removesuffix("_mask"))[~file.read(name)] != 0).sum()) for name in masks)
 
 
-def _log_training(
-    result: CellResult, trained: FitResult, cell: CellConfig, settings: CerebrasSettings, folder: Path, config: Path
-) -> None:
+def _log(training: Training, trained: FitResult, settings: CerebrasSettings, folder: Path, config: Path) -> None:
     """What the trainer's own log says; what it does not say (tokens per second, memory) stays empty."""
+    cell, result = training.cell, training.result
     if trained.losses:
         result.metrics["train/loss"] = sum(loss for _, loss in trained.losses) / len(trained.losses)
         result.series["train/loss_curve"] = trained.losses

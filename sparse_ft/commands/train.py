@@ -13,12 +13,13 @@ from sparse_ft.cell.record import log_cell_inputs, log_cell_result, log_mask_fil
 from sparse_ft.cell.register import register_cell
 from sparse_ft.cell.run import run_cell
 from sparse_ft.cell.settings import check_cell
+from sparse_ft.cell.trainer import LOCAL
 from sparse_ft.cell.workbench import Workbench
 from sparse_ft.levels import levels_text
 from sparse_ft.models.loading import resolve_device
 from sparse_ft.progress import shown_progress
 from sparse_ft.settings.cell import CellConfig, mask_set_of
-from sparse_ft.study.checks.preflight import check_examples, check_targets
+from sparse_ft.study.checks.preflight import check_examples
 from sparse_ft.study.report import in_milliseconds, study_console, ui_command
 from sparse_ft.tracking.runs import Tracker
 
@@ -39,8 +40,9 @@ def train(config: CellConfig) -> int:
         config = replace(config, **given.described)
     check_cell(config)
     resolve_device(config.device)  # one that is not here makes no run
-    bench.checkpoint(config.model).prunable_shapes()
-    check_targets(config, bench)
+    checkpoint = bench.checkpoint(config.model)
+    checkpoint.prunable_shapes()
+    LOCAL.check(config, checkpoint)
     check_examples(config, bench)
     kind = mask_set_of(config)
     if kind is not None:

@@ -13,6 +13,7 @@ from sparse_ft.levels import parse_levels
 from sparse_ft.settings.modes import MODES
 
 __all__ = [
+    "TRAINERS",
     "AnalyzeConfig",
     "CerebrasConfigsConfig",
     "MaskConfig",
@@ -28,6 +29,7 @@ Importance = Literal["magnitude", "gradient", "taylor", "wanda", "sparsegpt"]
 Scope = Literal["global", "layer", "row"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Rounding = Literal["dithered", "nearest"]
+TRAINERS = ("local", "cerebras")
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,9 @@ class SweepConfig:
     Args:
         config: the study's YAML file (see configs/).
         executor: where cells run: one after another here (serial), in worker processes on this machine
-            (process), on a Ray cluster (ray), or one after another, trained on a Cerebras cluster (cerebras).
+            (process), or on a Ray cluster (ray).
+        trainer: how cells are trained: where they run (local), or on a Cerebras cluster (cerebras); none leaves
+            that to the study's file.
         max_workers: number of workers, or none for as many as the executor finds sensible (one per GPU).
         resume: id of the parent run to resume; none resumes an unfinished study of the same
             configuration in the same experiment, where there is one; new starts afresh.
@@ -146,11 +150,12 @@ class SweepConfig:
         retry: failure classes that are tried again on resuming beside those that always are, such as
             bug,validation_failed; or none.
         ray_address: a running Ray cluster to join (auto finds one), or none for one on this machine.
-        cerebras: YAML file that says where Cerebras cells are trained (see docs/cerebras.md), or none.
+        cerebras: YAML file that says where trainer cerebras trains (see docs/cerebras.md), or none.
     """
 
     config: str
-    executor: Literal["serial", "process", "ray", "cerebras"] = "serial"
+    executor: Literal["serial", "process", "ray"] = "serial"
+    trainer: Literal[("none", *TRAINERS)] = "none"
     max_workers: Count = "none"
     resume: str = "none"
     dry_run: bool = False

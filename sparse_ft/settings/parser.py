@@ -13,6 +13,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from sparse_ft.errors import UserError
 from sparse_ft.settings.paths import normal_path
+from sparse_ft.settings.renamed import RENAMED
 from sparse_ft.settings.yaml_file import read_yaml
 
 __all__ = ["Parser"]
@@ -162,6 +163,8 @@ def _explain(error: Exception) -> str:
         return f"{text}. See --help."
     name, rest = match.groups()
     value = re.search(r"(?:Got|Given) value: (.*)$", rest)
+    if value and (name, value[1]) in RENAMED:
+        return f"{name}={value[1]} is written {RENAMED[name, value[1]]} since version 0.2."
     choices = re.findall(r"Literal\[([^\]]*)\]", rest)
     types = re.findall(r"<class '(\w+)'>", rest)
     named = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}

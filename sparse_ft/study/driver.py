@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -12,6 +13,7 @@ from sparse_ft.analysis.terminal import print_table, table_text, terminal_table
 from sparse_ft.analysis.write import AnalysisResult
 from sparse_ft.cell.failures import RETRIED, classify
 from sparse_ft.cell.identity import cell_identity, mask_key
+from sparse_ft.cell.trainer import Trainer
 from sparse_ft.cell.workbench import Workbench
 from sparse_ft.errors import UserError
 from sparse_ft.files import write_text
@@ -28,6 +30,7 @@ from sparse_ft.study.life import close_open_runs, driving, interruptible, resume
 from sparse_ft.study.phases import Phases, holes_table
 from sparse_ft.study.plan import Plan, load_study, make_plan
 from sparse_ft.study.report import in_milliseconds, report_study, study_console, ui_command
+from sparse_ft.study.trainers import study_trainer
 from sparse_ft.study.worker import WorkerSetup
 from sparse_ft.tracking.runs import Tracker
 from sparse_ft.tracking.stores import artifact_location, tracking_uri
@@ -46,14 +49,17 @@ def sweep(config: SweepConfig) -> int:
         KeyboardInterrupt: Ctrl-C or SIGTERM, after workers were stopped and runs closed.
     """
     study = load_study(config.config)
+    if config.trainer != "none":
+        study = replace(study, trainer=config.trainer)
+    trainer = study_trainer(study.trainer, config)
     if study.search is not None:
         from sparse_ft.study.search.session import search
 
-        return search(config, study)
+        return search(config, study, trainer)
     plan, console = make_plan(study), study_console()
     workers = worker_count(config)
     bench = Workbench(shown_progress())
-    problems = [*check_plan(plan, bench), *executor_problems(config, plan, bench)]
+    problems = [*check_plan(plan, bench, trainer), *executor_problems(config, plan)]
     if config.dry_run:
         console.print("\n".join(_described(plan, bench, workers, problems)), highlight=False, soft_wrap=True)
         return 1 if problems else 0
@@ -71,7 +77,7 @@ def sweep(config: SweepConfig) -> int:
         began = time.monotonic()
         with driving(tracker, start.parent, start.driver) as lost:
             try:
-                phases = _run(tracker, start, plan, config, workers, identities, mask_keys)
+                phases = _run(tracker, start, plan, config, trainer, workers, identities, mask_keys)
             except KeyboardInterrupt:
                 if not lost():
                     console.print(f"stopped; to resume: {resume_command(config, start.parent)}", soft_wrap=True)
@@ -106,6 +112,7 @@ def _run(
     start: Start,
     plan: Plan,
     config: SweepConfig,
+    trainer: Trainer,
     workers: int,
     identities: list[dict[str, str]],
     mask_keys: list[str],
@@ -113,7 +120,7 @@ def _run(
     phases = Phases(
         plan, identities, mask_keys, start.ledger, start.folder, tracker, start.parent, config.max_retries
     )  # fmt: skip
-    setup = WorkerSetup(tracker.uri, start.parent, start.folder.absolute() / "untuned")
+    setup = WorkerSetup(tracker.uri, start.parent, start.folder.absolute() / "untuned", trainer)
     with shown_display(len(plan.cells)) as display, tracker.system_metrics(start.parent):
         display.workers = workers
         executor = make_executor(config, setup, display, workers, start.folder / "logs")

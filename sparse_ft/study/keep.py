@@ -15,7 +15,7 @@ import numpy as np
 from sparse_ft.analysis.performance import pareto_front as front_of
 from sparse_ft.cell.rebuild import logged_cell, not_of, rebuild
 from sparse_ft.cell.register import register_cell
-from sparse_ft.cell.run import CellResult
+from sparse_ft.cell.result import CellResult
 from sparse_ft.cell.workbench import Workbench
 from sparse_ft.errors import UserError
 from sparse_ft.progress import SILENT, Progress

@@ -196,6 +196,8 @@ def describe(study: Study) -> dict[str, Any]:
     """The study as plain data, for its run's ``study.yaml``, which `changes` reads."""
     values = {"name": study.name, "grid": dict(study.grid), "cell": dict(study.cell), "keep": study.kept}
     values |= {"dense_baseline": study.dense_baseline, "register": study.register, "search": study.search}
+    if study.trainer != "local":  # what older versions' files do not say
+        values["trainer"] = study.trainer
     return json.loads(json.dumps(values), object_hook=_masked)
 
 

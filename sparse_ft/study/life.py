@@ -101,7 +101,7 @@ def resume_command(config: SweepConfig, parent: str, failed: Iterable[str] = ())
     """The command that resumes a study; with the failure classes of its holes that must be asked for."""
     values = {"config": config.config, "executor": config.executor, "max_workers": config.max_workers}
     values |= {"resume": parent, "output_dir": config.output_dir}
-    elsewhere = {"ray_address": config.ray_address, "cerebras": config.cerebras}
+    elsewhere = {"ray_address": config.ray_address, "trainer": config.trainer, "cerebras": config.cerebras}
     values |= {name: value for name, value in elsewhere.items() if value != "none"}
     if asked := parse_retry(config.retry) | ({"bug"} & set(failed)):
         values["retry"] = ",".join(sorted(asked))

@@ -15,7 +15,7 @@ from sparse_ft.cell.pruning import pruning_settings
 from sparse_ft.errors import UserError
 from sparse_ft.levels import levels_text, parse_levels
 from sparse_ft.settings.cell import CellConfig, mask_set_of
-from sparse_ft.settings.commands import MaskConfig
+from sparse_ft.settings.commands import TRAINERS, MaskConfig
 from sparse_ft.settings.modes import DENSE, MODES
 from sparse_ft.settings.parser import Parser
 from sparse_ft.settings.yaml_file import read_yaml
@@ -41,6 +41,7 @@ class Study:
         register: put the whole models that are kept into the model registry too.
         search: an Optuna search over some fields, instead of trying every point; see `sparse_ft.study.search.session`.
         retry: failure classes that are tried again on resuming beside those that always are.
+        trainer: how cells are trained, one of `TRAINERS`.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Study:
     register: bool = False
     search: Mapping[str, Any] | None = None
     retry: frozenset[str] = frozenset()
+    trainer: str = "local"
 
     @property
     def kept(self) -> str:
@@ -122,8 +124,9 @@ def load_study(path: str | Path) -> Study:
     unknown = sorted(map(str, set(content) - known))
     if unknown:
         raise UserError(f"Study {path}: unknown key '{unknown[0]}'; a study has {', '.join(sorted(known))}.")
-    if content.get("keep", "none") not in KEEP:
-        raise UserError(f"Study {path}: keep is '{content['keep']}'; it must be {' | '.join(KEEP)}.")
+    for key, words in (("keep", KEEP), ("trainer", TRAINERS)):
+        if content.get(key, words[0]) not in words:
+            raise UserError(f"Study {path}: {key} is '{content[key]}'; it must be {' | '.join(words)}.")
     for switch in ("dense_baseline", "register"):
         if not isinstance(content.get(switch, False), bool):
             raise UserError(f"Study {path}: {switch} is '{content[switch]}'; it must be true or false.")

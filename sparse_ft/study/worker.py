@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from sparse_ft.cell.early_stopping import Judge, StoppedEarly
 from sparse_ft.cell.failures import CellTimeoutError, Failure, classify
 from sparse_ft.cell.identity import cell_identity, check_identity
 from sparse_ft.cell.masks import make_masks, write_manifest
@@ -19,7 +20,8 @@ from sparse_ft.cell.record import (
     log_mask_inputs,
     log_masks,
 )
-from sparse_ft.cell.run import Judge, StoppedEarly, run_cell
+from sparse_ft.cell.run import run_cell
+from sparse_ft.cell.trainer import LOCAL, Trainer, Watch
 from sparse_ft.cell.workbench import Workbench
 from sparse_ft.memory import release_memory
 from sparse_ft.progress import SILENT, Progress
@@ -42,11 +44,13 @@ class WorkerSetup:
         tracking_uri: the store.
         parent_run_id: the study's run.
         shared: folder for scores that several cells share.
+        trainer: how cells are trained.
     """
 
     tracking_uri: str
     parent_run_id: str
     shared: Path
+    trainer: Trainer = LOCAL
 
     def build(self, bench: Workbench | None = None) -> Worker:
         """The worker, in the process that calls."""
@@ -64,6 +68,7 @@ class Worker:
     def __init__(self, setup: WorkerSetup, bench: Workbench):
         self._tracker = Tracker(setup.tracking_uri)
         self._parent = setup.parent_run_id
+        self._trainer = setup.trainer
         self._bench = bench
         self._name = process_name()
 
@@ -116,7 +121,10 @@ class Worker:
     def _cell(self, job: Job, run_id: str, began: float, judge: Judge | None) -> Outcome:
         if (failed := self._begin(job, run_id, began)) is not None:
             return failed
-        result = run_cell(job.cell, job.masks, self._bench, job.folder, judge, job.title)
+        watch = Watch(
+            run_id, lambda curves: self._tracker.log(run_id, curves=curves), judge, "reduced_batch" in job.tags
+        )  # fmt: skip
+        result = run_cell(job.cell, job.masks, self._bench, job.folder, self._trainer, watch, job.title)
         log_cell_result(self._tracker, run_id, result)
         _clear(job.folder, result.merged)
         seconds = time.monotonic() - began

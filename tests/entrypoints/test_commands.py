@@ -209,6 +209,7 @@ def study_of_two(command, tmp_path):
         ("compute_masks", {"model": "tiny-llama", "data_dir": "made", "importance": "taylor"}, "calibration_samples"),
         ("analyze", {}, "parent_run_id"),
         ("sweep", {"config": "none.yaml"}, "does not exist"),
+        ("sweep", {"config": "none.yaml", "executor": "cerebras"}, "trainer=cerebras"),
     ],
 )
 def test_wrong_input_is_one_line_status_2_and_no_run(command, name, values, message, tmp_path, monkeypatch):

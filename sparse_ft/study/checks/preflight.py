@@ -15,10 +15,10 @@ import psutil
 import torch
 
 from sparse_ft.cell.masks import check_given, check_mask_set
-from sparse_ft.cell.settings import cell_problems, count, lora_settings, target_names
+from sparse_ft.cell.settings import cell_problems, count, target_names
+from sparse_ft.cell.trainer import LOCAL, Trainer
 from sparse_ft.cell.workbench import Workbench
 from sparse_ft.errors import UserError
-from sparse_ft.lora.config import chosen_projections
 from sparse_ft.masks.files import HEADER_ROOM
 from sparse_ft.models.checkpoint import Checkpoint
 from sparse_ft.models.loading import resolve_device, resolve_dtype
@@ -28,7 +28,7 @@ from sparse_ft.settings.modes import MODES
 from sparse_ft.study.plan import Plan
 from sparse_ft.tasks.examples import training_examples
 
-__all__ = ["Disk", "check_examples", "check_plan", "check_resources", "check_targets", "estimate_disk", "gigabytes"]
+__all__ = ["Disk", "check_examples", "check_plan", "check_resources", "estimate_disk", "gigabytes"]
 
 _RUN_BYTES = 60_000  # configuration, validation report and database rows of a run
 
@@ -62,16 +62,15 @@ class Disk:
         )
 
 
-def check_plan(plan: Plan, bench: Workbench) -> list[str]:
-    """What the study's file asks for and cannot be had: settings, masks, models, tasks. One line each."""
+def check_plan(plan: Plan, bench: Workbench, trainer: Trainer = LOCAL) -> list[str]:
+    """What the study asks for and cannot be had: settings, masks, models, tasks, a training. One line each."""
     problems: dict[str, None] = {}
     for cell in plan.cells:
         problems |= dict.fromkeys(cell_problems(cell))
     for device in dict.fromkeys(cell.device for cell in plan.cells):
         _note(problems, resolve_device, device)
-    adapted = [cell for cell in plan.cells if MODES[cell.mode].lora]
-    for cell in {(cell.model, cell.target_modules, cell.lora_dropout): cell for cell in adapted}.values():
-        _note(problems, check_targets, cell, bench)
+    for cell in plan.cells:
+        _note(problems, lambda cell=cell: trainer.check(cell, bench.checkpoint(cell.model)))
     for model in dict.fromkeys(cell.model for cell in plan.cells):
         _note(problems, lambda model=model: (bench.checkpoint(model).prunable_shapes(), bench.tokenizer(model)))
     for item in plan.mask_sets:
@@ -85,7 +84,7 @@ def check_plan(plan: Plan, bench: Workbench) -> list[str]:
     same = {(cell.model, cell.task, cell.data_dir, cell.num_fewshot, cell.max_seq_len): cell for cell in plan.cells}
     for cell in same.values():
         _note(problems, check_examples, cell, bench)
-    return list(problems)
+    return [*problems, *trainer.missing()]
 
 
 def estimate_disk(plan: Plan, bench: Workbench, workers: int) -> Disk:
@@ -170,18 +169,6 @@ def check_examples(cell: CellConfig, bench: Workbench) -> None:
     """
     task = bench.task(cell.task, cell.data_dir, count(cell.num_fewshot))
     training_examples(task, bench.tokenizer(cell.model), cell.max_seq_len, limit=1, seed=cell.seed)
-
-
-def check_targets(cell: CellConfig, bench: Workbench) -> None:
-    """Checks that the model has the projections that the cell adapts.
-
-    Raises:
-        UserError: it has not, or the model cannot be had.
-    """
-    if not MODES[cell.mode].lora:
-        return
-    checkpoint = bench.checkpoint(cell.model)
-    chosen_projections(lora_settings(cell), checkpoint.config, checkpoint.prunable)
 
 
 def _bytes(checkpoint: Checkpoint, itemsize: int) -> int:

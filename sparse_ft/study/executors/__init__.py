@@ -1,11 +1,10 @@
-"""Where jobs run: in the driver's process, in worker processes, on a Ray cluster, or trained on a Cerebras."""
+"""Where jobs run: in the driver's process, in worker processes, or on a Ray cluster."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-from sparse_ft.cell.workbench import Workbench
 from sparse_ft.errors import UserError
 from sparse_ft.settings.commands import SweepConfig
 from sparse_ft.study.executors.process import ProcessExecutor, default_workers
@@ -23,8 +22,7 @@ def make_executor(
     """The executor that a configuration asks for.
 
     Raises:
-        UserError: ray is asked for and not installed, or its cluster does not answer; Cerebras settings that cannot
-            be read.
+        UserError: ray is asked for and not installed, or its cluster does not answer.
     """
     limit = None if config.cell_seconds == "none" else float(config.cell_seconds)
     if config.executor == "process":
@@ -33,45 +31,19 @@ def make_executor(
         from sparse_ft.study.executors.ray import RayExecutor
 
         return RayExecutor(setup, listen, workers, limit, address=config.ray_address)
-    if config.executor == "cerebras":
-        from sparse_ft.cerebras.trainer import load_settings
-        from sparse_ft.study.executors.cerebras import CerebrasExecutor, CerebrasSetup
-
-        trained = CerebrasSetup(**vars(setup), cerebras=load_settings(config.cerebras))
-        return CerebrasExecutor(trained, listen, limit)
     return SerialExecutor(setup, listen, limit)
 
 
-def executor_problems(config: SweepConfig, plan: Plan, bench: Workbench) -> list[str]:
-    """What an executor's surroundings lack and what it cannot run, one line each; empty where it can start.
-
-    Raises:
-        UserError: Cerebras settings that cannot be read.
-    """
-    if config.executor in ("process", "ray"):
-        named = dict.fromkeys(cell.device for cell in plan.cells if re.fullmatch(r"cuda:0*[1-9]\d*", cell.device))
-        return [
-            f"device is {device}, but a worker of executor {config.executor} sees one GPU alone, and calls it cuda:0; "
-            "leave device at auto, and name the GPUs to use in CUDA_VISIBLE_DEVICES"
-            for device in named
-        ]
-    if config.executor != "cerebras":
+def executor_problems(config: SweepConfig, plan: Plan) -> list[str]:
+    """What an executor cannot run, one line each; empty where it can start."""
+    if config.executor not in ("process", "ray"):
         return []
-    from sparse_ft.cerebras.preflight import preflight
-    from sparse_ft.cerebras.trainer import check_trainable, load_settings
-
-    settings = load_settings(config.cerebras)
-    problems = dict.fromkeys(preflight(settings.python, settings.device))
-    for cell in plan.cells:
-        try:
-            model = bench.checkpoint(cell.model).config
-        except UserError:
-            continue  # said already: every executor needs it
-        try:
-            check_trainable(cell, model, settings)
-        except UserError as error:
-            problems[f"{cell.model} cannot be trained on a Cerebras: {error}"] = None
-    return list(problems)
+    named = dict.fromkeys(cell.device for cell in plan.cells if re.fullmatch(r"cuda:0*[1-9]\d*", cell.device))
+    return [
+        f"device is {device}, but a worker of executor {config.executor} sees one GPU alone, and calls it cuda:0; "
+        "leave device at auto, and name the GPUs to use in CUDA_VISIBLE_DEVICES"
+        for device in named
+    ]
 
 
 def worker_count(config: SweepConfig) -> int:
@@ -80,7 +52,7 @@ def worker_count(config: SweepConfig) -> int:
     Raises:
         UserError: fewer than one.
     """
-    if config.executor in ("serial", "cerebras"):
+    if config.executor == "serial":
         return 1
     if config.max_workers == "none":
         return default_workers()

@@ -19,6 +19,7 @@ from rich.table import Table
 from sparse_ft.analysis.performance import pareto_front
 from sparse_ft.cell.failures import Failure
 from sparse_ft.cell.identity import cell_identity, mask_key
+from sparse_ft.cell.trainer import Trainer
 from sparse_ft.cell.workbench import Workbench
 from sparse_ft.errors import UserError
 from sparse_ft.files import atomic_path, write_json
@@ -48,7 +49,7 @@ _CELL = {entry.name for entry in fields(CellConfig)}
 _NEEDED = {entry.name for entry in fields(MaskConfig)} & _CELL | {"mode", "masks", "sparsity"}
 
 
-def search(config: SweepConfig, study: Study) -> int:
+def search(config: SweepConfig, study: Study, trainer: Trainer) -> int:
     """Runs the trials of a study with a ``search:``, or the rest of them. Returns 0 when every one has ended.
 
     Raises:
@@ -57,15 +58,15 @@ def search(config: SweepConfig, study: Study) -> int:
     settings = SearchSettings.parse(study.search or {}, f"Study {study.name}")
     if study.grid:
         raise UserError(f"Study {study.name}: a search has no grid; put lists of choices into search.space.")
-    if config.executor == "cerebras":
+    if settings.first_rung and not trainer.can_stop:
         raise UserError(
-            f"Study {study.name}: a search stops trainings midway, which a Cerebras job cannot; run it as a plain "
-            "study, or with another executor."
+            f"Study {study.name}: a search with a first_rung stops trainings midway, which trainer {study.trainer} "
+            "cannot; leave first_rung out, or take trainer local."
         )
     plan = _plan(study, settings)
     console, workers = study_console(), worker_count(config)
     bench = Workbench(shown_progress())
-    problems = [*check_plan(plan, bench), *executor_problems(config, plan, bench)]
+    problems = [*check_plan(plan, bench, trainer), *executor_problems(config, plan)]
     if not problems:
         artifacts = artifact_location(tracking_uri(), study.name)
         problems = check_resources(plan, bench, Path(config.output_dir), artifacts, workers)
@@ -85,7 +86,9 @@ def search(config: SweepConfig, study: Study) -> int:
         start = start_study(tracker, plan, config, console, identities)
         with driving(tracker, start.parent, start.driver) as lost:
             try:
-                trials, holes, stopped = _run(tracker, start, plan, settings, config, workers, identities, mask_keys)
+                trials, holes, stopped = _run(
+                    tracker, start, plan, settings, config, trainer, workers, identities, mask_keys
+                )
             except KeyboardInterrupt:
                 if not lost():
                     console.print(f"stopped; to resume: {resume_command(config, start.parent)}", soft_wrap=True)
@@ -110,6 +113,7 @@ def _run(
     plan: Plan,
     settings: SearchSettings,
     config: SweepConfig,
+    trainer: Trainer,
     workers: int,
     identities: list[dict[str, str]],
     mask_keys: list[str],
@@ -117,7 +121,7 @@ def _run(
     phases = Phases(
         plan, identities, mask_keys, start.ledger, start.folder, tracker, start.parent, config.max_retries
     )  # fmt: skip
-    setup = WorkerSetup(tracker.uri, start.parent, start.folder.absolute() / "untuned")
+    setup = WorkerSetup(tracker.uri, start.parent, start.folder.absolute() / "untuned", trainer)
     start.folder.mkdir(parents=True, exist_ok=True)
     storage = settings.storage
     if storage == "none":

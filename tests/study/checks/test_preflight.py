@@ -78,11 +78,11 @@ def test_a_gpu_that_no_worker_would_see_is_named_before_the_first_cell(small, ex
     problems = {}
     for device in ("auto", "cuda:0", "cuda:1"):
         plan = make_plan(Study("s", {"model": ["tiny-llama"], "sparsity": [0.5]}, cell | {"device": device}))
-        problems[device] = executor_problems(SweepConfig(config="s.yaml", executor=executor), plan, Workbench())
+        problems[device] = executor_problems(SweepConfig(config="s.yaml", executor=executor), plan)
     assert problems["auto"] == problems["cuda:0"] == []
     (problem,) = problems["cuda:1"]
     assert problem.startswith("device is cuda:1, but a worker")
-    assert executor_problems(SweepConfig(config="s.yaml"), plan, Workbench()) == []  # serial sees them all
+    assert executor_problems(SweepConfig(config="s.yaml"), plan) == []  # serial sees them all
 
 
 def test_text_that_does_not_suffice_for_masks_is_named_before_the_first_cell(small):

@@ -134,10 +134,13 @@ def test_what_a_search_cannot_mean_is_said_in_one_line(search, said):
     assert "\n" not in str(raised.value)
 
 
-def test_a_search_is_no_work_for_a_cerebras_and_is_told_so_before_any_run(study_file, tmp_path):
-    path = study_file({}, name="search", cell={"model": "tiny-llama"}, search={"space": {"lora_r": [2]}, "trials": 1})
-    with pytest.raises(UserError, match="a search stops trainings midway, which a Cerebras job cannot"):
-        sweep(SweepConfig(config=str(path), executor="cerebras", output_dir=str(tmp_path / "out")))
+def test_a_search_that_stops_trials_midway_is_refused_where_its_trainer_cannot(study_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARSE_FT_CEREBRAS_PYTHON", str(tmp_path / "python"))
+    search, cell = {"space": {"lora_r": [2]}, "trials": 1}, {"model": "tiny-llama"}
+    for rung, said in ((1, "stops trainings midway, which trainer cerebras cannot"), (0, "There is no Python at")):
+        path = study_file({}, name="search", cell=cell, search={**search, "first_rung": rung}, trainer="cerebras")
+        with pytest.raises(UserError, match=said):
+            sweep(SweepConfig(config=str(path), output_dir=str(tmp_path / "out")))
     assert Tracker().search() == []
 
 

@@ -14,19 +14,20 @@ import pytest
 import yaml
 
 from sparse_ft.cell.failures import classify
+from sparse_ft.cell.trainer import Watch
 from sparse_ft.cerebras.logs import Failure
 from sparse_ft.cerebras.runner import TrainerError
-from sparse_ft.cerebras.trainer import CerebrasSettings, load_settings
+from sparse_ft.cerebras.trainer import CerebrasSettings, load_settings, settings_of_try
 from sparse_ft.errors import UserError
 from sparse_ft.settings.cell import CellConfig
 from sparse_ft.settings.commands import SweepConfig
 from sparse_ft.study.driver import sweep
-from sparse_ft.study.executors.cerebras import settings_of_try
 from sparse_ft.study.life import resume_command
 from sparse_ft.study.queue import Job, halved
 from sparse_ft.tracking.runs import Tracker
 
 MODELZOO = os.environ.get("SPARSE_FT_CEREBRAS_PYTHON")
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -58,7 +59,7 @@ def test_what_is_missing_is_said_at_once_and_before_any_run(study_file, settings
     bare.chmod(bare.stat().st_mode | stat.S_IXUSR)
     grid = {"model": ["tiny-llama", "tiny-mistral", "no/such"], "target_modules": ["all", "q_proj"], "sparsity": [0.5]}
     study = study_file(grid, dense_baseline=False)
-    config = SweepConfig(config=str(study), executor="cerebras", cerebras=settings_file(python=str(bare)))
+    config = SweepConfig(config=str(study), trainer="cerebras", cerebras=settings_file(python=str(bare)))
     with pytest.raises(UserError) as stop:
         sweep(config)
     for missing in ("cerebras-pytorch 2.10", "ModelZoo 2.10", "torch-cirh-opt is not on PATH"):
@@ -78,10 +79,10 @@ def test_the_trainers_failures_keep_their_class(kind):
 
 def test_after_running_out_of_memory_fewer_sequences_are_computed_at_a_time():
     job = Job(CellConfig(batch_size=8, gradient_accumulation=2), None, Path(), key="key")
-    assert settings_of_try(CerebrasSettings(), job).cluster.micro_batch_size is None
+    assert settings_of_try(CerebrasSettings(), job.cell, Watch()).cluster.micro_batch_size is None
     again = halved(job)
     assert again.cell.batch_size * again.cell.gradient_accumulation == 16  # the same step
-    assert settings_of_try(CerebrasSettings(), again).cluster.micro_batch_size == 4
+    assert settings_of_try(CerebrasSettings(), again.cell, Watch(reduced=True)).cluster.micro_batch_size == 4
 
 
 @pytest.mark.skipif(MODELZOO is None, reason="needs ModelZoo: make test-modelzoo MODELZOO=PATH")
@@ -89,7 +90,7 @@ def test_a_study_is_trained_merged_proven_and_scored(study_file, settings_file, 
     grid = {"model": ["tiny-llama"], "sparsity": [0.6], "mode": ["sparse_to_dense", "sparse_to_sparse"]}
     study = study_file(grid, cell={"keep_samples": True}, dense_baseline=True)
     settings = settings_file(python=MODELZOO, device="CPU")
-    options = {"executor": "cerebras", "cerebras": settings, "output_dir": str(tmp_path / "out")}
+    options = {"trainer": "cerebras", "cerebras": settings, "output_dir": str(tmp_path / "out")}
     assert sweep(SweepConfig(config=str(study), **options)) == 0
     tracker = Tracker()
     cells = [run for run in tracker.search() if run["tags"].get("kind") == "cell"]
@@ -103,6 +104,8 @@ def test_a_study_is_trained_merged_proven_and_scored(study_file, settings_file, 
         files = set(tracker.artifacts(run["run_id"]))
         assert {"cerebras/fit.yaml", "cerebras/fit.log"} <= files
         assert [name for name in files if name.startswith("samples/")]
+        assert 0 < run["metrics"]["train/weights_moved"] <= 1
+        assert "eval/loss_adapter" not in run["metrics"]  # of a model that is nowhere in memory
     (sparse,) = [run for run in cells if run["params"]["cfg/mode"] == "sparse_to_sparse"]
     assert sparse["metrics"]["sparsity/after_merge"] == pytest.approx(0.6, abs=1e-3)
     (dense,) = [run for run in cells if run["params"]["cfg/mode"] == "sparse_to_dense"]
@@ -113,10 +116,10 @@ def test_a_study_is_trained_merged_proven_and_scored(study_file, settings_file, 
 def test_losses_come_while_it_trains_and_ctrl_c_leaves_no_trainer_behind(study_file, settings_file, tmp_path):
     study = study_file({"model": ["tiny-llama"], "sparsity": [0.6]}, cell={"max_steps": 100_000}, dense_baseline=False)
     settings, out = settings_file(python=MODELZOO, device="CPU"), tmp_path / "out"
-    options = ["--executor", "cerebras", "--cerebras", settings, "--output_dir", str(out)]
+    options = ["--trainer", "cerebras", "--cerebras", settings, "--output_dir", str(out)]
     with open(tmp_path / "sweep.log", "w") as log:
         command = [sys.executable, "-m", "entrypoints.sweep", "--config", str(study), *options]
-        study_process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        study_process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)
     try:
         tracker, deadline = Tracker(), time.monotonic() + 240
         losses = []
@@ -149,7 +152,8 @@ def _line(process):
 
 
 def test_the_command_that_goes_on_with_a_study_names_where_it_trains():
-    config = SweepConfig(config="c.yaml", executor="cerebras", cerebras="my settings.yaml")
+    config = SweepConfig(config="c.yaml", trainer="cerebras", cerebras="my settings.yaml")
     command = resume_command(config, "abc")
-    assert "-P executor=cerebras" in command and "-P cerebras='my settings.yaml'" in command
+    for option in ("executor=serial", "trainer=cerebras", "cerebras='my settings.yaml'"):
+        assert f"-P {option}" in command
     assert "ray_address" not in command

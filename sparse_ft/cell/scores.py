@@ -1,0 +1,91 @@
+"""A cell's models scored as the cell asks: untuned, in training, merged, re-masked."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from sparse_ft.cell.identity import cell_identity, untuned_key
+from sparse_ft.cell.settings import evaluation_settings
+from sparse_ft.cell.workbench import Workbench
+from sparse_ft.evaluation import Evaluation, answer_loss, evaluate
+from sparse_ft.files import write_text
+from sparse_ft.models.checkpoint import Checkpoint
+from sparse_ft.progress import Progress
+from sparse_ft.settings.cell import CellConfig
+
+__all__ = ["Scores"]
+
+
+class Scores:
+    """Scores a model as the cell asks.
+
+    Args:
+        cell: what is scored, and how.
+        name: of its run, for the cells that take over an untuned score.
+        bench: shares the scores of untuned models, shows progress.
+        tokenizer, task: of the cell.
+        folder: the cell's; answers that are kept go into its ``samples/``.
+
+    Attributes:
+        protocol: how the latest model was scored.
+        written: the files of answers; the folder may hold an earlier cell's.
+    """
+
+    def __init__(self, cell: CellConfig, name: str, bench: Workbench, tokenizer, task, folder: Path):
+        self._cell, self._name, self._bench, self._tokenizer, self._task = cell, name, bench, tokenizer, task
+        self._samples = folder / "samples"
+        self._settings = evaluation_settings(cell)
+        self.protocol: dict[str, Any] = {}
+        self.written: list[Path] = []
+
+    def __call__(self, model: torch.nn.Module, stage: str, **changes: Any) -> Evaluation:
+        """All scores of a model; ``stage`` names it in the progress and in the file of its answers.
+
+        Raises:
+            NonFiniteScoresError: the model gives NaN or infinite logits.
+        """
+        progress = _Staged(self._bench.progress, stage)
+        evaluation = evaluate(model, self._tokenizer, self._task, replace(self._settings, **changes), progress)
+        self.protocol = evaluation.protocol
+        if evaluation.samples:
+            lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in evaluation.samples)
+            self.written.append(write_text(self._samples / f"{stage.replace(' ', '_')}.jsonl", "".join(lines)))
+        return evaluation
+
+    def answers(self, model: torch.nn.Module) -> dict[str, float]:
+        """The loss on the right answers alone."""
+        progress = _Staged(self._bench.progress, "score adapter")
+        return answer_loss(model, self._tokenizer, self._task, self._settings, progress)
+
+    def untuned(self, model: PreTrainedModel, start: Checkpoint, checksum: str) -> tuple[str, Evaluation]:
+        """The scores before training, and the name of the cell that measured them.
+
+        Args:
+            model: of the weights ``start``, under its masks.
+            checksum: of the masks; empty where they leave the model as it is.
+        """
+        identity = cell_identity(self._cell, self._bench)
+        key = untuned_key(self._cell, identity, start.fingerprint, checksum, asdict(self._settings))
+        return self._bench.untuned(key, self._name, lambda: self(model, "score untuned"))
+
+
+class _Staged(Progress):
+    """Names the stages of a part after what the cell is doing with it."""
+
+    def __init__(self, progress: Progress, stage: str):
+        self._progress, self._stage = progress, stage
+
+    def start(self, stage: str, total: float, unit: str = "") -> None:
+        self._progress.start(f"{self._stage}: {stage}", total, unit)
+
+    def advance(self, amount: float = 1, note: str = "") -> None:
+        self._progress.advance(amount, note)
+
+    def stop(self) -> None:
+        self._progress.stop()
