@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from sparse_ft.cell.failures import Failure, classify
+from sparse_ft.cell.result import CellResult
 from sparse_ft.levels import level_label
 from sparse_ft.masks.statistics import block_sparsities
 from sparse_ft.pruning.output import MaskFile
@@ -15,9 +15,6 @@ from sparse_ft.settings.cell import CellConfig
 from sparse_ft.settings.commands import MaskConfig
 from sparse_ft.tracking.parameters import flatten_config
 from sparse_ft.tracking.runs import Tracker
-
-if TYPE_CHECKING:
-    from sparse_ft.cell.result import CellResult
 
 __all__ = [
     "log_cell_inputs",
