@@ -1,9 +1,11 @@
 # The two commands of the README: `make demo` and `make test`. Each sets up everything it needs.
 
-PYTHON ?= python3.11
-VENV := .venv
+# Python 3.11, else 3.12 or 3.13, in .venv; make test PYTHON=python3.12 takes that one, in .venv-python3.12.
+VENV := $(if $(filter command,$(origin PYTHON)),.venv-$(notdir $(PYTHON)),.venv)
+PYTHON := $(or $(PYTHON),$(shell for p in python3.11 python3.12 python3.13; do $$p -c "" 2> /dev/null && echo $$p && break; done),python3.11)
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+TESTS_READY := $(VENV)/.ready-tests
 DOCS := .venv-docs
 DOCS_READY := $(DOCS)/.ready
 # `mlflow run` starts `python`: the one of the environment.
@@ -14,17 +16,17 @@ RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 demo: $(READY)
 	$(RUN) MLFLOW_EXPERIMENT_NAME=$${MLFLOW_EXPERIMENT_NAME:-sparse_ft} $(BIN)/mlflow run . --env-manager local
 
-test: $(READY)
+test: $(TESTS_READY)
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
 # Real models, servers, killed processes: minutes.
-test-slow: $(READY)
+test-slow: $(TESTS_READY)
 	$(BIN)/python -m pytest -n 2 -m slow
 
-test-all: $(READY)
+test-all: $(TESTS_READY)
 	$(BIN)/python -m pytest -n 2
 
-lint: $(READY)
+lint: $(TESTS_READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
@@ -38,7 +40,7 @@ $(DOCS_READY): requirements/docs.txt
 	$(DOCS)/bin/python -m pip install --quiet --requirement requirements/docs.txt
 	touch $@
 
-format: $(READY)
+format: $(TESTS_READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -49,19 +51,29 @@ ui: $(READY)
 	$(BIN)/mlflow ui --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}"
 
 # torch goes in first and pinned: left to the resolver it may be replaced by a larger build.
-$(READY): requirements/lock.txt pyproject.toml
+$(READY): requirements/base.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' requirements/lock.txt)"
-	$(BIN)/python -m pip install --quiet --requirement requirements/lock.txt
+	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' requirements/base.txt)"
+	$(BIN)/python -m pip install --quiet --requirement requirements/base.txt
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
-# After a change of dependencies in pyproject.toml: install them, try everything, then write down what was tried.
+# What the tests need beside it: Ray, PostgreSQL's driver, h5py, ruff, ...
+$(TESTS_READY): $(READY) requirements/lock.txt
+	$(BIN)/python -m pip install --quiet --requirement requirements/lock.txt
+	touch $@
+
+# After a change of dependencies in pyproject.toml: install them, try everything, then write down what was tried. A fresh
+# environment tells what of it the tests alone need.
 lock:
 	$(BIN)/python -m pip install --quiet --upgrade --editable ".[test]"
 	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' > requirements/lock.txt
+	$(PYTHON) -m venv --clear .venv-lock
+	.venv-lock/bin/python -m pip install --quiet "$$(grep '^torch==' requirements/lock.txt)"
+	.venv-lock/bin/python -m pip install --quiet --constraint requirements/lock.txt --editable .
+	.venv-lock/bin/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' > requirements/base.txt
 
 clean:
-	rm -rf $(VENV) $(DOCS) site build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-python* $(DOCS) .venv-lock site build dist *.egg-info .pytest_cache .ruff_cache
 
 -include cerebras.mk

@@ -10,7 +10,7 @@ test-cerebras: .venv-cerebras/.ready
 	OMP_NUM_THREADS=1 $(CSBIN)/python -m pytest tests/cerebras
 
 # Beside ModelZoo 2.10, which is not on the package index: make test-modelzoo MODELZOO=~/R_2.10.0/modelzoo
-test-modelzoo: .venv-modelzoo/.ready $(READY)
+test-modelzoo: .venv-modelzoo/.ready $(TESTS_READY)
 	@test -n "$(MODELZOO)" || { echo "Say where ModelZoo 2.10 is: make test-modelzoo MODELZOO=PATH" >&2; exit 2; }
 	$(MZBIN)/python -m pip install --quiet --no-deps --editable "$(MODELZOO)"
 	OMP_NUM_THREADS=1 $(MZBIN)/python -m pytest tests/cerebras/modelzoo

@@ -1,6 +1,7 @@
 """The command `sparse-ft`: its table, its help, and that it works where the package was installed and nothing else."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 
 from sparse_ft import __version__
 from sparse_ft.cli import COMMANDS, main
+from sparse_ft.models.catalog import locate_config
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = "import sys; sys.argv = ['sparse-ft', *{argv}]; from sparse_ft.cli import main; main(); print(*sys.modules)"
@@ -82,6 +84,34 @@ def test_a_command_does_its_work_and_returns_its_status(sparse_ft, tmp_path):
 def test_help_and_version_load_nothing_heavy(argv):
     done = subprocess.run([sys.executable, "-c", QUICK.format(argv=argv)], check=True, capture_output=True, text=True)
     assert not {"torch", "numpy", "mlflow", "transformers"} & set(done.stdout.split())
+
+
+def test_without_the_extras_commands_work_that_do_not_need_them(tmp_path):
+    """As after `pip install sparse_ft`: no h5py, no Ray, no driver of PostgreSQL, no boto3, no test tools."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    absent = [
+        re.match(r"[a-z0-9]+", line)[0] for name in ("cerebras", "ray", "postgresql", "s3") for line in extras[name]
+    ]
+    assert {"h5py", "hdf5plugin", "ray", "psycopg", "boto3"} == set(absent)
+    program = (
+        f"import sys; sys.modules.update(dict.fromkeys({absent})); from sparse_ft.cli import main; sys.exit(main())"
+    )
+
+    def run(*words):
+        words = [sys.executable, "-c", program, *words, "--output_dir", str(tmp_path / "out")]
+        return subprocess.run(
+            words, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+        )
+
+    study = str(ROOT / "configs" / "smoke.yaml")
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    assert run("sweep", "--config", study, "--dry_run").returncode == 0
+    (tmp_path / "x.mdl").write_bytes(b"")
+    shutil.copy(locate_config("tiny-llama"), tmp_path)
+    done = run("compute_masks", "--model", "x.mdl")
+    assert done.returncode == 2 and done.stderr.endswith("pip install 'sparse_ft[cerebras]'\n"), done.stderr
+    done = run("sweep", "--config", study, "--executor", "ray")
+    assert done.returncode == 2 and done.stderr.endswith("pip install 'sparse_ft[ray]'.\n"), done.stderr
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import numpy as np
 
 from sparse_ft.errors import UserError
 from sparse_ft.files import atomic_folder
+from sparse_ft.models.cerebras.mdl import hdf5
 from sparse_ft.progress import SILENT, Progress
 
 __all__ = ["TokenExample", "read_examples", "write_examples"]
@@ -50,7 +51,7 @@ def write_examples(
     longest = max(len(example.input_ids) for example in examples)
     if longest > seq_len + 1:
         raise UserError(f"An example has {longest} tokens; max_seq_len is {seq_len}. Raise it, or cut the prompts.")
-    h5py = _h5py()
+    h5py = hdf5()
     progress.start("write HDF5", len(examples), "examples")
     with atomic_folder(folder) as target:
         for part, first in enumerate(range(0, len(examples), _PART)):
@@ -65,7 +66,7 @@ def write_examples(
 
 def read_examples(folder: str | Path) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """``(input ids, loss mask, labels)`` of every row, int32 ``[seq_len]`` each, in the order of writing."""
-    h5py = _h5py()
+    h5py = hdf5()
     for path in sorted(Path(folder).glob("*.h5")):
         with h5py.File(path) as file:
             for row in file["data"]:
@@ -81,11 +82,3 @@ def _row(example: TokenExample, seq_len: int, pad_token_id: int) -> np.ndarray:
     row[1, max(0, example.answer_start - 1) : count] = 1
     row[2, :count] = tokens[1:]
     return row
-
-
-def _h5py():
-    try:
-        import h5py
-    except ImportError as error:
-        raise UserError(f"ModelZoo's data needs h5py: {error}. pip install h5py") from None
-    return h5py

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from sparse_ft.memory import trim_heap
 if TYPE_CHECKING:
     import h5py
 
-__all__ = ["MdlEntry", "MdlFile", "MdlWriter", "write_mdl"]
+__all__ = ["MdlEntry", "MdlFile", "MdlWriter", "hdf5", "write_mdl"]
 
 _FORMAT = 0.5
 _PROGRAM = "2.10.0"
@@ -91,7 +92,7 @@ class MdlFile:
 
     @contextmanager
     def _open(self) -> Iterator[h5py.File]:
-        h5py = _h5py()
+        h5py = hdf5()
         if not self.path.is_file():
             raise UserError(f"Checkpoint {self.path} does not exist.")
         try:
@@ -168,7 +169,7 @@ class MdlWriter:
 @contextmanager
 def write_mdl(path: str | Path) -> Iterator[MdlWriter]:
     """Yields a writer; the file appears under its name when the block ends well."""
-    h5py = _h5py()
+    h5py = hdf5()
     with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
         writer = MdlWriter(file)
         yield writer
@@ -184,14 +185,17 @@ def _entry(file: h5py.File, key: str, path: Path) -> MdlEntry:
     return MdlEntry(key, tuple(file[key].shape), _DTYPES[about["dtypes"][0]])
 
 
-def _h5py():
+def hdf5() -> ModuleType:
+    """The module h5py, with LZ4 registered.
+
+    Raises:
+        UserError: it is not installed.
+    """
     try:
         import h5py
         import hdf5plugin  # noqa: F401  registers LZ4
     except ImportError as error:
-        raise UserError(
-            f"Cerebras checkpoints need h5py and hdf5plugin: {error}. pip install h5py hdf5plugin"
-        ) from None
+        raise UserError(f"Files of a Cerebras are HDF5: {error}. pip install 'sparse_ft[cerebras]'") from None
     return h5py
 
 

@@ -1,4 +1,5 @@
 import json
+import sys
 
 import h5py
 import numpy as np
@@ -87,3 +88,11 @@ def test_the_tree_lists_the_names_in_the_order_of_writing(tmp_path):
         plain, tree = json.loads(file.attrs["__spec__"])
     assert list(plain["model"]) == [*tensors(), "d.weight"]
     assert json.loads(tree)[1]["children_spec"][0]["context"] == json.dumps([*tensors(), "d.weight"])
+
+
+def test_without_h5py_it_says_what_to_install(tmp_path, monkeypatch):
+    written(tmp_path / "x.mdl")
+    monkeypatch.setitem(sys.modules, "h5py", None)  # as where it is not installed
+    for use in (lambda: MdlFile(tmp_path / "x.mdl"), lambda: write_mdl(tmp_path / "y.mdl").__enter__()):
+        with pytest.raises(UserError, match=r"pip install 'sparse_ft\[cerebras\]'$"):
+            use()
