@@ -21,7 +21,7 @@ __getattr__, __dir__, __all__ = public(__name__, {
     "load_sparse_lora": "sparse_ft.lora.model",
     "load_task": "sparse_ft.tasks.definitions",
     "merge_all_lora_weights": "sparse_ft.lora.merge",
-    "open_checkpoint": "sparse_ft.models.checkpoint",
+    "open_checkpoint": "sparse_ft.models.opening",
     "save_masks": "sparse_ft.masks.files",
     "save_model": "sparse_ft.models.loading",
     "shrink_checkpoint": "sparse_ft.pruning.shrink",
