@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparse_ft.evaluation import EvaluationSettings, answer_loss
+from sparse_ft.evaluation import ScoringSettings, answer_loss
 from sparse_ft.lora import LoraSettings, apply_sparse_lora
 from sparse_ft.lora.merge import adapted_layers
 from sparse_ft.lora.rounding import dither, noise_key
@@ -27,10 +27,11 @@ from sparse_ft.masks.mask_set import MaskSet
 from sparse_ft.models.catalog import locate
 from sparse_ft.models.checkpoint import Checkpoint
 from sparse_ft.models.loading import load_model, load_tokenizer
+from sparse_ft.settings.training import TrainingSettings
 from sparse_ft.tasks.definitions import load_task
 from sparse_ft.tasks.examples import training_examples
 from sparse_ft.tasks.made import MADE, made_data_dir
-from sparse_ft.training import TrainingSettings, train
+from sparse_ft.training import train
 
 Weights = dict[str, Tensor]
 
@@ -70,7 +71,7 @@ def main() -> None:
         for name, weight in merged.items():
             scored.get_parameter(name).data.copy_(weight)
             moved += int(((weight != checkpoint.tensor(name).to(weight.dtype)) & masks[name]).sum())
-        loss = answer_loss(scored, tokenizer, task, EvaluationSettings(limit=args.questions))["loss"]
+        loss = answer_loss(scored, tokenizer, task, ScoringSettings(eval_limit=args.questions))["loss"]
         share = moved / sum(int(masks[name].sum()) for name in merged)
         rows.setdefault(row, {})[step] = (loss, share)
         print(f"{row}, {step} steps: loss {loss:.3f}, {100 * share:.2f} % of the kept weights moved", flush=True)
@@ -93,7 +94,7 @@ def main() -> None:
 
     def sparse_to_sparse(dtype: torch.dtype, rounding: str, count: int) -> Weights:
         torch.manual_seed(0)
-        lora = LoraSettings(r=16, alpha=32, rounding=rounding)
+        lora = LoraSettings(lora_r=16, lora_alpha=32, rounding=rounding)
         model = fitted(apply_sparse_lora(base(dtype), lora, "sparse_to_sparse", masks), count, rounding)
         return {name: layer.effective_weight("default") for name, layer in adapted_layers(model)}
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from sparse_ft.evaluation import EvaluationSettings, evaluate
+from sparse_ft.evaluation import ScoringSettings, evaluate
 from sparse_ft.files import write_text
 from sparse_ft.models.catalog import locate
 from sparse_ft.models.loading import apply_masks, load_model, load_tokenizer, save_model
@@ -56,8 +56,8 @@ def checkpoint(model: str, sparsity: float, dtype: str, folder: Path) -> Path:
 
 def ours(saved: Path, task: str, options: argparse.Namespace) -> dict[str, Any]:
     """Metrics and answers of this project."""
-    settings = EvaluationSettings(
-        limit=options.limit, batch_size=options.batch_size, perplexity_tokens=0, keep_samples=True
+    settings = ScoringSettings(
+        eval_limit=options.limit, eval_batch_size=options.batch_size, perplexity_tokens=0, keep_samples=True
     )
     model, tokenizer = load_model(saved, options.dtype, "cpu"), load_tokenizer(saved)
     result = evaluate(model, tokenizer, load_task(task, options.data_dir), settings, shown_progress())

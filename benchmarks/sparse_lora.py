@@ -185,7 +185,7 @@ def model_steps(
 
     def prepared(kind: str) -> nn.Module:
         rounding = "nearest" if kind == NEAREST else "dithered"
-        model, settings = make(), LoraSettings(r=rank, alpha=SCALING * rank, rounding=rounding)
+        model, settings = make(), LoraSettings(lora_r=rank, lora_alpha=SCALING * rank, rounding=rounding)
         if kind == "plain LoRA":
             model = apply_sparse_lora(model, settings, "dense")
         elif kind == "naive, unstructured":

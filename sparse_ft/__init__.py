@@ -5,13 +5,13 @@ from sparse_ft.lazy import public
 __version__ = "0.1.0"
 
 __getattr__, __dir__, __all__ = public(__name__, {
-    "Calibration": "sparse_ft.pruning.settings",
+    "Calibration": "sparse_ft.pruning.calibration",
     "Checkpoint": "sparse_ft.models.checkpoint",
-    "EvaluationSettings": "sparse_ft.evaluation.scores",
-    "LoraSettings": "sparse_ft.lora.config",
+    "LoraSettings": "sparse_ft.settings.lora",
     "MaskGenerator": "sparse_ft.pruning.generator",
     "MaskSet": "sparse_ft.masks.mask_set",
-    "PruningSettings": "sparse_ft.pruning.settings",
+    "PruningSettings": "sparse_ft.settings.pruning",
+    "ScoringSettings": "sparse_ft.settings.scoring",
     "UserError": "sparse_ft.errors",
     "apply_masks": "sparse_ft.models.loading",
     "apply_sparse_lora": "sparse_ft.lora.model",

@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,58 +20,17 @@ from sparse_ft.lora.adamw import DitheredAdamW
 from sparse_ft.lora.rounding import DITHERED_DTYPES
 from sparse_ft.memory import peak_bytes, reset_peak
 from sparse_ft.progress import SILENT, Progress
+from sparse_ft.settings.field import part_of
+from sparse_ft.settings.training import TrainingSettings
 from sparse_ft.tasks.examples import Example, check_ids
 
-__all__ = ["AnswerCollator", "NonFiniteLossError", "TrainingResult", "TrainingSettings", "train"]
+__all__ = ["AnswerCollator", "NonFiniteLossError", "TrainingResult", "train"]
 
 _IGNORED = -100  # the label that torch's cross entropy leaves out
 
 
 class NonFiniteLossError(RuntimeError):
     """The training loss became NaN or infinite."""
-
-
-@dataclass(frozen=True)
-class TrainingSettings:
-    """How to train. ``batch_size`` counts sequences per device and accumulation step; ``rounding`` is that of weights
-    which train in bfloat16 or float16 themselves (mode full): dithered keeps small steps, nearest loses them."""
-
-    learning_rate: float = 2e-4
-    max_steps: int = 100
-    batch_size: int = 8
-    gradient_accumulation: int = 1
-    warmup_fraction: float = 0.1
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    gradient_checkpointing: str = "none"  # none | reentrant | non_reentrant
-    rounding: str = "dithered"
-    seed: int = 0
-
-    @property
-    def examples_needed(self) -> int:
-        """Examples that ``max_steps`` steps consume on one device."""
-        return self.max_steps * self.batch_size * self.gradient_accumulation
-
-    def check(self) -> None:
-        """Refuses settings that cannot train.
-
-        Raises:
-            UserError: naming all such settings.
-        """
-        problems = []
-        for name in ("max_steps", "batch_size", "gradient_accumulation"):
-            if getattr(self, name) < 1:
-                problems.append(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        if not 0 < self.learning_rate < 10:
-            problems.append(f"learning_rate is {self.learning_rate}; it must be above 0 (typical: 1e-4 to 5e-4).")
-        if not 0 <= self.warmup_fraction < 1:
-            problems.append(f"warmup_fraction is {self.warmup_fraction}; it must lie in [0, 1).")
-        if self.gradient_checkpointing not in ("none", "reentrant", "non_reentrant"):
-            problems.append(
-                f"gradient_checkpointing is '{self.gradient_checkpointing}'; choose none, reentrant or non_reentrant."
-            )
-        if problems:
-            raise UserError(" ".join(problems))
 
 
 @dataclass
@@ -166,7 +125,7 @@ def train(
     check_ids((max(example.input_ids) for example in examples), model.get_input_embeddings().weight.shape[0])
     device = next(model.parameters()).device
     watch = _Watch(settings, progress)
-    if settings.gradient_checkpointing != "none":
+    if settings.gradient_checkpointing is not None:
         model.enable_input_require_grads()  # reentrant checkpoints need an input that requires a gradient
     trainer = _Trainer(
         model=model,
@@ -193,7 +152,7 @@ def train(
     finally:
         progress.stop()
         model.config.use_cache = use_cache
-        if settings.gradient_checkpointing != "none":
+        if settings.gradient_checkpointing is not None:
             model.activation_checkpointing_disable()
             model.disable_input_require_grads()
         model.eval()
@@ -250,7 +209,7 @@ def _arguments(settings: TrainingSettings, output_dir: str | Path, device: torch
         max_grad_norm=settings.max_grad_norm,
         seed=settings.seed,
         use_cpu=device.type == "cpu",
-        activation_checkpointing=checkpointing != "none",
+        activation_checkpointing=checkpointing is not None,
         activation_checkpointing_kwargs={"use_reentrant": checkpointing == "reentrant"},
         # Sequences of like length share a batch, so that little is spent on padding.
         train_sampling_strategy="group_by_length",
@@ -333,7 +292,7 @@ class _Watch(TrainerCallback):
 def _protocol(settings: TrainingSettings, model, rows: list[dict[str, Any]], device: torch.device) -> dict[str, Any]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return {
-        **asdict(settings),
+        **part_of(TrainingSettings, settings),
         "n_examples": len(rows),
         "max_seq_len_seen": max(len(row["input_ids"]) for row in rows),
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),

@@ -8,12 +8,13 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 
 from sparse_ft.environment import arithmetic_variables, one_process
-from sparse_ft.evaluation import EvaluationSettings, evaluate
+from sparse_ft.evaluation import ScoringSettings, evaluate
 from sparse_ft.models.loading import load_model, load_tokenizer
+from sparse_ft.settings.training import TrainingSettings
 from sparse_ft.tasks.definitions import load_task
 from sparse_ft.tasks.examples import Example
 from sparse_ft.tasks.made import made_data_dir
-from sparse_ft.training import TrainingSettings, train
+from sparse_ft.training import train
 
 LEFT = [
     {"PMI_SIZE": "4"},
@@ -50,7 +51,7 @@ def test_training_is_the_same_whatever_a_launcher_left(variables, tiny_model, tm
 
 @pytest.mark.parametrize("variables", LEFT, ids=lambda variables: next(iter(variables)))
 def test_scores_are_the_same_whatever_a_launcher_left(variables, tiny_model, monkeypatch):
-    settings = EvaluationSettings(limit=4, perplexity_tokens=128, perplexity_seq_len=64)
+    settings = ScoringSettings(eval_limit=4, perplexity_tokens=128, perplexity_seq_len=64)
 
     def scored():
         model = load_model(tiny_model("tiny-llama"), "float32", "cpu")

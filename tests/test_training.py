@@ -7,8 +7,9 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from sparse_ft.errors import UserError
 from sparse_ft.progress import Progress
+from sparse_ft.settings.training import TrainingSettings
 from sparse_ft.tasks.examples import Example
-from sparse_ft.training import AnswerCollator, NonFiniteLossError, TrainingSettings, _arguments, train
+from sparse_ft.training import AnswerCollator, NonFiniteLossError, _arguments, train
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +91,7 @@ def test_accumulation_equals_one_large_batch(folder, examples, tmp_path):
 @pytest.mark.parametrize("kind", ["reentrant", "non_reentrant"])
 def test_checkpointing_changes_no_number(folder, examples, tmp_path, kind):
     curves = []
-    for checkpointing in ("none", kind):
+    for checkpointing in (None, kind):
         model = AutoModelForCausalLM.from_pretrained(folder)
         settings = TrainingSettings(learning_rate=1e-2, max_steps=3, batch_size=4, gradient_checkpointing=checkpointing)
         curves.append(train(model, examples, settings, tmp_path).loss_curve)

@@ -12,6 +12,8 @@ import numpy as np
 import pandas as pd
 
 from sparse_ft.errors import UserError
+from sparse_ft.settings.cell import CellConfig
+from sparse_ft.settings.field import named
 from sparse_ft.settings.modes import DENSE
 
 __all__ = [
@@ -57,7 +59,7 @@ EVALUATION_PROTOCOL = (
     "perplexity_corpus", "perplexity_seq_len", "perplexity_tokens",
 )  # fmt: skip
 # Parameters of runs that no result depends on.
-_INCIDENTAL = {"output_dir", "register_as", "keep", "keep_samples"}
+_INCIDENTAL = named(CellConfig, result=False)
 # Names that say nothing by themselves: a run that says what was behind them (``identity/...``) is told by that.
 _BEHIND = {
     "data_dir": "scored_data", "device": "device", "dtype": "dtype", "masks": "versions", "num_fewshot": "num_fewshot",

@@ -138,13 +138,13 @@ def classify(error: BaseException) -> Failure:
     return Failure(_kind(error), message, text)
 
 
-def parse_retry(text: str) -> frozenset[str]:
+def parse_retry(text: str | None) -> frozenset[str]:
     """Failure classes as people write them: ``none``, ``bug``, ``bug,validation_failed`` or ``[bug]``.
 
     Raises:
         UserError: there is no such class.
     """
-    names = [name for name in re.split(r"[\s,\[\]'\"]+", text) if name and name != "none"]
+    names = [name for name in re.split(r"[\s,\[\]'\"]+", text or "") if name and name != "none"]
     known = RETRIED | SETTLED
     for name in names:
         if name not in known:

@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import sparse_ft
-from sparse_ft.cell.pruning import pruning_settings
-from sparse_ft.cell.settings import target_names
 from sparse_ft.cell.workbench import Workbench
 from sparse_ft.errors import ModelUnavailableError, UserError
-from sparse_ft.levels import parse_levels
 from sparse_ft.models.loading import resolve_device, resolve_dtype
 from sparse_ft.settings.cell import CellConfig
 from sparse_ft.settings.commands import MaskConfig
+from sparse_ft.settings.field import named, plain_values
+from sparse_ft.settings.scoring import CORPORA
 
 __all__ = [
     "IdentityError",
@@ -36,11 +35,8 @@ __all__ = [
     "versions",
 ]
 
-# Fields whose names say nothing: what they stand for is in the identity.
-_NAMES = ("model", "data_dir", "masks", "device", "dtype", "num_fewshot", "perplexity_corpus", "force")
 _PLACE = ("dtype", "device")  # of whoever runs the cell, not of whoever plans it
 _LIBRARIES = ("torch", "transformers", "peft", "lm_eval")
-_CORPORA = ("task", "wikitext2")
 
 
 class IdentityError(ModelUnavailableError):
@@ -58,14 +54,13 @@ def cell_identity(cell: CellConfig, bench: Workbench) -> dict[str, str]:
     Raises:
         UserError: a model, a task, a mask file or a text that cannot be had.
     """
-    shots = None if cell.num_fewshot == "none" else int(cell.num_fewshot)
-    task = bench.task(cell.task, cell.data_dir, shots)
+    task = bench.task(cell.task, cell.data_dir, cell.num_fewshot)
     device = resolve_device(cell.device)
-    found = {**bench.model_digests(cell.model), **bench.data_digests(cell.task, cell.data_dir, shots)}
+    found = {**bench.model_digests(cell.model), **bench.data_digests(cell.task, cell.data_dir, cell.num_fewshot)}
     found["num_fewshot"] = str(task.config.num_fewshot or 0)
     if cell.perplexity_tokens != 0:
         found["perplexity_text"] = _text(cell.perplexity_corpus)
-    if cell.pruned and cell.masks != "none":
+    if cell.pruned and cell.masks is not None:
         found["masks"] = bench.given_masks(cell.masks)
     found |= {"dtype": str(resolve_dtype(cell.dtype, device)).removeprefix("torch."), "device": device.type}
     return found | {"versions": versions()}
@@ -88,9 +83,8 @@ def check_identity(planned: Mapping[str, str], here: Mapping[str, str], where: s
 
 def cell_key(cell: CellConfig, identity: Mapping[str, str], mask_checksum: str = "") -> str:
     """Identity of a result: SHA-256 (16 hex digits) over the cell's settings, what its names stand for, its masks."""
-    settings = {name: value for name, value in cell.canonical().items() if name not in _NAMES}
-    if targets := target_names(cell.target_modules):
-        settings["target_modules"] = ",".join(targets)
+    names = named(CellConfig, named=True)  # what they stand for is in the identity
+    settings = {name: value for name, value in cell.canonical().items() if name not in names}
     if identity.get("dtype") == "float32":
         settings.pop("rounding")  # nothing is rounded
     if cell.perplexity_tokens == 0:
@@ -104,13 +98,11 @@ def mask_key(config: MaskConfig, bench: Workbench) -> str:
     Raises:
         UserError: a model or calibration text that cannot be had.
     """
-    settings = pruning_settings(config)
-    names = ("model", "task", "data_dir", "output_dir", "device", "dtype", "force", "shrink", "sparsities")
-    values: dict[str, Any] = {name: value for name, value in vars(config).items() if name not in names}
-    values["levels"] = list(parse_levels(config.sparsities))
+    said = plain_values(config)
+    values = {name: said[name] for name in named(MaskConfig, masks=True)} | {"levels": list(config.levels)}
     model = bench.model_digests(config.model)
     behind = {"weights": model["weights"], "model_config": model["model_config"], "versions": sparse_ft.__version__}
-    if settings.needs_calibration:
+    if config.needs_calibration:
         device = resolve_device(config.device)
         behind |= {"tokenizer": model["tokenizer"], "task": config.task, "versions": versions(), "device": device.type}
         behind["dtype"] = str(resolve_dtype(config.dtype, device))
@@ -154,7 +146,7 @@ def _owners(cell: CellConfig, name: str) -> Iterator[str]:
     if name in ("weights", "model_config", "tokenizer"):
         yield f"model {cell.model}"
     elif name.endswith("_data"):
-        yield f"data of {cell.task} ({cell.data_dir})"
+        yield f"data of {cell.task} ({cell.data_dir or 'none'})"
     elif name == "perplexity_text":
         yield f"text {cell.perplexity_corpus}"
     elif name == "masks":
@@ -164,7 +156,7 @@ def _owners(cell: CellConfig, name: str) -> Iterator[str]:
 
 
 def _text(corpus: str) -> str:
-    if corpus in _CORPORA:
+    if corpus in CORPORA:
         return corpus
     path = Path(corpus).expanduser()
     if not path.is_file():

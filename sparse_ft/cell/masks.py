@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from sparse_ft.cell.pruning import pruning_settings
 from sparse_ft.cell.workbench import Workbench
 from sparse_ft.errors import UserError
 from sparse_ft.files import write_json
@@ -18,9 +17,9 @@ from sparse_ft.models.checkpoint import Checkpoint
 from sparse_ft.models.loading import resolve_device
 from sparse_ft.models.opening import open_checkpoint
 from sparse_ft.models.tokenizers import embedding_rows
+from sparse_ft.pruning.calibration import Calibration
 from sparse_ft.pruning.generator import MaskGenerator
 from sparse_ft.pruning.output import MaskFile
-from sparse_ft.pruning.settings import Calibration
 from sparse_ft.pruning.shrink import shrink_checkpoint
 from sparse_ft.settings.cell import CellConfig
 from sparse_ft.settings.commands import MaskConfig
@@ -65,31 +64,28 @@ def check_mask_set(config: MaskConfig, bench: Workbench) -> None:
     Raises:
         UserError: they are not; all that is wrong with the parameters is said at once, before the model is looked for.
     """
-    problems = [] if 0 <= config.seed < 2**32 else [f"seed is {config.seed}; it must lie between 0 and {2**32 - 1}."]
-    for check in (lambda: pruning_settings(config).check(), lambda: resolve_device(config.device)):
-        try:
-            check()
-        except UserError as error:
-            problems.append(str(error))
+    problems = list(config.problems())
+    try:
+        resolve_device(config.device)
+    except UserError as error:
+        problems.append(str(error))
     if problems:
         raise UserError(" ".join(problems))
     _generator(config, bench)
 
 
 def _generator(config: MaskConfig, bench: Workbench) -> MaskGenerator:
-    settings = pruning_settings(config)
-    settings.check()
-    settings = replace(settings, device=str(resolve_device(config.device)))
+    config.check()
     checkpoint = bench.checkpoint(config.model)
     calibration = None
-    if settings.needs_calibration:
+    if config.needs_calibration:
         task, tokenizer = bench.task(config.task, config.data_dir), bench.tokenizer(config.model)
         samples, length = config.calibration_samples, config.calibration_seq_len
         tokens = calibration_tokens(task, tokenizer, samples, length, config.seed)
         check_ids(tokens.flatten().tolist(), embedding_rows(checkpoint.folder))
         about = {"task": config.task, "samples": samples, "length": length, "seed": config.seed}
         calibration = Calibration(tokens, about)
-    return MaskGenerator(checkpoint.folder, settings, calibration, config.model, bench.progress)
+    return MaskGenerator(checkpoint.folder, config, calibration, config.model, bench.progress)
 
 
 def check_given(cell: CellConfig, bench: Workbench) -> None:
@@ -179,7 +175,7 @@ def _described(about: Mapping[str, Any]) -> dict[str, Any]:
     blank, calibration = MaskConfig(), about.get("calibration") or {}
     described = {key: about[key] for key in ("method", "importance", "scope") if key in about}
     if described.get("method") == "random":
-        described.update(importance="none", scope="none")
+        described.update(importance=None, scope=None)
     return described | {
         "pattern": about.get("pattern", blank.pattern),
         "allocation": about.get("allocation", blank.allocation),

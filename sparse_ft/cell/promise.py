@@ -6,7 +6,6 @@ from pathlib import Path
 
 from sparse_ft.cell.failures import ValidationFailedError
 from sparse_ft.cell.result import CellResult
-from sparse_ft.cell.settings import lora_settings
 from sparse_ft.files import write_json
 from sparse_ft.masks.mask_set import MaskSet
 from sparse_ft.models.checkpoint import Checkpoint
@@ -51,7 +50,7 @@ def check_promise(
         merged,
         MaskSet.all_kept(start.prunable_shapes()) if masks is None else masks,
         base=start.folder if mode.lora else None,
-        target_modules=lora_settings(cell).target_modules,
+        target_modules=cell.target_modules,
         progress=progress,
     )
     violations = base_violations if mode.loses_zeros else validation.violations

@@ -101,7 +101,7 @@ def _masks(tracker: Tracker, run: Run, cell: CellConfig, scratch: Path) -> MaskF
     checksum = run["tags"].get("mask_checksum")
     if checksum is None:
         return None
-    if cell.masks != "none" and Path(cell.masks).is_file():
+    if cell.masks is not None and Path(cell.masks).is_file():
         given = mask_file(cell.masks).file
         if given.checksum == checksum:
             return given

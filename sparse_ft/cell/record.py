@@ -13,6 +13,7 @@ from sparse_ft.masks.statistics import block_sparsities
 from sparse_ft.pruning.output import MaskFile
 from sparse_ft.settings.cell import CellConfig
 from sparse_ft.settings.commands import MaskConfig
+from sparse_ft.settings.field import plain_values
 from sparse_ft.tracking.parameters import flatten_config
 from sparse_ft.tracking.runs import Tracker
 
@@ -79,7 +80,7 @@ def recorded(tracker: Tracker, run_id: str) -> Iterator[None]:
 
 def log_mask_inputs(tracker: Tracker, run_id: str, config: MaskConfig) -> None:
     """The mask configuration, as parameters ``cfg/...`` and as ``config.yaml``."""
-    values = {key: value for key, value in vars(config).items() if key != "output_dir"}
+    values = {key: value for key, value in plain_values(config).items() if key != "output_dir"}
     tracker.log(run_id, params=flatten_config(values))
     tracker.log_dict(run_id, values, "config.yaml")
 

@@ -12,7 +12,6 @@ from sparse_ft.cell.merge_cost import NO_WEIGHT_MOVED, merge_warning, weights_mo
 from sparse_ft.cell.promise import check_promise
 from sparse_ft.cell.result import CellResult
 from sparse_ft.cell.scores import Scores
-from sparse_ft.cell.settings import check_cell, count, lora_settings, training_settings
 from sparse_ft.cell.trainer import LOCAL, UNWATCHED, Trained, Trainer, Training, Watch
 from sparse_ft.cell.workbench import Workbench
 from sparse_ft.errors import UserError
@@ -63,17 +62,16 @@ def run_cell(
     result, clock, mode = CellResult(), Clock(), MODES[cell.mode]
     folder.mkdir(parents=True, exist_ok=True)
     with clock("load"):
-        check_cell(cell)
+        cell.check()
         if missing := trainer.missing():
             raise UserError(" | ".join(missing))
         checkpoint, tokenizer = bench.checkpoint(cell.model), bench.tokenizer(cell.model)
         trainer.check(cell, checkpoint)
         result.tags.update(bench.identity(cell.model))
-        task = bench.task(cell.task, cell.data_dir, count(cell.num_fewshot))
+        task = bench.task(cell.task, cell.data_dir, cell.num_fewshot)
         start = checkpoint if mask_file is None or mask_file.checkpoint is None else Checkpoint(mask_file.checkpoint)
         masks = _masks(mask_file, start, checkpoint, warn_foreign, result)
-        needed = training_settings(cell).examples_needed
-        examples = training_examples(task, tokenizer, cell.max_seq_len, needed, cell.seed)
+        examples = training_examples(task, tokenizer, cell.max_seq_len, cell.examples_needed, cell.seed)
     scores = Scores(cell, name or cell.title, bench, tokenizer, task, folder)
 
     with clock("load"), bench.borrow(cell) as model:
@@ -94,7 +92,7 @@ def run_cell(
         )  # fmt: skip
         trained = trainer.train(training)
         with clock("merge"):
-            targets = lora_settings(cell).target_modules if mode.lora else None
+            targets = cell.target_modules if mode.lora else None
             moved = weights_moved(trained.model, start, masks, targets)
             result.metrics["train/weights_moved"] = moved
             if moved == 0:
@@ -118,7 +116,7 @@ def run_cell(
             with clock("eval_remasked"):
                 remask(trained.model, masks)
                 result.add_scores(scores(trained.model, "score re-masked").metrics, "_remasked")
-    if cell.keep == "all" or cell.register_as != "none":
+    if cell.keep == "all" or cell.register_as is not None:
         result.merged = training.target
     else:
         shutil.rmtree(training.target)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,14 @@ import torch
 from transformers import PreTrainedModel
 
 from sparse_ft.cell.identity import cell_identity, untuned_key
-from sparse_ft.cell.settings import evaluation_settings
 from sparse_ft.cell.workbench import Workbench
 from sparse_ft.evaluation import Evaluation, answer_loss, evaluate
 from sparse_ft.files import write_text
 from sparse_ft.models.checkpoint import Checkpoint
 from sparse_ft.progress import Progress
 from sparse_ft.settings.cell import CellConfig
+from sparse_ft.settings.field import part_of
+from sparse_ft.settings.scoring import ScoringSettings
 
 __all__ = ["Scores"]
 
@@ -40,7 +41,6 @@ class Scores:
     def __init__(self, cell: CellConfig, name: str, bench: Workbench, tokenizer, task, folder: Path):
         self._cell, self._name, self._bench, self._tokenizer, self._task = cell, name, bench, tokenizer, task
         self._samples = folder / "samples"
-        self._settings = evaluation_settings(cell)
         self.protocol: dict[str, Any] = {}
         self.written: list[Path] = []
 
@@ -51,7 +51,7 @@ class Scores:
             NonFiniteScoresError: the model gives NaN or infinite logits.
         """
         progress = _Staged(self._bench.progress, stage)
-        evaluation = evaluate(model, self._tokenizer, self._task, replace(self._settings, **changes), progress)
+        evaluation = evaluate(model, self._tokenizer, self._task, replace(self._cell, **changes), progress)
         self.protocol = evaluation.protocol
         if evaluation.samples:
             lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in evaluation.samples)
@@ -61,7 +61,7 @@ class Scores:
     def answers(self, model: torch.nn.Module) -> dict[str, float]:
         """The loss on the right answers alone."""
         progress = _Staged(self._bench.progress, "score adapter")
-        return answer_loss(model, self._tokenizer, self._task, self._settings, progress)
+        return answer_loss(model, self._tokenizer, self._task, self._cell, progress)
 
     def untuned(self, model: PreTrainedModel, start: Checkpoint, checksum: str) -> tuple[str, Evaluation]:
         """The scores before training, and the name of the cell that measured them.
@@ -71,7 +71,7 @@ class Scores:
             checksum: of the masks; empty where they leave the model as it is.
         """
         identity = cell_identity(self._cell, self._bench)
-        key = untuned_key(self._cell, identity, start.fingerprint, checksum, asdict(self._settings))
+        key = untuned_key(self._cell, identity, start.fingerprint, checksum, part_of(ScoringSettings, self._cell))
         return self._bench.untuned(key, self._name, lambda: self(model, "score untuned"))
 
 

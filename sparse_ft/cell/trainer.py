@@ -15,10 +15,9 @@ from sparse_ft.cell.clock import Clock
 from sparse_ft.cell.early_stopping import Judge, Rungs
 from sparse_ft.cell.result import CellResult
 from sparse_ft.cell.scores import Scores
-from sparse_ft.cell.settings import lora_settings, training_settings
-from sparse_ft.lora.config import chosen_projections
 from sparse_ft.lora.merge import merge_all_lora_weights
 from sparse_ft.lora.model import apply_sparse_lora, validate_sparsity_preserved
+from sparse_ft.lora.projections import chosen_projections
 from sparse_ft.masks.mask_set import MaskSet
 from sparse_ft.models.checkpoint import Checkpoint
 from sparse_ft.models.loading import save_model, saved_tokenizer
@@ -143,7 +142,7 @@ class LocalTrainer:
     def check(self, cell: CellConfig, checkpoint: Checkpoint) -> None:
         """Refuses projections that the model does not have, and adapters that experts cannot take."""
         if MODES[cell.mode].lora:
-            chosen_projections(lora_settings(cell), checkpoint.config, checkpoint.prunable)
+            chosen_projections(cell, checkpoint.config, checkpoint.prunable)
 
     def missing(self) -> list[str]:
         """Nothing: whatever runs cells can train them."""
@@ -160,13 +159,13 @@ class LocalTrainer:
         clock, scores, result = training.clock, training.scores, training.result
         with clock("train"):
             torch.manual_seed(cell.seed)
-            adapted = apply_sparse_lora(training.model, lora_settings(cell), cell.mode, masks, cell.seed)
+            adapted = apply_sparse_lora(training.model, cell, cell.mode, masks, cell.seed)
             judge = training.watch.judge
             rungs = Rungs(judge, adapted, scores, clock) if judge is not None and judge.rungs else None
             trained = train(
                 adapted,
                 training.examples,
-                training_settings(cell),
+                cell,
                 training.folder / "trainer",
                 training.tokenizer.pad_token_id,
                 progress=training.progress,

@@ -97,7 +97,7 @@ class Workbench:
             }
         return self._digests[name]
 
-    def data_digests(self, name: str, data_dir: str, num_fewshot: int | None = None) -> dict[str, str]:
+    def data_digests(self, name: str, data_dir: str | None, num_fewshot: int | None = None) -> dict[str, str]:
         """See `sparse_ft.tasks.digests.data_digests`."""
         key = (name, data_dir, num_fewshot)
         if key not in self._rows:
@@ -129,7 +129,7 @@ class Workbench:
             self._tokenizers[name] = load_tokenizer(folder)
         return self._tokenizers[name]
 
-    def task(self, name: str, data_dir: str, num_fewshot: int | None = None) -> Any:
+    def task(self, name: str, data_dir: str | None, num_fewshot: int | None = None) -> Any:
         """The lm-eval task over its rows.
 
         Raises:
@@ -138,7 +138,7 @@ class Workbench:
         key = (name, data_dir, num_fewshot)
         if key not in self._tasks:
             try:
-                rows = made_data_dir() if data_dir == MADE else None if data_dir == "none" else data_dir
+                rows = made_data_dir() if data_dir == MADE else data_dir
                 self._tasks[key] = load_task(name, rows, num_fewshot, progress=self.progress)
             except UserError as error:
                 raise DataMissingError(str(error)) from error

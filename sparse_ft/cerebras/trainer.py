@@ -12,7 +12,6 @@ from typing import Any
 
 import yaml
 
-from sparse_ft.cell.settings import lora_settings
 from sparse_ft.cell.trainer import Trained, Training, Watch
 from sparse_ft.cerebras.checkpoint import LoraPlan, merge_checkpoint, write_start_checkpoint
 from sparse_ft.cerebras.config import Cluster, TrainerPlan, create_sparse_config, write_config
@@ -59,13 +58,13 @@ class CerebrasSettings:
     cluster: Cluster = field(default_factory=Cluster)
 
 
-def load_settings(path: str | Path = "none") -> CerebrasSettings:
-    """Settings from a YAML file with the fields of `CerebrasSettings`; ``none`` gives the defaults.
+def load_settings(path: str | Path | None = None) -> CerebrasSettings:
+    """Settings from a YAML file with the fields of `CerebrasSettings`; None gives the defaults.
 
     Raises:
         UserError: no such file, or a field that does not exist.
     """
-    if str(path) == "none":
+    if path is None:
         return CerebrasSettings()
     try:
         content = load_yaml(Path(path).read_text(encoding="utf-8")) or {}
@@ -88,14 +87,13 @@ def trainer_plan(cell: CellConfig, config: Mapping[str, Any], device: str, clust
     """
     if cell.lora_dropout and MODES[cell.mode].lora:
         raise UserError("lora_dropout must be 0 on a Cerebras: the masked update is part of the weight.")
-    settings = lora_settings(cell)
     return TrainerPlan(
         max_steps=cell.max_steps,
         batch_size=cell.batch_size * cell.gradient_accumulation,
         learning_rate=cell.learning_rate,
         warmup_fraction=cell.warmup_fraction,
         weight_decay=cell.weight_decay,
-        lora=LoraPlan.of(config, settings.r, settings.alpha, settings.target_modules),
+        lora=LoraPlan.of(config, cell.lora_r, cell.lora_alpha, cell.target_modules),
         seed=cell.seed,
         device=device,
         cluster=cluster,

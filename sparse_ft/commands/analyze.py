@@ -9,6 +9,7 @@ from sparse_ft.analysis.write import write_analysis
 from sparse_ft.errors import UserError
 from sparse_ft.progress import shown_progress
 from sparse_ft.settings.commands import AnalyzeConfig
+from sparse_ft.settings.field import plain_values
 from sparse_ft.study.report import in_milliseconds, study_console, write_curve_runs
 from sparse_ft.tracking.parameters import flatten_config
 from sparse_ft.tracking.runs import Tracker
@@ -18,9 +19,9 @@ __all__ = ["analyze"]
 
 def analyze(config: AnalyzeConfig) -> int:
     """Writes tables, figures and curve runs for a study or an experiment, as a run of its own. Returns 0."""
-    if config.parent_run_id == config.experiment == "none":
+    if config.parent_run_id is None and config.experiment is None:
         raise UserError("Nothing to analyze: give parent_run_id (a study's run) or experiment (a name).")
-    if config.parent_run_id != "none":
+    if config.parent_run_id is not None:
         tracker = Tracker.reading(run_id=config.parent_run_id)
         parent, found = config.parent_run_id, tracker.run(config.parent_run_id)
         if found["tags"].get("kind") != "study":
@@ -33,12 +34,12 @@ def analyze(config: AnalyzeConfig) -> int:
     rows = in_milliseconds(runs)
     run_id = tracker.start(f"analysis {title}", {"kind": "analysis"})
     with tracker.ending(run_id):
-        tracker.log(run_id, params=flatten_config(config))
+        tracker.log(run_id, params=flatten_config(plain_values(config)))
         folder = Path(config.output_dir)
         result = write_analysis(
             rows,
             folder,
-            baseline=None if config.baseline == "none" else config.baseline,
+            baseline=config.baseline,
             title=title,
             progress=shown_progress(),
         )

@@ -12,10 +12,8 @@ from sparse_ft.cell.masks import check_mask_set, make_masks, mask_file
 from sparse_ft.cell.record import log_cell_inputs, log_cell_result, log_mask_files, mask_tags, recorded
 from sparse_ft.cell.register import register_cell
 from sparse_ft.cell.run import run_cell
-from sparse_ft.cell.settings import check_cell
 from sparse_ft.cell.trainer import LOCAL
 from sparse_ft.cell.workbench import Workbench
-from sparse_ft.levels import levels_text
 from sparse_ft.models.loading import resolve_device
 from sparse_ft.progress import shown_progress
 from sparse_ft.settings.cell import CellConfig, mask_set_of
@@ -35,10 +33,10 @@ def train(config: CellConfig) -> int:
     """
     bench = Workbench(shown_progress())
     given = None
-    if config.pruned and config.masks != "none":
+    if config.pruned and config.masks is not None:
         given = mask_file(config.masks)
         config = replace(config, **given.described)
-    check_cell(config)
+    config.check()
     resolve_device(config.device)  # one that is not here makes no run
     checkpoint = bench.checkpoint(config.model)
     checkpoint.prunable_shapes()
@@ -46,7 +44,7 @@ def train(config: CellConfig) -> int:
     check_examples(config, bench)
     kind = mask_set_of(config)
     if kind is not None:
-        kind = replace(kind, sparsities=levels_text([config.sparsity]))
+        kind = replace(kind, sparsities=(config.sparsity,))
         check_mask_set(kind, bench)
 
     identity = cell_identity(config, bench)
@@ -63,7 +61,7 @@ def train(config: CellConfig) -> int:
         result = run_cell(config, masks, bench, folder, warn_foreign=True)
         log_cell_result(tracker, run_id, result)
         address = None
-        if config.register_as != "none":
+        if config.register_as is not None:
             address = register_cell(tracker, run_id, config, result, bench.progress)
     if "warning" in result.tags:
         print(f"train: warning: {result.tags['warning']}", file=sys.stderr)

@@ -27,7 +27,7 @@ def validate(config: ValidateConfig) -> int:
             folder = resolve_model(config.checkpoint, tracker.uri, scratch)
         validation = validate_checkpoint(folder, masks, config.tolerance, shown_progress())
     report = validation.to_dict() | {"checkpoint": config.checkpoint}
-    if config.report != "none":
+    if config.report is not None:
         write_json(config.report, report)
     run_id = tracker.start(f"validate {Path(config.checkpoint).name}", {"kind": "validation"})
     with tracker.ending(run_id):

@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from sparse_ft.evaluation.prepared import prepared
 from sparse_ft.evaluation.scorer import Scorer
-from sparse_ft.evaluation.scores import EvaluationSettings
 from sparse_ft.evaluation.standard_errors import ratio_standard_error
 from sparse_ft.progress import SILENT, Progress
+from sparse_ft.settings.scoring import ScoringSettings
 from sparse_ft.tasks.examples import gold_continuation, gold_index
 
 __all__ = ["answer_loss"]
@@ -23,7 +23,7 @@ def answer_loss(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
-    settings: EvaluationSettings | None = None,
+    settings: ScoringSettings | None = None,
     progress: Progress = SILENT,
 ) -> dict[str, float]:
     """``loss`` and ``loss_stderr`` as `evaluate` measures them, on the same questions, from the right answers alone.
@@ -37,13 +37,13 @@ def answer_loss(
     Returns:
         nothing for tasks without right answers (rolling log-likelihoods).
     """
-    settings = settings or EvaluationSettings()
+    settings = settings or ScoringSettings()
     if task.OUTPUT_TYPE == "loglikelihood_rolling":
         return {}
     with prepared(model, task, settings.num_fewshot):
-        scorer = Scorer(model, tokenizer, settings.batch_size, progress)
+        scorer = Scorer(model, tokenizer, settings.eval_batch_size, progress)
         scorer.stage = f"answer loss {task.config.task}"
-        task.build_all_requests(limit=settings.limit, rank=0, world_size=1)
+        task.build_all_requests(limit=settings.eval_limit, rank=0, world_size=1)
         pairs: dict[int, tuple[str, str]] = {}
         for request in task.instances:
             if task.OUTPUT_TYPE == "generate_until":

@@ -17,60 +17,21 @@ from lm_eval.defaults import DEFAULT_OTHER_SEED
 from transformers import PreTrainedTokenizerBase
 
 from sparse_ft.environment import arithmetic_variables, one_process
-from sparse_ft.errors import UserError
 from sparse_ft.evaluation.finite import check_metrics, finite
 from sparse_ft.evaluation.perplexity import corpus_texts, perplexity
 from sparse_ft.evaluation.prepared import prepared
 from sparse_ft.evaluation.scorer import Scorer
 from sparse_ft.evaluation.standard_errors import ratio_standard_error
 from sparse_ft.progress import SILENT, Progress
+from sparse_ft.settings.scoring import ScoringSettings
 from sparse_ft.tasks.definitions import task_protocol
 from sparse_ft.tasks.examples import gold_continuation, gold_index
 
-__all__ = ["Evaluation", "EvaluationSettings", "evaluate"]
+__all__ = ["Evaluation", "evaluate"]
 
 # Which of a task's metrics is called "accuracy": the first of these it has. acc_norm is what papers give
 # for HellaSwag and ARC, strict exact match for GSM8K.
 _HEADLINES = ("acc_norm", "acc", "exact_match_strict_match", "exact_match")
-
-
-@dataclass
-class EvaluationSettings:
-    """How much is scored, and how.
-
-    Args:
-        limit: Score only the first so many questions; null for all.
-        num_fewshot: Examples before each question; null for the task's own number (GSM8K 5, others 0).
-        batch_size: Sequences at once, or auto.
-        perplexity_tokens: Tokens of held-out text for the perplexity; 0 for none, null for all.
-        perplexity_seq_len: Tokens of a window of that text.
-        perplexity_corpus: task (the task's held-out texts), wikitext2 (from the hub), or a text file.
-        share_contexts: Read the answers to one question (HellaSwag's four endings) after one context. About
-            half the work there; log-likelihoods then differ from lm-eval's in the last digits.
-        keep_samples: Keep what the model answered to every question.
-    """
-
-    limit: int | None = None
-    num_fewshot: int | None = None
-    batch_size: int | str = "auto"
-    perplexity_tokens: int | None = 16384
-    perplexity_seq_len: int = 512
-    perplexity_corpus: str = "task"
-    share_contexts: bool = False
-    keep_samples: bool = False
-
-    def check(self) -> None:
-        """Raises UserError (one line) that names all values out of range."""
-        rules = [
-            ("limit", self.limit is None or self.limit >= 1, "1 or more, or null"),
-            ("batch_size", _is_batch_size(self.batch_size), "auto, or 1 or more"),
-            ("perplexity_tokens", self.perplexity_tokens is None or self.perplexity_tokens >= 0, "0 or more"),
-            ("perplexity_seq_len", self.perplexity_seq_len >= 2, "2 or more"),
-        ]
-        wrong = [(name, expected) for name, holds, expected in rules if not holds]
-        if wrong:
-            said = (f"{name} is {getattr(self, name)!r}; it must be {expected}" for name, expected in wrong)
-            raise UserError(". ".join(said))
 
 
 @dataclass(frozen=True)
@@ -98,7 +59,7 @@ def evaluate(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
-    settings: EvaluationSettings | None = None,
+    settings: ScoringSettings | None = None,
     progress: Progress = SILENT,
 ) -> Evaluation:
     """Scores ``model`` on ``task`` with lm-eval, as its command line would score the saved checkpoint.
@@ -114,22 +75,22 @@ def evaluate(
         model: a causal language model (or a PeftModel of one); its train/eval mode is left as it was.
         tokenizer: its tokenizer, not changed.
         task: from :func:`sparse_ft.tasks.definitions.load_task`.
-        settings: see `EvaluationSettings`.
+        settings: see `ScoringSettings`.
         progress: told the requests done.
 
     Raises:
         UserError: a setting is out of range, or the perplexity corpus cannot be had.
         NonFiniteScoresError: the model's logits, or a score, are NaN or infinite, or above every float.
     """
-    settings = settings or EvaluationSettings()
+    settings = settings or ScoringSettings()
     settings.check()
     name = task.config.task
     corpus, texts = corpus_texts(settings.perplexity_corpus, task)
     with prepared(model, task, settings.num_fewshot):
-        scorer = Scorer(model, tokenizer, settings.batch_size, progress, settings.share_contexts)
+        scorer = Scorer(model, tokenizer, settings.eval_batch_size, progress, settings.share_contexts)
         scorer.stage = f"scoring {name}"
         with finite(name):
-            results = lm_eval.evaluator.evaluate(scorer, {"tasks": {name: task}}, limit=settings.limit)
+            results = lm_eval.evaluator.evaluate(scorer, {"tasks": {name: task}}, limit=settings.eval_limit)
         # One record per filter; each filter sees the same answers.
         every = results["samples"][name]
         samples = [sample for sample in every if sample["filter"] == every[0]["filter"]]
@@ -146,7 +107,7 @@ def evaluate(
                 metrics["accuracy_stderr"] = metrics[f"{headline}_stderr"]
         protocol = {
             **task_protocol(task),
-            "limit": settings.limit,
+            "limit": settings.eval_limit,
             "samples": len(samples),
             "questions_sha256": _questions(samples),
             "accuracy_metric": headline,
@@ -163,7 +124,7 @@ def evaluate(
             **arithmetic_variables(),
         }
         if settings.perplexity_tokens != 0:
-            rows = None if settings.batch_size == "auto" else int(settings.batch_size)
+            rows = None if settings.eval_batch_size == "auto" else settings.eval_batch_size
             found = perplexity(
                 model, tokenizer, texts, settings.perplexity_seq_len, settings.perplexity_tokens, rows, progress
             )
@@ -235,10 +196,6 @@ def _majority(task: Task, samples: list[dict[str, Any]]) -> float | None:
         return None
     answers = Counter(gold_index(task, sample["doc"]) for sample in samples)
     return answers.most_common(1)[0][1] / len(samples)
-
-
-def _is_batch_size(value: int | str) -> bool:
-    return value == "auto" or (str(value).isdigit() and int(value) >= 1)
 
 
 def _device_name(device: torch.device) -> str:

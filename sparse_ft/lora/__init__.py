@@ -6,7 +6,7 @@
 from sparse_ft.lazy import public
 
 __getattr__, __dir__, __all__ = public(__name__, {
-    "LoraSettings": "sparse_ft.lora.config",
+    "LoraSettings": "sparse_ft.settings.lora",
     "SparseLoRAConfig": "sparse_ft.lora.peft_config",
     "SparseLoRALayer": "sparse_ft.lora.layer",
     "apply_sparse_lora": "sparse_ft.lora.model",

@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparse_ft.errors import UserError
-from sparse_ft.lora.config import SPARSE_MODES
 from sparse_ft.lora.function import effective_weight, masked_linear, prune_, rank_one_factors
 from sparse_ft.lora.rounding import noise_key
 from sparse_ft.masks.mask_set import unpack_bits
-from sparse_ft.settings.modes import SPARSE_TO_SPARSE
+from sparse_ft.settings.modes import SPARSE_MODES, SPARSE_TO_SPARSE
 
 __all__ = ["MaskedBase", "SparseLinearVariant", "SparseLoRALayer"]
 

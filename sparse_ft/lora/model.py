@@ -21,14 +21,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparse_ft.errors import UserError
-from sparse_ft.lora.config import LoraSettings, chosen_projections
 from sparse_ft.lora.full import hold_masked_weights
 from sparse_ft.lora.layer import MaskedBase
 from sparse_ft.lora.merge import adapted_layers, refuse_shared
 from sparse_ft.lora.peft_config import SparseLoRAConfig
+from sparse_ft.lora.projections import chosen_projections
 from sparse_ft.masks.mask_set import MaskSet, packed_shape
 from sparse_ft.models.loading import apply_masks, prunable_shapes
 from sparse_ft.models.names import slots
+from sparse_ft.settings.lora import LoraSettings
 from sparse_ft.settings.modes import DENSE, MODES, SPARSE_TO_SPARSE
 
 __all__ = [
@@ -212,11 +213,12 @@ def _peft_config(
                 raise UserError(f"The configuration belongs to the masks {settings.mask_checksum[:12]}, not to these.")
             settings.mask_checksum = masks.checksum
         return settings
+    settings.check()
     targets = chosen_projections(settings, model.config.to_dict(), prunable_shapes(model))
     common = {
-        "r": settings.r,
-        "lora_alpha": settings.alpha,
-        "lora_dropout": settings.dropout,
+        "r": settings.lora_r,
+        "lora_alpha": settings.lora_alpha,
+        "lora_dropout": settings.lora_dropout,
         "target_modules": sorted(targets),
         "task_type": TaskType.CAUSAL_LM,
     }

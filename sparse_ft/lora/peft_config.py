@@ -9,11 +9,10 @@ from peft import LoraConfig
 from torch import nn
 
 from sparse_ft.errors import UserError
-from sparse_ft.lora.config import SPARSE_MODES
 from sparse_ft.lora.experts import ParamWrapper
 from sparse_ft.lora.layer import SparseLoRALayer
-from sparse_ft.lora.rounding import ROUNDINGS
-from sparse_ft.settings.modes import SPARSE_TO_SPARSE
+from sparse_ft.settings.modes import SPARSE_MODES, SPARSE_TO_SPARSE
+from sparse_ft.settings.shared import ROUNDINGS
 
 __all__ = ["SparseLoRAConfig"]
 

@@ -18,9 +18,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-__all__ = ["DITHERED_DTYPES", "ROUNDINGS", "block_rows", "dither", "dither_into", "noise_key"]
+__all__ = ["DITHERED_DTYPES", "block_rows", "dither", "dither_into", "noise_key"]
 
-ROUNDINGS = ("dithered", "nearest")
 DITHERED_DTYPES = (torch.bfloat16, torch.float16)
 
 _BLOCK = {"cpu": 1 << 17}  # elements that a CPU's cache holds with all temporaries

@@ -12,14 +12,14 @@ from sparse_ft.cache import cache_dir, cache_lock, wheel_file
 from sparse_ft.errors import UserError
 from sparse_ft.models.checkpoint import Checkpoint
 from sparse_ft.progress import SILENT, Progress
+from sparse_ft.settings.model import BUILT_IN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["BUILT_IN", "SMOLLM2", "hub_commit", "load_gguf", "locate", "locate_config", "without_revision"]
+__all__ = ["SMOLLM2", "hub_commit", "load_gguf", "locate", "locate_config", "without_revision"]
 
-_TINY = ("tiny-llama", "tiny-mistral", "tiny-mixtral")
-BUILT_IN = ("smollm2-135m", *_TINY)
+_TINY = BUILT_IN[1:]
 
 # SmolLM2-135M-Instruct (Apache-2.0) as a Q4_1 GGUF file inside a wheel: the arguments of `wheel_file`.
 SMOLLM2 = {

@@ -3,9 +3,9 @@
 from sparse_ft.lazy import public
 
 __getattr__, __dir__, __all__ = public(__name__, {
-    "Calibration": "sparse_ft.pruning.settings",
+    "Calibration": "sparse_ft.pruning.calibration",
     "MaskGenerator": "sparse_ft.pruning.generator",
-    "PruningSettings": "sparse_ft.pruning.settings",
+    "PruningSettings": "sparse_ft.settings.pruning",
     "compute_random_mask": "sparse_ft.pruning.patterns",
     "compute_sparsity_stats": "sparse_ft.masks.statistics:mask_statistics",
     "compute_structured_mask": "sparse_ft.pruning.patterns",

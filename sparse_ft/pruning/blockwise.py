@@ -20,11 +20,11 @@ from sparse_ft.pruning.blocks import BlockModel, HiddenStates, InputWatch
 from sparse_ft.pruning.blockstate import BlockState
 from sparse_ft.pruning.importance import Statistics, score, wanda, with_floor
 from sparse_ft.pruning.patterns import group_mask, layer_mask, row_mask
-from sparse_ft.pruning.settings import PruningSettings
 from sparse_ft.pruning.sources import ScoreSource
 from sparse_ft.pruning.sparsegpt import inverse_factor, prune_columns
 from sparse_ft.pruning.streaming import MemorySink
 from sparse_ft.pruning.structure import choose_units, families, family_scores, write_units
+from sparse_ft.settings.pruning import PruningSettings
 
 __all__ = ["BlockPruner", "dense_scores", "outlier_shares", "run_blocks"]
 
@@ -155,7 +155,7 @@ class BlockPruner:
     def _choose(self, scores: Results, level: int, pruned: Results) -> Results:
         settings = self.settings
         if settings.method == "semi_structured":
-            return {n: group_mask(s, settings.pattern_n, settings.pattern_m) for n, s in scores.items()}
+            return {n: group_mask(s, settings.n, settings.m) for n, s in scores.items()}
         if settings.method == "structured":
             return self._choose_units(scores, level, pruned)
         choose = row_mask if settings.scope == "row" else layer_mask
@@ -239,7 +239,7 @@ class BlockPruner:
     @property
     def _pattern(self) -> tuple[int, int] | None:
         settings = self.settings
-        return (settings.pattern_n, settings.pattern_m) if settings.method == "semi_structured" else None
+        return (settings.n, settings.m) if settings.method == "semi_structured" else None
 
     def _shape(self, name: str) -> tuple[int, ...]:
         return self.model.checkpoint.shape(name)

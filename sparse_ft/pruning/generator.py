@@ -26,15 +26,17 @@ from sparse_ft.pruning.allocation import owl_deviations, owl_sparsities, row_cou
 from sparse_ft.pruning.blocks import BlockModel
 from sparse_ft.pruning.blockstate import BlockState
 from sparse_ft.pruning.blockwise import BlockPruner, dense_scores, outlier_shares
+from sparse_ft.pruning.calibration import Calibration
 from sparse_ft.pruning.coverage import coverage_report
 from sparse_ft.pruning.gradients import gradient_statistics
 from sparse_ft.pruning.histogram import exact_count
 from sparse_ft.pruning.importance import Statistics, score, with_floor
 from sparse_ft.pruning.output import LevelFiles, MaskFile
-from sparse_ft.pruning.settings import Calibration, PruningSettings
 from sparse_ft.pruning.sources import KeySource, MagnitudeSource, RandomSource, ScoreSource
 from sparse_ft.pruning.streaming import MaskSink, Pool, write_global, write_groups, write_layers, write_rows
 from sparse_ft.pruning.structure import choose_units, families, family_scores, write_units
+from sparse_ft.settings.field import part_of
+from sparse_ft.settings.pruning import PruningSettings
 
 __all__ = ["MaskGenerator"]
 
@@ -112,7 +114,7 @@ class MaskGenerator:
                 )
             self.calibration.check()
         if self.settings.method == "semi_structured":
-            group = self.settings.pattern_m
+            group = self.settings.m
             for name, shape in self.shapes.items():
                 if shape[-1] % group:
                     raise UserError(
@@ -139,7 +141,7 @@ class MaskGenerator:
             scores = family_scores(members, source, **common)
             write_units(members, choose_units(members, scores, settings.levels, settings.scope), self.shapes, sink)
         elif settings.method == "semi_structured":
-            write_groups(source, settings.pattern_n, settings.pattern_m, sink, **common)
+            write_groups(source, settings.n, settings.m, sink, **common)
         elif settings.scope == "global":
             write_global(source, settings.levels, sink, **common)
         elif settings.scope == "layer":
@@ -272,7 +274,7 @@ class MaskGenerator:
     def _state(self, folder: Path, purpose: str) -> BlockState:
         settings = {
             key: value
-            for key, value in vars(self.settings).items()
+            for key, value in part_of(PruningSettings, self.settings).items()
             if key not in ("threads", "force", "importance", "device")
         }
         identity = {
@@ -312,7 +314,7 @@ class MaskGenerator:
             samples, length = self.calibration.token_ids.shape
             about["calibration"] = {"samples": samples, "length": length, **self.calibration.description}
         if settings.method == "semi_structured":
-            about["pattern"] = f"{settings.pattern_n}:{settings.pattern_m}"
+            about["pattern"] = f"{settings.n}:{settings.m}"
         if settings.allocation != "uniform":
             about["allocation"] = settings.allocation
         if checkpoint is not None:  # the masks belong to the updated weights

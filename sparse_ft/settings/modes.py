@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["DENSE", "FULL", "MODES", "SPARSE_TO_DENSE", "SPARSE_TO_SPARSE", "Mode", "mode_label"]
+__all__ = ["DENSE", "FULL", "MODES", "SPARSE_MODES", "SPARSE_TO_DENSE", "SPARSE_TO_SPARSE", "Mode", "mode_label"]
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,7 @@ FULL = Mode(
     masked_update=True,
 )
 MODES = {mode.name: mode for mode in (DENSE, SPARSE_TO_DENSE, SPARSE_TO_SPARSE, FULL)}
+SPARSE_MODES = tuple(name for name, mode in MODES.items() if mode.lora and mode.masked_base)
 
 
 def mode_label(name: str) -> str:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from types import NoneType
+from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser
 
 from sparse_ft.errors import UserError
+from sparse_ft.settings.field import is_flag, is_optional, plain, plain_values
 from sparse_ft.settings.paths import normal_path
 from sparse_ft.settings.renamed import RENAMED
 from sparse_ft.settings.yaml_file import read_yaml
@@ -29,24 +31,24 @@ _REFUSALS = (ArgumentError, ValueError, RecursionError, MemoryError, UserError)
 
 
 class Parser(Generic[T]):
-    """Reads instances of one config dataclass; the help texts are its ``Args``.
+    """Reads instances of one settings class; its fields are the flags.
 
     Args:
-        kind: a dataclass with defaults.
+        kind: see `sparse_ft.settings.field`.
         program: what the usage line shows.
     """
 
     def __init__(self, kind: type[T], program: str = ""):
         self._kind = kind
-        self._names = [entry.name for entry in fields(kind)]
-        self._counts = {entry.name for entry in fields(kind) if str(entry.type).startswith(("int", "Count"))}
-        self._numbers = self._counts | {entry.name for entry in fields(kind) if str(entry.type).startswith("float")}
-        self._switches = {entry.name for entry in fields(kind) if entry.type in (bool, "bool")}
-        summary = (kind.__doc__ or "").split("Args:")[0].strip()
-        self._parser = ArgumentParser(prog=program or None, description=summary, exit_on_error=False)
-        if "config" not in self._names:  # the sweep's own parameter has that name
+        self._fields = {entry.name: entry for entry in fields(kind) if is_flag(entry)}
+        self._parser = ArgumentParser(prog=program or None, description=kind.__doc__, exit_on_error=False)
+        if "config" not in self._fields:  # the sweep's own parameter has that name
             self._parser.add_argument("--config", help="YAML file with any of these values.")
-        self._parser.add_class_arguments(kind, as_group=False)
+        hints = get_type_hints(kind)
+        for name, entry in self._fields.items():
+            default = {"required": True} if entry.default is MISSING else {"default": plain(entry, entry.default)}
+            kind_of = _type(entry, hints[name])
+            self._parser.add_argument(f"--{name}", type=kind_of, help=entry.metadata["help"], **default)
 
     def arguments(self, argv: Sequence[str]) -> T:
         """The instance that a command line asks for; ``--help`` prints and exits.
@@ -65,7 +67,7 @@ class Parser(Generic[T]):
 
     def _with_files(self, argv: Sequence[str]) -> list[str]:
         """The command line with the values of a ``--config`` file in its place, so that later flags hold."""
-        if "config" in self._names:
+        if "config" in self._fields:
             return list(argv)
         result, words = [], iter(argv)
         for word in words:
@@ -78,50 +80,69 @@ class Parser(Generic[T]):
             if not isinstance(content, dict):
                 raise UserError(f"Configuration {path} is no table of parameters and values.")
             given = self.values(content, f"Configuration {path}")
-            result += [f"--{name}={_word(getattr(given, name))}" for name in self._names if name in content]
+            result += [f"--{name}={_word(value)}" for name, value in plain_values(given).items() if name in content]
         return result
 
     def _made(self, values: Mapping[str, Any]) -> T:
-        """The instance of parsed values: numbers that a machine can count with, paths in one spelling."""
-        made = {}
-        for name in self._names:
-            value = made[name] = values[name]
-            if value is None:
+        """The instance of parsed values: numbers that a machine can count with, paths in one spelling, None for
+        ``none``."""
+        made, problems = {}, []
+        for name, entry in self._fields.items():
+            value, about = values[name], entry.metadata
+            if about["read"] is not None and value is not None:
+                try:
+                    value = about["read"](value)
+                except UserError as error:  # said with all else that is wrong
+                    problems.append(str(error))
+                    value = entry.default
+            elif is_optional(entry):
+                value = None if value == "none" else value
+            elif value is None:
                 raise UserError(f"{name} is empty; give a value, or leave it out.")
             if isinstance(value, int) and not -_LARGEST <= value < _LARGEST:
                 raise UserError(f"{name} is {str(value)[:20]}...; that is more than a machine's integers hold.")
             if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(f"{name} is {value}; it must be a finite number.")
-            if isinstance(value, str):
-                made[name] = normal_path(name, value)
-        return self._kind(**made)
+            if isinstance(value, str) and about["path"] is not None:
+                value = normal_path(name, value, (*about["path"], *(["none"] if is_optional(entry) else [])))
+            made[name] = value
+        settings = self._kind(**made)
+        if problems:
+            raise UserError(" ".join(dict.fromkeys([*problems, *settings.problems()])))
+        return settings
 
     def _plain(self, argv: Sequence[str]) -> list[str]:
         """Flags as people type them: ``--dry-run`` is ``--dry_run true``."""
         result: list[str] = []
         for number, word in enumerate(argv):
             name, equals, value = word.partition("=")
-            plain = name.removeprefix("--").replace("-", "_")
-            if not name.startswith("--") or plain not in self._names:
+            flag = name.removeprefix("--").replace("-", "_")
+            if not name.startswith("--") or flag not in self._fields:
                 result.append(word)
                 continue
-            result.append(f"--{plain}{equals}{value}")
+            result.append(f"--{flag}{equals}{value}")
             follows = argv[number + 1] if number + 1 < len(argv) else "--"
-            if plain in self._switches and not equals and follows.startswith("--"):
+            if self._fields[flag].type == "bool" and not equals and follows.startswith("--"):
                 result.append("true")
         return result
 
     def is_count(self, name: str) -> bool:
         """Whether a field holds whole numbers."""
-        return name in self._counts
+        return self._fields[name].type.startswith("int")
 
     def is_number(self, name: str) -> bool:
         """Whether a field holds numbers."""
-        return name in self._numbers
+        return self._fields[name].type.startswith(("int", "float"))
 
-    def _whole(self, name: str, value: Any) -> Any:
-        """A whole number that was written as another: ``1e2``."""
-        return int(value) if name in self._counts and isinstance(value, float) and value.is_integer() else value
+    def _given(self, name: str, value: Any) -> Any:
+        """A value as a flag would give it: a whole number that was written as another (``1e2``), a list as text."""
+        reads = self._fields[name].metadata["read"] is not None
+        if reads and isinstance(value, (list, tuple)):
+            value = ",".join(map(str, value))
+        _check_text(name, value)
+        if reads:
+            return str(value)
+        return int(value) if self.is_count(name) and isinstance(value, float) and value.is_integer() else value
 
     def values(self, values: Mapping[str, Any], where: str) -> T:
         """The instance with the given fields, the rest at their defaults.
@@ -129,14 +150,12 @@ class Parser(Generic[T]):
         Raises:
             UserError: an unknown field or a value of the wrong type; ``where`` begins the message.
         """
-        unknown = sorted(set(values) - set(self._names))
+        unknown = sorted(set(values) - set(self._fields))
         if unknown:
-            raise UserError(f"{where}: there is no field '{unknown[0]}'. Fields: {', '.join(sorted(self._names))}.")
+            raise UserError(f"{where}: there is no field '{unknown[0]}'. Fields: {', '.join(sorted(self._fields))}.")
         try:
-            given = {name: value for name, value in values.items() if value is not None}
-            for name, value in given.items():
-                _check_text(name, value)
-            parsed = vars(self._parser.parse_object({name: self._whole(name, v) for name, v in given.items()}))
+            given = {name: self._given(name, value) for name, value in values.items() if value is not None}
+            parsed = vars(self._parser.parse_object(given))
             return self._made(parsed | dict.fromkeys(set(values) - set(given)))
         except _REFUSALS as error:
             raise UserError(f"{where}: {_explain(error)}") from None
@@ -147,6 +166,17 @@ def _check_text(name: str, value: Any) -> None:
         raise UserError(f"{name} is {str(value)[:60]}; it must be a plain value.")
     if isinstance(value, str) and (len(value) > _LONGEST or len(_OPENS.findall(value)) > _MOST_OPENS):
         raise UserError(f"{name[:60]} has the value {value[:60]}...; no parameter is that long or nested.")
+
+
+def _type(entry: Field, hint: Any) -> Any:
+    """What jsonargparse reads a field as; ``none`` is a word to it."""
+    about, none = entry.metadata, ("none",) if is_optional(entry) else ()
+    if about["choices"]:
+        return Literal[(*about["choices"], *none)]
+    kinds = tuple(kind for kind in get_args(hint) if kind is not NoneType) or (hint,)
+    if about["read"] is not None or str in kinds:
+        return str
+    return Union[(*kinds, Literal[none])] if none else hint
 
 
 def _word(value: Any) -> str:

@@ -4,41 +4,27 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Collection
 
 from sparse_ft.errors import UserError
 
-__all__ = ["PATHS", "normal_path"]
+__all__ = ["normal_path"]
 
-# Parameters that hold a path, and the words that stand for something else there.
-PATHS: dict[str, tuple[str, ...]] = {
-    "baseline": ("none", "builtin"),
-    "cerebras": ("none",),
-    "checkpoint": (),
-    "config": (),
-    "data_dir": ("none", "made", "packaged"),
-    "masks": ("none",),
-    "model": ("smollm2-135m", "tiny-llama", "tiny-mistral", "tiny-mixtral"),
-    "output_dir": (),
-    "perplexity_corpus": ("task", "wikitext2"),
-    "report": ("none",),
-    "settings": ("none",),
-}
 _URI = re.compile(r"[a-z][a-z0-9+.-]*:/")  # models:/, runs:/
 _VARIABLE = re.compile(r"\$(\w+|\{[^}]*\})")
 _HERE = "." + os.sep
 
 
-def normal_path(name: str, value: str) -> str:
-    """The value of a parameter, as a path without ``~``, variables, doubled or trailing slashes, ``.`` and ``..``.
+def normal_path(name: str, value: str, words: Collection[str] = ()) -> str:
+    """The value of a path parameter without ``~``, variables, doubled or trailing slashes, ``.`` and ``..``.
 
-    Words that have a meaning of their own, URIs and hub ids stay as they are, and so do parameters that hold no path.
+    ``words`` that have a meaning of their own, URIs and hub ids stay as they are.
     ``./none`` and ``./tiny-llama`` keep their ``./``: it is what makes them paths.
 
     Raises:
         UserError: an empty path, one with a character that no path has, a user or a variable that there is not.
     """
-    words = PATHS.get(name)
-    if words is None or value in words or _URI.match(value):
+    if value in words or _URI.match(value):
         return value
     if not value.strip():
         raise UserError(f"{name} is empty; give a path.")

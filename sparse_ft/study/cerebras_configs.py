@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from sparse_ft.cell.masks import mask_file
-from sparse_ft.cell.pruning import pruning_settings
-from sparse_ft.cell.settings import check_cell
 from sparse_ft.cerebras.config import create_sparse_config, write_config
 from sparse_ft.cerebras.trainer import CerebrasSettings, check_trainable, load_settings, trainer_plan
 from sparse_ft.errors import UserError
@@ -23,6 +21,7 @@ from sparse_ft.models.skeleton import config_values
 from sparse_ft.pruning.output import level_stem
 from sparse_ft.settings.cell import CellConfig
 from sparse_ft.settings.commands import CerebrasConfigsConfig
+from sparse_ft.settings.field import plain_values
 from sparse_ft.settings.modes import MODES
 from sparse_ft.study.plan import Plan, load_study, make_plan
 
@@ -57,7 +56,7 @@ def write_study_configs(study: str | Path, output_dir: str | Path, settings: Cer
     plan, root = make_plan(load_study(study)), Path(output_dir).absolute()
     for cell in plan.cells:  # all of them, before the first is written
         with _named(cell):
-            check_cell(cell)
+            cell.check()
             check_trainable(cell, _model_config(cell.model), settings)
     files, index = [], []
     for number, cell in enumerate(plan.cells):
@@ -88,7 +87,7 @@ def _write(cell: CellConfig, masks: Path | None, root: Path, settings: CerebrasS
         write_json(hf_config, config)
     plan = trainer_plan(cell, config, settings.device, settings.cluster)
     # What the rows of a training are: cells that differ in any of it must not read each other's.
-    rows = [cell.data_dir, cell.seed, plan.max_steps, plan.batch_size]
+    rows = [cell.data_dir or "none", cell.seed, plan.max_steps, plan.batch_size]
     rows_name = f"{cell.max_seq_len}-{hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:8]}"
     written = create_sparse_config(
         config,
@@ -106,16 +105,15 @@ def _write(cell: CellConfig, masks: Path | None, root: Path, settings: CerebrasS
 
 def _masks(cell: CellConfig, plan: Plan, number: int, root: Path) -> Path | None:
     """Where a cell's masks are or will be: a given file's place, or one that no other mask set of the study has."""
-    if cell.pruned and cell.masks != "none":
+    if cell.pruned and cell.masks is not None:
         return Path(mask_file(cell.masks).file.path).absolute()
     which = plan.mask_set_of[number]
     if which is None:
         return None
     made = plan.mask_sets[which]
-    settings = json.dumps(vars(made.config), sort_keys=True, default=str)
+    settings = json.dumps(plain_values(made.config), sort_keys=True)
     folder = f"{made.name}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
-    label = pruning_settings(made.config).label
-    return root / "masks" / folder / f"masks_{level_stem(cell.sparsity, label)}.safetensors"
+    return root / "masks" / folder / f"masks_{level_stem(cell.sparsity, made.config.label)}.safetensors"
 
 
 def _slug(title: str) -> str:

@@ -49,7 +49,7 @@ def sweep(config: SweepConfig) -> int:
         KeyboardInterrupt: Ctrl-C or SIGTERM, after workers were stopped and runs closed.
     """
     study = load_study(config.config)
-    if config.trainer != "none":
+    if config.trainer is not None:
         study = replace(study, trainer=config.trainer)
     trainer = study_trainer(study.trainer, config)
     if study.search is not None:

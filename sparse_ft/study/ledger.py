@@ -109,8 +109,8 @@ def start_study(
     name, mine, asked = plan.study.name, driver_name(), parse_retry(config.retry) | plan.study.retry
     claim = {"plan_key": plan_key(plan), "driver": mine, "heartbeat": time.time(), "complete": False}
     with store_lock(tracker.uri):  # two that start at once: the second one finds the first
-        found = find_unfinished(tracker, plan) if config.resume == "none" else None
-        parent = found if config.resume in ("none", "new") else config.resume
+        found = find_unfinished(tracker, plan) if config.resume is None else None
+        parent = found if config.resume in (None, "new") else config.resume
         if new := parent is None:
             parent, ledger = tracker.start(name, {"kind": "study", **claim}), Ledger()
         else:
@@ -118,7 +118,7 @@ def start_study(
             run = tracker.run(parent)
             tracker.log(parent, tags=claim)
             tracker.reopen(parent)
-    _alone(tracker, parent, mine, claim["plan_key"] if new and config.resume == "none" else None)
+    _alone(tracker, parent, mine, claim["plan_key"] if new and config.resume is None else None)
     ledger.asked = asked
     if new:
         folder = Path(config.output_dir) / f"{name}-{parent[:8]}"

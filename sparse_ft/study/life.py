@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from sparse_ft.cell.failures import parse_retry
 from sparse_ft.errors import UserError
 from sparse_ft.settings.commands import SweepConfig
+from sparse_ft.settings.field import plain_values
 from sparse_ft.study.holder import HEARTBEAT_SECONDS
 from sparse_ft.tracking.runs import Tracker
 
@@ -99,10 +100,11 @@ def _interrupt() -> None:
 
 def resume_command(config: SweepConfig, parent: str, failed: Iterable[str] = ()) -> str:
     """The command that resumes a study; with the failure classes of its holes that must be asked for."""
-    values = {"config": config.config, "executor": config.executor, "max_workers": config.max_workers}
+    said = plain_values(config)
+    values = {name: said[name] for name in ("config", "executor", "max_workers")}
     values |= {"resume": parent, "output_dir": config.output_dir}
-    elsewhere = {"ray_address": config.ray_address, "trainer": config.trainer, "cerebras": config.cerebras}
-    values |= {name: value for name, value in elsewhere.items() if value != "none"}
+    elsewhere = ("ray_address", "trainer", "cerebras")
+    values |= {name: said[name] for name in elsewhere if getattr(config, name) is not None}
     if asked := parse_retry(config.retry) | ({"bug"} & set(failed)):
         values["retry"] = ",".join(sorted(asked))
     flags = " ".join(f"-P {name}={shlex.quote(str(value))}" for name, value in values.items())

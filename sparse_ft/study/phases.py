@@ -188,7 +188,7 @@ class Phases:
         if made is not None:
             of_set = self.masks[made]
             masks = of_set[cell.sparsity] if isinstance(of_set, dict) else of_set
-        elif cell.pruned and cell.masks != "none":
+        elif cell.pruned and cell.masks is not None:
             masks = _given(cell)
         identity = self.identities[number]
         key = cell_key(cell, identity, masks.checksum if isinstance(masks, MaskFile) else "")

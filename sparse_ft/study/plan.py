@@ -11,13 +11,14 @@ from typing import Any
 
 from sparse_ft.cell.failures import parse_retry
 from sparse_ft.cell.masks import mask_file
-from sparse_ft.cell.pruning import pruning_settings
 from sparse_ft.errors import UserError
-from sparse_ft.levels import levels_text, parse_levels
+from sparse_ft.levels import parse_levels
 from sparse_ft.settings.cell import CellConfig, mask_set_of
 from sparse_ft.settings.commands import TRAINERS, MaskConfig
+from sparse_ft.settings.field import defaults
 from sparse_ft.settings.modes import DENSE, MODES
 from sparse_ft.settings.parser import Parser
+from sparse_ft.settings.pruning import RecipeSettings
 from sparse_ft.settings.yaml_file import read_yaml
 from sparse_ft.study.study_file import check_study
 
@@ -74,12 +75,12 @@ class MaskSetPlan:
     @property
     def name(self) -> str:
         """For people. The folder's name carries the identity too: see `sparse_ft.cell.identity.mask_key`."""
-        config, settings = self.config, pruning_settings(self.config)
-        parts = [config.model.rstrip("/").split("/")[-1], settings.label]
+        config = self.config
+        parts = [config.model.rstrip("/").split("/")[-1], config.label]
         if config.method != "random":
             parts += [config.importance, config.scope]
         parts += [config.allocation] if config.allocation != "uniform" else []
-        parts += [config.task] if settings.needs_calibration else []
+        parts += [config.task] if config.needs_calibration else []
         parts += [f"seed{config.seed}"] if config.seed != 0 else []
         return "_".join(parts)
 
@@ -156,9 +157,9 @@ def make_plan(study: Study) -> Plan:
         # Of a model trained without an adapter the whole is all there is to keep.
         whole = study.kept == "all" or (study.kept == "pareto" and not MODES[cell.mode].lora)
         kept = "none" if study.kept == "none" else "all" if whole else "adapter"
-        if cell.pruned and cell.masks != "none":
+        if cell.pruned and cell.masks is not None:
             cell = replace(cell, **described(cell.masks))
-        cells.setdefault(cell.key(), replace(cell, keep=kept, register_as="none"))
+        cells.setdefault(cell.key(), replace(cell, keep=kept, register_as=None))
 
     sets: dict[MaskConfig, list[float]] = {}
     kinds = []
@@ -170,7 +171,7 @@ def make_plan(study: Study) -> Plan:
     order = list(sets)
     plans = []
     for kind, levels in sets.items():
-        plans.append(MaskSetPlan(replace(kind, sparsities=levels_text(levels))))
+        plans.append(MaskSetPlan(replace(kind, sparsities=tuple(sorted(set(levels))))))
     numbers = tuple(None if kind is None else order.index(kind) for kind in kinds)
     return Plan(study, tuple(cells.values()), tuple(plans), numbers, _same_as(list(cells.values())))
 
@@ -180,11 +181,8 @@ def _same_as(cells: list[CellConfig]) -> tuple[int | None, ...]:
     whether an adapter over a base without zeros is called sparse: such cells are one computation."""
     seen: dict[str, list[int]] = {}
     for number, cell in enumerate(cells):
-        if cell.sparsity == 0 and cell.masks == "none" and cell.pruned and MODES[cell.mode].lora:
-            blank = CellConfig()
-            pruning = ("method", "importance", "scope", "pattern", "allocation", "mode", "force")
-            pruning += ("calibration_samples", "calibration_seq_len")
-            alike = replace(cell, **{name: getattr(blank, name) for name in pruning})
+        if cell.sparsity == 0 and cell.masks is None and cell.pruned and MODES[cell.mode].lora:
+            alike = replace(cell, **defaults(RecipeSettings), mode=CellConfig.mode)
             seen.setdefault(alike.key(), []).append(number)
     result: list[int | None] = [None] * len(cells)
     for numbers in seen.values():

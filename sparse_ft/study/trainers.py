@@ -9,12 +9,12 @@ from sparse_ft.settings.commands import SweepConfig
 __all__ = ["make_trainer", "study_trainer"]
 
 
-def make_trainer(name: str, cerebras: str = "none") -> Trainer:
+def make_trainer(name: str, cerebras: str | None = None) -> Trainer:
     """The trainer of that name (one of `sparse_ft.settings.commands.TRAINERS`).
 
     Args:
         name: of the trainer.
-        cerebras: the settings file of a Cerebras, or none.
+        cerebras: the settings file of a Cerebras; None takes the defaults.
 
     Raises:
         UserError: the settings file cannot be read.

@@ -26,11 +26,11 @@ from sparse_ft.errors import UserError
 from sparse_ft.levels import level_label
 from sparse_ft.models.folder import weight_files
 from sparse_ft.progress import SILENT, Progress
+from sparse_ft.settings.cell import NAME_LENGTH
 from sparse_ft.tracking.runs import Tracker
 from sparse_ft.tracking.stores import is_server, quiet_mlflow, reachable, store_lock, tracking_uri
 
 __all__ = [
-    "check_registered_name",
     "is_model_uri",
     "log_model",
     "model_card",
@@ -42,8 +42,6 @@ __all__ = [
 
 _TASK = "text-generation"
 _WEIGHTS = "model"  # mlflow's name for the folder of the checkpoint inside a model
-_IN_ADDRESSES = "/:@#?%\\"  # what models:/NAME@ALIAS gives a meaning to
-_NAME_LENGTH = 250
 # What tells models of one name and level apart: an alias that goes from one kind to another leaves a second behind.
 _KIND = ("method", "importance", "scope", "mode", "model")
 _NOT_COPIED = (".bin", ".pt", ".pth", ".safetensors", ".gguf")
@@ -56,20 +54,6 @@ def registered_name(model: str, task: str) -> str:
     """
     base = re.sub(r"[^\w.-]", "-", str(model).rstrip("/").rsplit("/", 1)[-1])
     return f"{base}-{task}-sparse"
-
-
-def check_registered_name(name: str) -> None:
-    """Checks a name of `register_model` beforehand.
-
-    Raises:
-        UserError: one that the registry refuses, or that no address could hold.
-    """
-    bad = [character for character in name if character in _IN_ADDRESSES or not character.isprintable()]
-    if bad or name != name.strip() or name in ("", ".", "..") or len(name) > _NAME_LENGTH:
-        raise UserError(
-            f"register_as is {name!r}: a registered model's name has 1 to {_NAME_LENGTH} characters, none of them "
-            f"{' '.join(_IN_ADDRESSES)} or a line break, and no space at either end; or take 'auto'"
-        )
 
 
 def sparsity_alias(sparsity: float) -> str:
@@ -245,7 +229,7 @@ def _keep_reachable(
     if not differ:
         return
     own = [before.tags[key] for key in _KIND if key in before.tags and (key in differ or key in _KIND[:2])]
-    second = re.sub(r"[^\w-]+", "-", "_".join([alias, *own]))[:_NAME_LENGTH]
+    second = re.sub(r"[^\w-]+", "-", "_".join([alias, *own]))[:NAME_LENGTH]
     client.set_registered_model_alias(name, second, before.version)
     client.set_model_version_tag(name, before.version, "alias_before", alias)
     changes = ", ".join(f"{key} {before.tags.get(key, 'none')} -> {kind.get(key, 'none')}" for key in differ)

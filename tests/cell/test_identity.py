@@ -11,10 +11,11 @@ from safetensors.torch import load_file, save_file
 
 from sparse_ft.analysis.table import GROUP, cell_table
 from sparse_ft.cell.identity import cell_identity, cell_key, check_identity, mask_key, untuned_key
-from sparse_ft.cell.settings import evaluation_settings
 from sparse_ft.cell.workbench import Workbench
 from sparse_ft.errors import UserError
 from sparse_ft.settings.cell import CellConfig, mask_set_of
+from sparse_ft.settings.field import part_of
+from sparse_ft.settings.scoring import ScoringSettings
 from sparse_ft.tasks.made import made_data_dir
 from sparse_ft.tracking.parameters import flatten_config
 
@@ -24,7 +25,7 @@ AXES = {
     "data_dir": {"same": 0, "copy": 0, "other_question": 1, "other_training": 2},
     "device": {"auto": 0, "cpu": 0},
     "dtype": {"auto": 0, "float32": 0, "bfloat16": 1},
-    "num_fewshot": {"none": 0, 0: 0, 1: 1},
+    "num_fewshot": {None: 0, 0: 0, 1: 1},
     "mode": dict(zip(modes := ("dense", "sparse_to_dense", "sparse_to_sparse", "full"), modes, strict=True)),
     "method": dict(zip(methods := ("unstructured", "random", "semi_structured"), methods, strict=True)),
     "importance": {"magnitude": 0, "wanda": 1},
@@ -149,7 +150,7 @@ def test_keys_of_cells(cells, bench):
 
 def test_keys_of_scores_before_fine_tuning(cells, bench):
     def key(cell):
-        settings = vars(evaluation_settings(cell))
+        settings = part_of(ScoringSettings, cell)
         start = bench.checkpoint(cell.model).fingerprint
         return untuned_key(cell, cell_identity(cell, bench), start, _of_masks(cell, bench), settings)
 

@@ -51,7 +51,7 @@ def test_what_cannot_be_trained_on_is_refused(tmp_path, arguments, words):
 def test_the_prompts_are_those_of_scoring(name, tiny_model, tmp_path):
     """The rows that are trained on, scored by lm-eval too: what it asks is what the files hold."""
     pytest.importorskip("lm_eval")  # the project's own environment has it, cerebras-pytorch's has not
-    from sparse_ft.evaluation import EvaluationSettings, evaluate
+    from sparse_ft.evaluation import ScoringSettings, evaluate
     from sparse_ft.models.loading import load_model, load_tokenizer
     from sparse_ft.tasks.definitions import load_task
     from sparse_ft.tasks.examples import gold_continuation, training_examples
@@ -67,7 +67,7 @@ def test_the_prompts_are_those_of_scoring(name, tiny_model, tmp_path):
     examples = training_examples(task, tokenizer, max_seq_len=512)
     assert write_examples(examples, tmp_path / "d", 512, tokenizer.pad_token_id) == 5
 
-    settings = EvaluationSettings(perplexity_tokens=0, keep_samples=True)
+    settings = ScoringSettings(perplexity_tokens=0, keep_samples=True)
     samples = evaluate(load_model(folder, "float32", "cpu"), tokenizer, task, settings).samples
     asked = {sample["doc_id"]: sample["arguments"][0][0] for sample in samples}
     answers = {sample["doc_id"]: gold_continuation(task, sample["doc"]) for sample in samples}

@@ -7,12 +7,12 @@ import pytest
 import torch
 from lm_eval.tasks import TaskManager
 
-from sparse_ft.evaluation import EvaluationSettings, evaluate
+from sparse_ft.evaluation import ScoringSettings, evaluate
 from sparse_ft.models.loading import load_model, load_tokenizer
 from sparse_ft.tasks.definitions import load_task, quiet, write_lm_eval_task
 from sparse_ft.tasks.made import made_data_dir
 
-SMALL = EvaluationSettings(limit=12, batch_size=4, perplexity_tokens=0, keep_samples=True)
+SMALL = ScoringSettings(eval_limit=12, eval_batch_size=4, perplexity_tokens=0, keep_samples=True)
 
 
 @pytest.mark.parametrize("name", ["boolq", "hellaswag", "gsm8k"])
@@ -55,7 +55,7 @@ def test_equal_to_lm_eval_by_hand_and_twice_the_same(name, dtype, tiny_model, tm
 def test_a_batch_that_does_not_fit_is_halved_until_it_does(tiny_model, memory_limit):
     folder = tiny_model("tiny-llama")
     task, tokenizer = load_task("hellaswag", made_data_dir(), None), load_tokenizer(folder)
-    settings = EvaluationSettings(limit=40, perplexity_tokens=0)
+    settings = ScoringSettings(eval_limit=40, perplexity_tokens=0)
     model = load_model(folder, "float32", "cuda")
     free = evaluate(model, tokenizer, task, settings)
     torch.cuda.synchronize()

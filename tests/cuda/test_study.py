@@ -99,7 +99,7 @@ def test_a_study_and_a_model_made_again_to_the_bit(executor, tmp_path):
     file = tmp_path / "small.yaml"
     grid = {"model": ["tiny-llama"], "sparsity": [0.0, 0.5], "mode": ["sparse_to_dense", "sparse_to_sparse"]}
     file.write_text(json.dumps({"name": "small", "grid": grid, "cell": SMALL}))
-    workers = "none" if executor == "serial" else 2  # two that share the one GPU
+    workers = None if executor == "serial" else 2  # two that share the one GPU
     assert sweep(SweepConfig(str(file), output_dir=str(tmp_path / "out"), executor=executor, max_workers=workers)) == 0
     tracker = Tracker()
     (study,) = [run for run in tracker.search() if run["tags"].get("kind") == "study"]

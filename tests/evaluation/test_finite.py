@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from sparse_ft.evaluation import EvaluationSettings, NonFiniteScoresError, evaluate
+from sparse_ft.evaluation import NonFiniteScoresError, ScoringSettings, evaluate
 from sparse_ft.evaluation.finite import check_metrics
 from sparse_ft.evaluation.perplexity import perplexity
 from sparse_ft.models.loading import load_model, load_tokenizer
@@ -34,7 +34,7 @@ def _break(model, value, row=None):
 @pytest.mark.parametrize("name", ["boolq", "hellaswag", "gsm8k"])
 def test_no_score_without_numbers(name, row, value, model, tokenizer):
     _break(model, value, row)
-    settings = EvaluationSettings(limit=2, num_fewshot=0, perplexity_tokens=0)
+    settings = ScoringSettings(eval_limit=2, num_fewshot=0, perplexity_tokens=0)
     with pytest.raises(NonFiniteScoresError, match="NaN or infinite"):
         evaluate(model, tokenizer, load_task(name, made_data_dir()), settings)
 
@@ -49,7 +49,7 @@ def test_no_perplexity_without_numbers(value, model, tokenizer):
 def test_a_perplexity_above_every_float_is_absent_and_its_loss_is_there(model, tokenizer):
     with torch.no_grad():
         model.model.norm.weight.mul_(1e6)
-    settings = EvaluationSettings(limit=2, perplexity_tokens=256, perplexity_seq_len=64)
+    settings = ScoringSettings(eval_limit=2, perplexity_tokens=256, perplexity_seq_len=64)
     found = evaluate(model, tokenizer, load_task("boolq", made_data_dir()), settings)
     assert "perplexity" not in found.metrics and "perplexity_stderr" not in found.metrics
     assert found.metrics["perplexity_loss"] > 710
@@ -63,7 +63,7 @@ def test_a_score_of_lm_eval_above_every_float_is_none(model, tokenizer, tmp_path
     with torch.no_grad():
         model.model.norm.weight.mul_(1e6)
     with pytest.raises(NonFiniteScoresError, match="lambada_openai: a score is above every float"):
-        evaluate(model, tokenizer, load_task("lambada_openai", tmp_path), EvaluationSettings(perplexity_tokens=0))
+        evaluate(model, tokenizer, load_task("lambada_openai", tmp_path), ScoringSettings(perplexity_tokens=0))
 
 
 def test_only_a_standard_error_may_be_missing():

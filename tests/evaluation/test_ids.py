@@ -7,7 +7,7 @@ import pytest
 from sparse_ft.cell.masks import make_masks
 from sparse_ft.cell.workbench import Workbench
 from sparse_ft.errors import UserError
-from sparse_ft.evaluation import EvaluationSettings, evaluate
+from sparse_ft.evaluation import ScoringSettings, evaluate
 from sparse_ft.evaluation.perplexity import perplexity
 from sparse_ft.models.loading import load_model, load_tokenizer, saved_tokenizer
 from sparse_ft.settings.commands import MaskConfig
@@ -27,7 +27,7 @@ def folder(tiny_model, tmp_path_factory):
 
 @pytest.mark.parametrize("task", ["boolq", "gsm8k"])
 def test_scoring(task, folder):
-    settings = EvaluationSettings(limit=2, perplexity_tokens=0)
+    settings = ScoringSettings(eval_limit=2, perplexity_tokens=0)
     with pytest.raises(UserError, match=r"the text has token 51[23], but the model's embedding has 512 rows"):
         evaluate(
             load_model(folder, "float32", "cpu"), load_tokenizer(folder), load_task(task, made_data_dir()), settings

@@ -15,7 +15,7 @@ import torch
 from lm_eval.tasks import TaskManager
 
 from sparse_ft.errors import UserError
-from sparse_ft.evaluation import EvaluationSettings, evaluate
+from sparse_ft.evaluation import ScoringSettings, evaluate
 from sparse_ft.evaluation.standard_errors import ratio_standard_error
 from sparse_ft.models.loading import load_model, load_tokenizer
 from sparse_ft.progress import Progress
@@ -23,7 +23,7 @@ from sparse_ft.tasks.definitions import load_task, quiet, write_lm_eval_task
 from sparse_ft.tasks.examples import gold_continuation, training_examples
 from sparse_ft.tasks.made import made_data_dir
 
-SMALL = EvaluationSettings(limit=12, batch_size=4, perplexity_tokens=0, keep_samples=True)
+SMALL = ScoringSettings(eval_limit=12, eval_batch_size=4, perplexity_tokens=0, keep_samples=True)
 TASKS = ("boolq", "hellaswag", "gsm8k")
 
 
@@ -284,7 +284,7 @@ def test_any_task_of_lm_eval_by_its_name(name, model, tokenizer, tmp_path):
     for split in ("train", "validation", "test"):
         (tmp_path / name / f"{split}.jsonl").write_text(json.dumps(OTHERS[name]) + "\n")
     task = load_task(name, tmp_path)
-    settings = EvaluationSettings(batch_size=2, perplexity_tokens=32, perplexity_seq_len=16, keep_samples=True)
+    settings = ScoringSettings(eval_batch_size=2, perplexity_tokens=32, perplexity_seq_len=16, keep_samples=True)
     result = evaluate(model, tokenizer, task, settings)
     assert result.protocol["task"] == name and result.metrics["perplexity"] > 1
     if name == "wikitext":

@@ -8,8 +8,9 @@ import torch
 from sparse_ft.lora import apply_sparse_lora, validate_sparsity_preserved
 from sparse_ft.lora.adamw import DitheredAdamW
 from sparse_ft.lora.full import hold_masked_weights
+from sparse_ft.settings.training import TrainingSettings
 from sparse_ft.tasks.examples import Example
-from sparse_ft.training import TrainingSettings, train
+from sparse_ft.training import train
 
 
 def test_in_float32_it_is_torchs(tiny, work):

@@ -9,7 +9,7 @@ from sparse_ft.lora import LoraSettings, SparseLoRAConfig, apply_sparse_lora, va
 from sparse_ft.lora.experts import ParamWrapper
 from sparse_ft.models.names import parameter_masks
 
-SETTINGS = LoraSettings(r=4, alpha=8)
+SETTINGS = LoraSettings(lora_r=4, lora_alpha=8)
 
 
 def wrappers(model):

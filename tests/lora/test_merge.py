@@ -18,7 +18,7 @@ from sparse_ft.lora import (
 from sparse_ft.lora.merge import adapted_layers
 from sparse_ft.lora.rounding import dither, noise_key
 
-SETTINGS = LoraSettings(r=4, alpha=8)
+SETTINGS = LoraSettings(lora_r=4, lora_alpha=8)
 LOW = (torch.bfloat16, torch.float16)
 name_of = {"ids": lambda d: str(d)[6:]}
 
@@ -34,7 +34,7 @@ def weights(model):
 def test_trained_is_merged_and_reloaded_to_the_bit(dtype, kind, method, rounding, tiny, make_masks, work, tmp_path):
     base = tiny(kind, dtype)
     masks = make_masks(base, method)
-    settings = LoraSettings(r=4, alpha=8, dropout=0.0 if kind == "mixtral" else 0.1, rounding=rounding)
+    settings = LoraSettings(lora_r=4, lora_alpha=8, lora_dropout=0.0 if kind == "mixtral" else 0.1, rounding=rounding)
     model = apply_sparse_lora(base, settings, "sparse_to_sparse", masks, seed=11)
     work.steps(model)
     trained = work.logits(model)
@@ -127,7 +127,7 @@ def test_rounding_means_nothing_in_float32(tiny, make_masks, work):
     masks, made = make_masks(tiny("llama")), []
     for rounding in ("dithered", "nearest"):
         torch.manual_seed(0)
-        settings = LoraSettings(r=4, alpha=8, rounding=rounding)
+        settings = LoraSettings(lora_r=4, lora_alpha=8, rounding=rounding)
         model = apply_sparse_lora(tiny("llama"), settings, "sparse_to_sparse", masks, seed=len(made))
         work.steps(model)
         made.append(weights(merge_all_lora_weights(model)))

@@ -62,7 +62,7 @@ def measure(base, kind, mode, dtype):
         for name, shape in prunable_shapes(model).items():
             packed[name] = torch.randint(0, 256, packed_shape(shape), dtype=torch.uint8)
         masks = MaskSet(packed, prunable_shapes(model))
-    model = apply_sparse_lora(model, LoraSettings(r=4, alpha=8), mode, masks)
+    model = apply_sparse_lora(model, LoraSettings(lora_r=4, lora_alpha=8), mode, masks)
     for _, layer in adapted_layers(model):
         layer.lora_B["default"].weight.data.normal_(std=1e-3)
     for parameter in model.parameters():  # every page of the files is in memory

@@ -22,7 +22,7 @@ from sparse_ft.models.checkpoint import Checkpoint
 from sparse_ft.models.loading import apply_masks, load_model, save_model
 from sparse_ft.validation import validate_checkpoint
 
-SETTINGS = LoraSettings(r=4, alpha=8)
+SETTINGS = LoraSettings(lora_r=4, lora_alpha=8)
 KINDS = ("llama", "mistral", "mixtral")
 DTYPES = (torch.float32, torch.bfloat16)
 METHODS = ("unstructured", "structured", "semi_structured")
@@ -189,7 +189,7 @@ def test_structured_training_takes_the_thin_form_and_evaluation_the_merged_weigh
 
 
 def test_dropout_drops_inputs_of_the_adapter_alone(tiny, make_masks, work):
-    settings = LoraSettings(r=4, alpha=8, dropout=0.5)
+    settings = LoraSettings(lora_r=4, lora_alpha=8, lora_dropout=0.5)
     for method in ("unstructured", "structured"):
         masks = make_masks(tiny("llama"), method)
         model = apply_sparse_lora(tiny("llama"), settings, "sparse_to_sparse", masks)
@@ -297,10 +297,11 @@ def test_expert_settings_that_cannot_work_are_refused(tiny, make_masks):
     model = tiny("mixtral")
     masks = make_masks(model)
     with pytest.raises(UserError, match="lora_dropout must be 0"):
-        apply_sparse_lora(model, LoraSettings(dropout=0.1), "sparse_to_sparse", masks)
+        apply_sparse_lora(model, LoraSettings(lora_dropout=0.1), "sparse_to_sparse", masks)
     with pytest.raises(UserError, match="w1 and w3 together"):
         apply_sparse_lora(model, LoraSettings(target_modules=("w1", "w2")), "sparse_to_sparse", masks)
-    model = apply_sparse_lora(model, LoraSettings(dropout=0.1, target_modules=("q_proj",)), "sparse_to_sparse", masks)
+    settings = LoraSettings(lora_dropout=0.1, target_modules=("q_proj",))
+    model = apply_sparse_lora(model, settings, "sparse_to_sparse", masks)
     with pytest.raises(UserError, match="adapters already"):
         apply_sparse_lora(model, SETTINGS, "sparse_to_sparse", masks)
     with pytest.raises(UserError, match="adapters already"):
@@ -310,7 +311,7 @@ def test_expert_settings_that_cannot_work_are_refused(tiny, make_masks):
 def test_projections_without_an_adapter_stay_pruned(tiny, make_masks, work, tmp_path):
     for kind in ("llama", "mixtral"):
         masks = make_masks(tiny(kind))
-        settings = LoraSettings(r=4, alpha=8, target_modules=("q_proj", "v_proj"))
+        settings = LoraSettings(lora_r=4, lora_alpha=8, target_modules=("q_proj", "v_proj"))
         model = apply_sparse_lora(tiny(kind), settings, "sparse_to_sparse", masks)
         work.steps(model)
         save_model(merge_all_lora_weights(model), None, tmp_path / kind)
@@ -368,6 +369,6 @@ def test_options_that_break_the_exact_merge_are_refused():
     for option in ({"use_dora": True}, {"lora_bias": True}, {"init_lora_weights": "pissa"}, {"sparse_mode": "dense"}):
         with pytest.raises(UserError):
             SparseLoRAConfig(**option)
-    for wrong in ({"r": 0}, {"alpha": 0}, {"dropout": 1.0}):
-        with pytest.raises(UserError):
-            LoraSettings(**wrong)
+    for wrong in ({"lora_r": 0}, {"lora_alpha": 0}, {"lora_dropout": 1.0}, {"rounding": "up"}):
+        with pytest.raises(UserError, match=next(iter(wrong))):
+            LoraSettings(**wrong).check()

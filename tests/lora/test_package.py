@@ -12,7 +12,7 @@ for name in ("peft", "transformers", "accelerate", "datasets"):
 import sparse_ft.lora
 import sparse_ft.lora.function
 from sparse_ft.lora import LoraSettings
-print(LoraSettings().r)
+print(LoraSettings().lora_r)
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0 and run.stdout.strip() == "16", run.stderr

@@ -22,7 +22,7 @@ KINDS = ("llama", "mixtral")
 def train(kind, base, masks, out, sharded):
     """Four steps of AdamW on the same batches in every process; the first saves losses and adapters."""
     torch.manual_seed(0)
-    settings = LoraSettings(r=4, alpha=8)
+    settings = LoraSettings(lora_r=4, lora_alpha=8)
     plain = load_model(Path(base) / kind, torch.float32, "cpu")
     model = apply_sparse_lora(plain, settings, "sparse_to_sparse", load_masks(Path(masks) / f"{kind}.safetensors"))
     if sharded:

@@ -14,7 +14,7 @@ from sparse_ft.lora import LoraSettings, apply_sparse_lora, merge_all_lora_weigh
 from sparse_ft.masks.files import load_masks, save_masks
 from sparse_ft.models.loading import load_model
 
-SETTINGS = LoraSettings(r=4, alpha=8, dropout=0.1)
+SETTINGS = LoraSettings(lora_r=4, lora_alpha=8, lora_dropout=0.1)
 
 
 def rows(count=16):
@@ -73,7 +73,7 @@ def test_resuming_from_a_trainer_checkpoint_is_bit_identical(mode, bf16, tiny, m
 @pytest.mark.parametrize("kind", ["llama", "mixtral"])
 def test_accumulated_gradients_equal_those_of_the_whole_batch(kind, tiny, make_masks, work):
     masks = make_masks(tiny(kind))
-    model = apply_sparse_lora(tiny(kind), LoraSettings(r=4, alpha=8), "sparse_to_sparse", masks).train()
+    model = apply_sparse_lora(tiny(kind), LoraSettings(lora_r=4, lora_alpha=8), "sparse_to_sparse", masks).train()
     whole = work.batch(rows=4)
     model(**whole).loss.backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
@@ -88,7 +88,7 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch(kind, tiny, make_m
 @pytest.mark.parametrize("kind", ["llama", "mixtral"])
 def test_checkpointed_gradients_are_those_without_checkpointing(kind, tiny, make_masks, work):
     masks = make_masks(tiny(kind))
-    model = apply_sparse_lora(tiny(kind), LoraSettings(r=4, alpha=8), "sparse_to_sparse", masks)
+    model = apply_sparse_lora(tiny(kind), LoraSettings(lora_r=4, lora_alpha=8), "sparse_to_sparse", masks)
     work.steps(model)
     gradients = []
     for reentrant in (None, True, False):
@@ -107,7 +107,7 @@ def train_both_modes(base, masks, out, processes):
     """Trains in modes sparse_to_sparse and full; the main process saves what became of the parameters."""
     for mode in ("sparse_to_sparse", "full"):
         torch.manual_seed(0)
-        settings = LoraSettings(r=4, alpha=8)
+        settings = LoraSettings(lora_r=4, lora_alpha=8)
         model = apply_sparse_lora(load_model(base, torch.float32, "cpu"), settings, mode, load_masks(masks))
         options = {"per_device_train_batch_size": 4 // processes, "train_sampling_strategy": "sequential"}
         if processes > 1:

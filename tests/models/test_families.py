@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sparse_ft.errors import UserError
-from sparse_ft.lora.config import LoraSettings
+from sparse_ft.lora import LoraSettings
 from sparse_ft.lora.merge import merge_all_lora_weights
 from sparse_ft.lora.model import apply_sparse_lora
 from sparse_ft.models.checkpoint import Checkpoint
@@ -90,7 +90,7 @@ def test_heads_and_channels_of_fused_maps_go_together(phi3, tmp_path):
 @torch.no_grad()
 def test_a_sparse_adapter_merges_to_the_bit(phi3, tmp_path):
     masks = generate(phi3, tmp_path, sparsities=(0.7,)).load()
-    model = apply_sparse_lora(load_model(phi3, "bfloat16", "cpu"), LoraSettings(r=2), masks=masks)
+    model = apply_sparse_lora(load_model(phi3, "bfloat16", "cpu"), LoraSettings(lora_r=2), masks=masks)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.normal_(std=0.05)

@@ -105,7 +105,7 @@ def test_formats_and_threads_have_one_identity(tiny_model, tmp_path, method):
 
 
 def test_patterns_are_kept_everywhere(tiny_model, tmp_path):
-    settings = PruningSettings(method="semi_structured", pattern_n=1, pattern_m=2)
+    settings = PruningSettings(method="semi_structured", pattern="1:2")
     (result,) = MaskGenerator(tiny_model("tiny-llama"), settings).generate(tmp_path, figures=False)
     assert result.path.name == "masks_sparsity50_semi_structured_1of2.safetensors"
     assert result.metadata["pattern"] == "1:2"
@@ -114,7 +114,7 @@ def test_patterns_are_kept_everywhere(tiny_model, tmp_path):
 
 
 def test_patterns_that_do_not_fit_are_refused_before_reading(tiny_model):
-    settings = PruningSettings(method="semi_structured", pattern_n=4, pattern_m=8)
+    settings = PruningSettings(method="semi_structured", pattern="4:8")
     with pytest.raises(UserError, match="has 148 inputs, which groups of 8 do not divide"):
         MaskGenerator(tiny_model("tiny-llama"), settings)
 

@@ -1,6 +1,5 @@
 from dataclasses import fields
 
-import docstring_parser
 import pytest
 
 from sparse_ft.errors import UserError
@@ -18,10 +17,10 @@ def test_every_field_has_a_flag_and_a_help_text(kind, capsys, monkeypatch):
         Parser(kind, "program").arguments(["--help"])
     assert stop.value.code == 0
     shown = " ".join(capsys.readouterr().out.split())
-    described = {entry.arg_name: entry.description for entry in docstring_parser.parse(kind.__doc__).params}
     for entry in fields(kind):
-        assert f" --{entry.name} " in shown
-        assert " ".join(described[entry.name].split()).rstrip(".") in shown, entry.name
+        assert (f" --{entry.name} " in shown) == entry.metadata["flag"]
+        assert entry.metadata["help"], entry.name
+        assert (entry.metadata["help"] in shown) == entry.metadata["flag"], entry.name
 
 
 def test_flags_and_a_file_with_flags_on_top(tmp_path):
@@ -51,7 +50,31 @@ def test_a_wrong_value_is_one_clear_line(argv, message):
 
 def test_counts_may_be_none():
     cell = Parser(CellConfig).arguments(["--eval_limit", "none", "--num_fewshot", "5", "--eval_batch_size", "auto"])
-    assert (cell.eval_limit, cell.num_fewshot, cell.eval_batch_size) == ("none", 5, "auto")
+    assert (cell.eval_limit, cell.num_fewshot, cell.eval_batch_size) == (None, 5, "auto")
+
+
+@pytest.mark.parametrize("levels", ["0:0.9:0.3", "0.9,0,0.3,0.6", [0, 0.3, 0.6, 0.9], (0.9, 0.6, 0.3, 0.0, 0.3)])
+def test_levels_are_numbers_however_they_are_written(levels, tmp_path):
+    assert Parser(MaskConfig).values({"sparsities": levels}, "a study").sparsities == (0.0, 0.3, 0.6, 0.9)
+    path = tmp_path / "masks.yaml"
+    path.write_text(f"sparsities: {levels if isinstance(levels, str) else list(levels)}\n")
+    assert Parser(MaskConfig).arguments(["--config", str(path)]).sparsities == (0.0, 0.3, 0.6, 0.9)
+
+
+def test_one_level_may_be_a_number():
+    assert Parser(MaskConfig).values({"sparsities": 0.5}, "a study").sparsities == (0.5,)
+    assert Parser(MaskConfig).arguments(["--sparsities", "0:0.9:0.9"]).sparsities == (0.0, 0.9)
+
+
+def test_what_cannot_be_read_is_said_with_all_else_that_is_wrong():
+    with pytest.raises(UserError, match=r"sparsities is '7'; every level.*seed is -1"):
+        Parser(MaskConfig).arguments(["--sparsities", "7", "--seed", "-1"])
+
+
+def test_none_may_be_empty_in_a_file_where_none_is_a_value():
+    assert Parser(CellConfig).values({"eval_limit": None, "masks": None}, "a study").eval_limit is None
+    with pytest.raises(UserError, match="target_modules is empty"):
+        Parser(CellConfig).values({"target_modules": None}, "a study")
 
 
 def test_plain_values_are_checked_too():

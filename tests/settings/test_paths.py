@@ -7,16 +7,16 @@ import yaml
 
 from sparse_ft.cli import COMMANDS
 from sparse_ft.errors import UserError
-from sparse_ft.models.catalog import BUILT_IN
 from sparse_ft.settings.cell import CellConfig
 from sparse_ft.settings.commands import SweepConfig, ValidateConfig
+from sparse_ft.settings.field import is_optional
 from sparse_ft.settings.parser import Parser
-from sparse_ft.settings.paths import PATHS
 from sparse_ft.study.plan import load_study, make_plan
 
 KINDS = [command.parameters for command in COMMANDS.values()]
 REQUIRED = {"checkpoint": "c", "masks": "m", "config": "c", "run_id": "r"}
-PARAMETERS = [(kind, entry.name) for kind in KINDS for entry in fields(kind) if entry.name in PATHS]
+PATHS = {(kind, entry.name): entry for kind in KINDS for entry in fields(kind) if entry.metadata["path"] is not None}
+PARAMETERS = list(PATHS)
 
 
 def both_ways(kind, name, value, folder):
@@ -35,11 +35,6 @@ def both_ways(kind, name, value, folder):
         read.append(parser.arguments(["--config", str(file)]))
     (one,) = {getattr(instance, name) for instance in read}
     return one
-
-
-def test_the_table_speaks_of_parameters_that_there_are():
-    assert set(PATHS) == {name for _, name in PARAMETERS}
-    assert PATHS["model"] == BUILT_IN
 
 
 @pytest.mark.parametrize(("kind", "name"), PARAMETERS)
@@ -66,8 +61,9 @@ def test_every_parameter_that_is_a_path(kind, name, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("kind", "name"), PARAMETERS)
 def test_words_stay_and_paths_of_their_names_stay_paths(kind, name, tmp_path):
-    for word in PATHS[name]:
-        assert both_ways(kind, name, word, tmp_path) == word
+    entry = PATHS[kind, name]
+    for word in (*entry.metadata["path"], *(["none"] if is_optional(entry) else [])):
+        assert both_ways(kind, name, word, tmp_path) == (None if word == "none" else word)
         assert both_ways(kind, name, f"./{word}", tmp_path) == f"./{word}"
         assert both_ways(kind, name, f"./a/../{word}/", tmp_path) == f"./{word}"
 

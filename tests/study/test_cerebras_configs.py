@@ -115,7 +115,7 @@ def test_mask_files_have_the_names_that_the_mask_engine_gives_them(study, tmp_pa
     path.write_text(yaml.safe_dump({"grid": {"model": [folder]}, "cell": values, "dense_baseline": False}))
     write_study_configs(path, tmp_path / "out", CerebrasSettings())
     (entry,) = json.loads((tmp_path / "out" / "index.json").read_text())
-    made = MaskConfig(model="tiny-llama", sparsities=str(cell.get("sparsity", 0.5)), **without_sparsity(cell))
+    made = MaskConfig(model="tiny-llama", sparsities=(cell.get("sparsity", 0.5),), **without_sparsity(cell))
     (file,) = make_masks(made, Workbench(), tmp_path / "made")
     assert Path(entry["masks"]).name == file.path.name
     assert name in (None, file.path.name)

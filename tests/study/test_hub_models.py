@@ -12,7 +12,7 @@ from documents import ROOT
 from hub import COMMIT, hub_server
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from sparse_ft.evaluation import EvaluationSettings, evaluate
+from sparse_ft.evaluation import ScoringSettings, evaluate
 from sparse_ft.models.catalog import locate
 from sparse_ft.models.checkpoint import Checkpoint
 from sparse_ft.models.loading import load_model, load_tokenizer
@@ -125,7 +125,7 @@ def test_the_full_study_with_its_models_and_data_from_a_hub(published, tmp_path)
 
     # The questions are known again, whatever columns they lie in.
     model, tokenizer = load_model(locate("tiny-llama")), load_tokenizer(locate("tiny-llama"))
-    four = EvaluationSettings(limit=4, perplexity_tokens=0)
+    four = ScoringSettings(eval_limit=4, perplexity_tokens=0)
     for task, *_ in DATA.values():
         here = evaluate(model, tokenizer, load_task(task, made_data_dir()), four)
         there = {run["params"].get("protocol/questions_sha256") for run in cells if run["params"]["cfg/task"] == task}

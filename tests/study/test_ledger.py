@@ -85,7 +85,7 @@ def test_failed_cells_are_tried_again_up_to_max_retries_in_every_start(config, c
     def failed(count):
         return [("FAILED", "timeout", str(number)) for number in range(1, count + 1)]
 
-    resume = "none"
+    resume = None
     assert start(max_retries=1) == (1, failed(2))
     resume = _study()[0]["run_id"]
     assert start(max_retries=0) == (1, failed(2))  # nothing that failed is tried again

@@ -28,7 +28,7 @@ CALIBRATED = {"importance": "wanda", "scope": "row", "calibration_samples": 4, "
 def start(study_file, tmp_path):
     """Runs a study to its end; returns its status, its run and its cells, those recorded for others left out."""
 
-    def run(grid, resume="none", cell=None, **rest):
+    def run(grid, resume=None, cell=None, **rest):
         values = {"dense_baseline": False, "keep": "none", **rest}
         path = study_file(grid, cell={"score_untuned": False, "perplexity_tokens": 0, **(cell or {})}, **values)
         status = sweep(SweepConfig(config=str(path), output_dir=str(tmp_path / "out"), resume=resume))
@@ -154,7 +154,7 @@ def test_given_masks_of_other_weights_stop_a_study_before_its_first_run(start, m
 
 
 def test_trials_of_a_search_run_under_the_masks_that_are_given(study_file, tmp_path):
-    about = MaskConfig(model="tiny-llama", sparsities="0.7")
+    about = MaskConfig(model="tiny-llama", sparsities=(0.7,))
     (file,) = make_masks(about, Workbench(), tmp_path / "mine")
     search = {"objective": "loss", "trials": 2, "space": {"lora_r": [2, 4]}}
     path = study_file({}, cell={"model": "tiny-llama", "masks": str(file.path)}, search=search)
@@ -167,8 +167,8 @@ def test_trials_of_a_search_run_under_the_masks_that_are_given(study_file, tmp_p
 
 def test_a_mask_file_that_is_replaced_is_not_taken_for_the_one_that_was_made(tmp_path):
     bench = Workbench()
-    (made,) = make_masks(MaskConfig(model="tiny-llama", sparsities="0.5"), bench, tmp_path / "one")
-    (other,) = make_masks(MaskConfig(model="tiny-llama", sparsities="0.7"), bench, tmp_path / "two")
+    (made,) = make_masks(MaskConfig(model="tiny-llama", sparsities=(0.5,)), bench, tmp_path / "one")
+    (other,) = make_masks(MaskConfig(model="tiny-llama", sparsities=(0.7,)), bench, tmp_path / "two")
     shutil.copy(other.path, made.path)
     assert load_masks(made.path).sparsity == pytest.approx(0.7, abs=1e-3)
     with pytest.raises(UserError, match="it was replaced"):

@@ -15,7 +15,6 @@ import psutil
 import torch
 
 from sparse_ft.cell.masks import check_given, check_mask_set
-from sparse_ft.cell.settings import cell_problems, count, target_names
 from sparse_ft.cell.trainer import LOCAL, Trainer
 from sparse_ft.cell.workbench import Workbench
 from sparse_ft.errors import UserError
@@ -66,7 +65,7 @@ def check_plan(plan: Plan, bench: Workbench, trainer: Trainer = LOCAL) -> list[s
     """What the study asks for and cannot be had: settings, masks, models, tasks, a training. One line each."""
     problems: dict[str, None] = {}
     for cell in plan.cells:
-        problems |= dict.fromkeys(cell_problems(cell))
+        problems |= dict.fromkeys(cell.problems())
     for device in dict.fromkeys(cell.device for cell in plan.cells):
         _note(problems, resolve_device, device)
     for cell in plan.cells:
@@ -76,11 +75,11 @@ def check_plan(plan: Plan, bench: Workbench, trainer: Trainer = LOCAL) -> list[s
     for item in plan.mask_sets:
         _note(problems, check_mask_set, item.config, bench)
     for cell in {
-        (cell.model, cell.masks): cell for cell in plan.cells if cell.pruned and cell.masks != "none"
+        (cell.model, cell.masks): cell for cell in plan.cells if cell.pruned and cell.masks is not None
     }.values():
         _note(problems, check_given, cell, bench)
     for task, data_dir, shots in dict.fromkeys((cell.task, cell.data_dir, cell.num_fewshot) for cell in plan.cells):
-        _note(problems, bench.task, task, data_dir, count(shots))
+        _note(problems, bench.task, task, data_dir, shots)
     same = {(cell.model, cell.task, cell.data_dir, cell.num_fewshot, cell.max_seq_len): cell for cell in plan.cells}
     for cell in same.values():
         _note(problems, check_examples, cell, bench)
@@ -167,7 +166,7 @@ def check_examples(cell: CellConfig, bench: Workbench) -> None:
     Raises:
         UserError: it does not, or the model or the task cannot be had.
     """
-    task = bench.task(cell.task, cell.data_dir, count(cell.num_fewshot))
+    task = bench.task(cell.task, cell.data_dir, cell.num_fewshot)
     training_examples(task, bench.tokenizer(cell.model), cell.max_seq_len, limit=1, seed=cell.seed)
 
 
@@ -175,9 +174,8 @@ def _bytes(checkpoint: Checkpoint, itemsize: int) -> int:
     return itemsize * sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names)
 
 
-def _adapter_bytes(checkpoint: Checkpoint, rank: int, targets: str) -> int:
+def _adapter_bytes(checkpoint: Checkpoint, rank: int, chosen: tuple[str, ...] | None) -> int:
     """Adapters are saved in float32: A is [r, in], B is [out, r]."""
-    chosen = target_names(targets)
     shapes = [s for n, s in checkpoint.prunable_shapes().items() if role(checkpoint.config, n).is_adapted(chosen)]
     return 4 * rank * sum(math.prod(shape[:-2]) * (shape[-2] + shape[-1]) for shape in shapes)
 

@@ -9,17 +9,14 @@ from typing import Any
 
 from sparse_ft.progress import duration
 from sparse_ft.settings.cell import CellConfig
+from sparse_ft.settings.field import named
 from sparse_ft.study.plan import Plan
 from sparse_ft.tracking.parameters import flatten_config
 
 __all__ = ["Time", "estimate_time"]
 
 # What changes the result and not the time. Of the rest the mode is dropped first, where no cell is quite alike.
-_NO_MATTER = (
-    "masks", "method", "importance", "scope", "sparsity", "pattern", "allocation", "calibration_samples",
-    "calibration_seq_len", "lora_alpha", "learning_rate", "warmup_fraction", "weight_decay", "rounding", "seed",
-    "force",
-)  # fmt: skip
+_NO_MATTER = named(CellConfig, time=False)
 
 
 @dataclass(frozen=True)

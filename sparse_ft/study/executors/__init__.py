@@ -24,7 +24,7 @@ def make_executor(
     Raises:
         UserError: ray is asked for and not installed, or its cluster does not answer.
     """
-    limit = None if config.cell_seconds == "none" else float(config.cell_seconds)
+    limit = config.cell_seconds
     if config.executor == "process":
         return ProcessExecutor(setup, listen, workers, limit, logs=logs)
     if config.executor == "ray":
@@ -54,7 +54,7 @@ def worker_count(config: SweepConfig) -> int:
     """
     if config.executor == "serial":
         return 1
-    if config.max_workers == "none":
+    if config.max_workers is None:
         return default_workers()
     if config.max_workers < 1:
         raise UserError(f"max_workers is {config.max_workers}; it must be at least 1.")

@@ -50,7 +50,7 @@ class RayExecutor:
         listen: Listener,
         workers: int,
         cell_seconds: float | None = None,
-        address: str = "none",
+        address: str | None = None,
     ):
         self._ray = _ray()
         self._setup, self._listen, self._limit = setup, listen, cell_seconds
@@ -163,7 +163,7 @@ class RayExecutor:
         answers = False
         try:
             with _kept_sigterm():
-                if address == "none":  # "local": without it Ray joins any cluster that this machine remembers
+                if address is None:  # "local": without it Ray joins any cluster that this machine remembers
                     self._ray.init(address="local", include_dashboard=False, **options)
                 else:
                     answers = _listens(_resolved(address))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ from sparse_ft.levels import level_label
 from sparse_ft.progress import shown_progress
 from sparse_ft.pruning.output import MaskFile
 from sparse_ft.settings.cell import CellConfig, mask_set_of
-from sparse_ft.settings.commands import MaskConfig, SweepConfig
+from sparse_ft.settings.commands import SweepConfig
+from sparse_ft.settings.field import named
 from sparse_ft.study.checks.preflight import check_plan, check_resources
 from sparse_ft.study.display import shown_display
 from sparse_ft.study.executors import executor_problems, make_executor, worker_count
@@ -45,8 +46,7 @@ from sparse_ft.tracking.stores import artifact_location, tracking_uri
 __all__ = ["search"]
 
 # Axes that decide which models, tasks and masks are needed; the others change the training alone.
-_CELL = {entry.name for entry in fields(CellConfig)}
-_NEEDED = {entry.name for entry in fields(MaskConfig)} & _CELL | {"mode", "masks", "sparsity"}
+_NEEDED = named(CellConfig, needed=True)
 
 
 def search(config: SweepConfig, study: Study, trainer: Trainer) -> int:
@@ -79,7 +79,7 @@ def search(config: SweepConfig, study: Study, trainer: Trainer) -> int:
         return 0
     with interruptible():
         tracker = Tracker()
-        if config.resume not in ("none", "new"):
+        if config.resume not in (None, "new"):
             _check_resumed(tracker, config.resume, study)
         identities = [cell_identity(cell, bench) for cell in plan.cells]
         mask_keys = [mask_key(item.config, bench) for item in plan.mask_sets]

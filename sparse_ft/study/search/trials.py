@@ -17,6 +17,7 @@ from sparse_ft.cell.masks import mask_file
 from sparse_ft.errors import UserError
 from sparse_ft.pruning.output import MaskFile
 from sparse_ft.settings.cell import CellConfig, mask_set_of
+from sparse_ft.settings.field import plain_values
 from sparse_ft.settings.parser import Parser
 from sparse_ft.study.queue import Job, Outcome
 
@@ -197,7 +198,8 @@ def propose(trial: optuna.Trial, settings: SearchSettings, cell: CellConfig) -> 
         else:
             low, high = axis["low"], axis["high"]
             values[name] = trial.suggest_float(name, low, high, step=axis.get("step"), log=axis.get("log", False))
-    return replace(cell, **values)
+    proposed = Parser(CellConfig).values(values, f"trial {trial.number}")
+    return replace(cell, **{name: getattr(proposed, name) for name in values})
 
 
 def run_trial(job: TrialJob, run: Callable[[Job, Judge], Outcome]) -> Outcome:
@@ -267,13 +269,13 @@ def _axis(name: str, axis: Any, where: str) -> Any:
     """
     parser, where = Parser(CellConfig), f"{where}, search.space"
     if isinstance(axis, list) and axis:
-        choices = [getattr(parser.values({name: value}, where), name) for value in axis]
+        choices = [plain_values(parser.values({name: value}, where))[name] for value in axis]
         if len(set(choices)) < len(choices):
             raise UserError(f"{where}: {name} has a choice twice: {axis}.")
         return choices
     if not (isinstance(axis, Mapping) and {"low", "high"} <= set(axis) <= {"low", "high", "log", "step"}):
         raise UserError(f"{where}.{name} must be a list of choices, or a range with low and high.")
-    parser.values({name: getattr(CellConfig(), name, None)}, where)  # is there such a field at all?
+    parser.values({name: plain_values(CellConfig()).get(name)}, where)  # is there such a field at all?
     if not parser.is_number(name):
         raise UserError(f"{where}: {name} is no number, which alone has a range; give a list of choices.")
     if name == "sparsity":

@@ -86,7 +86,7 @@ def test_rows_there_and_back(folder):
 def test_masks_and_validation_take_it_as_they_take_the_folder(folder, tmp_path):
     from sparse_ft.masks.files import load_masks
     from sparse_ft.pruning.generator import MaskGenerator
-    from sparse_ft.pruning.settings import PruningSettings
+    from sparse_ft.settings.pruning import PruningSettings
     from sparse_ft.validation import validate_checkpoint
 
     path = as_mdl(folder, folder / "weights.mdl")

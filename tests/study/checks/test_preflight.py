@@ -3,11 +3,11 @@ from pathlib import Path
 import pytest
 
 from sparse_ft.cell.masks import check_mask_set
-from sparse_ft.cell.settings import cell_problems, check_cell
 from sparse_ft.cell.workbench import Workbench
 from sparse_ft.errors import UserError
 from sparse_ft.settings.cell import CellConfig
 from sparse_ft.settings.commands import MaskConfig, SweepConfig
+from sparse_ft.settings.parser import Parser
 from sparse_ft.study.checks.preflight import check_plan, check_resources, estimate_disk
 from sparse_ft.study.driver import sweep
 from sparse_ft.study.executors import executor_problems
@@ -103,22 +103,24 @@ def test_the_full_studies_are_what_they_say(name, models):
 
 
 def test_all_that_is_wrong_with_a_cell_is_said_at_once():
-    cell = CellConfig(
-        sparsity=2, max_steps=0, batch_size=0, learning_rate=0.0, warmup_fraction=1.0, lora_r=0, seed=-1,
-        perplexity_seq_len=1, perplexity_tokens=-3, target_modules="q_proj,,v_proj", register_as="a/b",
-        weight_decay=-1.0, eval_limit=0, perplexity_corpus="/no/such/file",
-    )  # fmt: skip
-    said = " ".join(cell_problems(cell))
+    values = {
+        "sparsity": 2, "max_steps": 0, "batch_size": 0, "learning_rate": 0.0, "warmup_fraction": 1.0, "lora_r": 0,
+        "seed": -1, "perplexity_seq_len": 1, "perplexity_tokens": -3, "target_modules": "q_proj,,v_proj",
+        "register_as": "a/b", "weight_decay": -1.0, "eval_limit": 0, "perplexity_corpus": "/no/such/file",
+    }  # fmt: skip
+    with pytest.raises(UserError) as raised:
+        Parser(CellConfig).values(values, "study x")
+    said = str(raised.value)
     for name in (
         "sparsity", "max_steps", "batch_size", "learning_rate", "warmup_fraction", "seed", "target_modules",
         "weight_decay", "eval_limit", "perplexity_corpus", "a/b", "lora_r", "perplexity_seq_len", "perplexity_tokens",
     ):  # fmt: skip
         assert name in said, name
     with pytest.raises(UserError, match=r"max_steps.*batch_size.*warmup_fraction"):
-        check_cell(cell)
+        CellConfig(**values | {"target_modules": None}).check()
 
 
 def test_all_that_is_wrong_with_masks_is_said_at_once():
-    config = MaskConfig(model="no/model", sparsities="1.5", seed=-1, device="cuda:99")
+    config = MaskConfig(model="no/model", sparsities=(1.5,), seed=-1, device="cuda:99")
     with pytest.raises(UserError, match=r"seed is -1.*1\.5.*cuda:99"):
         check_mask_set(config, Workbench())

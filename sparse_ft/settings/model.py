@@ -1,0 +1,45 @@
+"""Which model and which data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sparse_ft.settings import shared
+from sparse_ft.settings.field import Settings, setting
+
+__all__ = ["BUILT_IN", "DataSettings", "ModelSettings"]
+
+BUILT_IN = ("smollm2-135m", "tiny-llama", "tiny-mistral", "tiny-mixtral")
+
+
+@dataclass(frozen=True)
+class ModelSettings(Settings):
+    """Which model, where it runs and in which precision."""
+
+    model: str = setting(
+        "smollm2-135m",
+        f"hub id (owner/name, or owner/name@commit), local folder, or built-in ({', '.join(BUILT_IN)}).",
+        path=BUILT_IN,
+        needed=True,
+        named=True,
+    )
+    dtype: str = shared.dtype()
+    device: str = shared.device()
+
+
+@dataclass(frozen=True)
+class DataSettings(Settings):
+    """Which task, and where its rows are."""
+
+    task: str = setting(
+        "boolq",
+        "boolq, hellaswag, gsm8k, or another task of lm-eval; calibration text is taken from it too.",
+        needed=True,
+    )
+    data_dir: str | None = setting(
+        None,
+        "folder with TASK/SPLIT.jsonl, packaged (BoolQ from a wheel), or none for the hub.",
+        path=("made", "packaged"),
+        needed=True,
+        named=True,
+    )

@@ -1,0 +1,48 @@
+"""The parameters of scoring."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from sparse_ft.settings.field import Settings, setting
+
+__all__ = ["CORPORA", "ScoringSettings"]
+
+CORPORA = ("task", "wikitext2")
+
+
+@dataclass(frozen=True)
+class ScoringSettings(Settings):
+    """How much is scored, and how."""
+
+    eval_limit: int | None = setting(None, "score this many examples, or none for all.", least=1)
+    eval_batch_size: int | Literal["auto"] = setting("auto", "sequences scored at a time, or auto.", least=1)
+    num_fewshot: int | None = setting(
+        None, "examples in the prompt, or none for the task's own number.", least=0, named=True
+    )
+    perplexity_seq_len: int = setting(256, "tokens of each window of held-out text.", least=2)
+    perplexity_tokens: int | None = setting(
+        16384, "tokens of held-out text to measure perplexity on; 0 leaves it out, none takes all.", least=0
+    )
+    perplexity_corpus: str = setting(
+        "task",
+        "task (the task's held-out texts), wikitext2 (from the hub), or a text file.",
+        path=CORPORA,
+        named=True,
+    )
+    share_contexts: bool = setting(
+        False,
+        "read the answers to one question after one context; faster, but the last digits of log-likelihoods then"
+        " differ from lm-eval's.",
+    )
+    keep_samples: bool = setting(False, "keep what the model answered to every question, as an artifact.", result=False)
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong with the values, one sentence each."""
+        yield from super().problems()
+        corpus = self.perplexity_corpus
+        if self.perplexity_tokens != 0 and corpus not in CORPORA and not Path(corpus).is_file():
+            yield f"perplexity_corpus is '{corpus}'; there is no such file. Give task, wikitext2 or a text file."
