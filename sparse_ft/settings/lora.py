@@ -35,8 +35,8 @@ class LoraSettings(Settings):
     """Rank, scaling and places of an adapter.
 
     ``target_modules`` are projections by the names in the family's row (Mixtral's experts have ``w1``, ``w2`` and
-    ``w3``); None adapts every prunable one. Experts take no dropout. ``rounding`` is that of ``W + s B A``, in the sparse forward
-    and in every merge.
+    ``w3``); None adapts every prunable one. Experts take no dropout. ``rounding`` is that of ``W + s B A``,
+    in the sparse forward and in every merge.
     """
 
     lora_r: int = setting(16, "rank of the adapters.", least=1)

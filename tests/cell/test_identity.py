@@ -134,7 +134,7 @@ def _one_to_one(pairs):
 
 def _of_masks(cell, bench):
     kind = mask_set_of(cell)
-    return "" if kind is None else mask_key(replace(kind, sparsities="0.5"), bench)
+    return "" if kind is None else mask_key(replace(kind, sparsities=(0.5,)), bench)
 
 
 def test_keys_of_mask_sets(cells, bench):

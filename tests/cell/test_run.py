@@ -24,7 +24,7 @@ def run(bench, small, tmp_path):
         kind = mask_set_of(cell)
         masks = None
         if kind is not None:
-            (masks,) = make_masks(replace(kind, sparsities=f"{cell.sparsity}"), bench, tmp_path / "masks")
+            (masks,) = make_masks(replace(kind, sparsities=(cell.sparsity,)), bench, tmp_path / "masks")
         folder = tmp_path / cell.key()
         return cell, masks, run_cell(cell, masks, bench, folder), folder
 
@@ -116,14 +116,14 @@ def test_missing_models_and_data_have_classes_of_their_own(run):
 
 def test_what_training_moved_and_what_the_merge_cost_is_logged_for_every_mode(run):
     for mode in ("dense", "sparse_to_dense", "sparse_to_sparse", "full"):
-        _, _, result, _ = run(mode=mode, task="hellaswag", learning_rate=1e-2, target_modules="q_proj,v_proj")
+        _, _, result, _ = run(mode=mode, task="hellaswag", learning_rate=1e-2, target_modules=("q_proj", "v_proj"))
         assert 0.5 < result.metrics["train/weights_moved"] <= 1, mode
         assert result.metrics["eval/loss_adapter"] == pytest.approx(result.metrics["eval/loss"], rel=1e-4), mode
         assert result.metrics["eval/loss_stderr_adapter"] > 0 and "warning" not in result.tags
 
 
 def test_moved_weights_are_counted_among_the_kept_of_the_adapted_tensors(run):
-    cell, masks, result, folder = run(dtype="bfloat16", learning_rate=1e-4, target_modules="q_proj", keep="all")
+    cell, masks, result, folder = run(dtype="bfloat16", learning_rate=1e-4, target_modules=("q_proj",), keep="all")
     merged, moved, kept = Checkpoint(folder / "merged"), 0, 0
     from sparse_ft.models.catalog import locate
 

@@ -35,7 +35,7 @@ def test_cells_in_bfloat16_keep_their_promises(model, mode, tmp_path):
     cell = CellConfig(**{**SMALL, "model": model, "mode": mode, "importance": "wanda", "scope": "row", "keep": "all"})
     kind, masks = mask_set_of(cell), None
     if kind is not None:
-        (masks,) = make_masks(replace(kind, sparsities="0.5"), bench, tmp_path / "masks")
+        (masks,) = make_masks(replace(kind, sparsities=(0.5,)), bench, tmp_path / "masks")
     result = run_cell(cell, masks, bench, tmp_path / "cell")
     assert result.protocol["device"] == torch.cuda.get_device_name()
     assert result.protocol["dtype"] == "bfloat16"
@@ -52,7 +52,7 @@ def test_two_runs_of_a_cell_give_the_same_numbers(tmp_path):
     def numbers(folder):
         bench = Workbench()
         cell = CellConfig(**{**SMALL, "model": "tiny-llama", "max_steps": 6})
-        (masks,) = make_masks(replace(mask_set_of(cell), sparsities="0.5"), bench, tmp_path / "masks")
+        (masks,) = make_masks(replace(mask_set_of(cell), sparsities=(0.5,)), bench, tmp_path / "masks")
         metrics = run_cell(cell, masks, bench, folder).metrics
         return {k: v for k, v in metrics.items() if k.startswith(("eval/", "train/loss")) and "second" not in k}
 
