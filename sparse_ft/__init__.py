@@ -2,7 +2,7 @@
 
 from sparse_ft.lazy import public
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __getattr__, __dir__, __all__ = public(__name__, {
     "Calibration": "sparse_ft.pruning.calibration",

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
+from sparse_ft import __version__
 from sparse_ft.cli import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -131,6 +132,12 @@ def test_conda_lists_the_projects_dependencies_in_the_locks_versions(base, proje
 def test_known_good_versions_are_the_ones_locked(lock):
     known = {"torch": "2.13.0", "mlflow": "3.17.2", "transformers": "5.23.0", "peft": "0.21.2", "lm-eval": "0.4.13"}
     assert {name: lock[name] for name in known} == known
+
+
+def test_the_version_is_one(project):
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == __version__
+    assert re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[0] == __version__
+    assert project["license"] == "Apache-2.0" and "Apache License" in (ROOT / "LICENSE").read_text()
 
 
 def test_every_entry_point_is_there(mlproject):

@@ -7,6 +7,8 @@ from dataclasses import replace
 import earlier
 import pytest
 
+from sparse_ft import __version__
+from sparse_ft.cell.identity import versions
 from sparse_ft.errors import UserError
 from sparse_ft.settings.commands import SweepConfig
 from sparse_ft.study import holder, life
@@ -72,6 +74,26 @@ def test_a_study_of_version_0_1_0_runs_again_and_its_cells_are_no_part_of_the_re
     assert len(cells) == 4 and {run["run_id"] for run in cells if "superseded" in run["tags"]} == old
     assert sweep(replace(file, resume=parent["run_id"])) == 0
     assert "2 of 2 cells are done" in capsys.readouterr().out and len(_study()[1]) == 4
+
+
+def test_a_study_of_another_version_says_so_and_runs_again(config, capsys, monkeypatch):
+    """The version stands in the identity of every cell and mask set, whatever else is the same."""
+    file = config({"model": ["tiny-llama"], "sparsity": [0.5], "mode": ["sparse_to_sparse"]})
+    with monkeypatch.context() as before:
+        before.setattr("sparse_ft.__version__", "0.1.0")
+        versions.cache_clear()
+        assert sweep(file) == 0
+    versions.cache_clear()
+    parent, (old,) = _study()
+    capsys.readouterr()
+    assert sweep(replace(file, resume=parent["run_id"])) == 0
+    (said,) = [line for line in capsys.readouterr().out.splitlines() if "has changed" in line]
+    assert "sparse_ft 0.1.0" in said and f"sparse_ft {__version__}" in said and "run again" in said
+    _, cells = _study()
+    assert [run["run_id"] for run in cells if "superseded" in run["tags"]] == [old["run_id"]]
+    (new,) = [run for run in cells if run["run_id"] != old["run_id"]]
+    assert new["tags"]["cell_key"] != old["tags"]["cell_key"]
+    assert new["tags"]["mask_checksum"] == old["tags"]["mask_checksum"]
 
 
 def test_failed_cells_are_tried_again_up_to_max_retries_in_every_start(config, capsys):
