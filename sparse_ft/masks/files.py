@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from sparse_ft.errors import UserError
 from sparse_ft.files import atomic_path
@@ -184,8 +183,8 @@ class MaskFileWriter:
 def _save_safetensors(masks: MaskSet, path: Path) -> None:
     writer = MaskFileWriter(path, masks.shapes)
     try:
-        for name, packed in masks.packed.items():
-            writer.write(name, packed.numpy())
+        for name, packed in masks.bits.items():
+            writer.write(name, packed)
         writer.close(masks.metadata)
     finally:
         writer.abort()
@@ -193,12 +192,13 @@ def _save_safetensors(masks: MaskSet, path: Path) -> None:
 
 def _save_npz(masks: MaskSet, path: Path) -> None:
     header = make_header(masks.checksum, masks.shapes, masks.metadata).encode()
-    arrays = {name: packed.numpy() for name, packed in masks.packed.items()}
     with atomic_path(path) as temporary:
-        np.savez(temporary, **{HEADER_KEY: np.frombuffer(header, np.uint8)}, **arrays)
+        np.savez(temporary, **{HEADER_KEY: np.frombuffer(header, np.uint8)}, **masks.bits)
 
 
 def _save_pt(masks: MaskSet, path: Path) -> None:
+    import torch
+
     header = make_header(masks.checksum, masks.shapes, masks.metadata)
     with atomic_path(path) as temporary:
         torch.save({HEADER_KEY: header, "bits": masks.packed}, temporary)

@@ -1,4 +1,8 @@
-"""A set of masks: one bit per weight, keyed by the checkpoint's tensor names, with an identity."""
+"""A set of masks: one bit per weight, keyed by the checkpoint's tensor names, with an identity.
+
+Bits are numpy arrays: making, reading and comparing masks needs no torch; torch is imported where a mask is asked for
+as a tensor.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,23 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
-__all__ = ["MaskSet", "combine_digests", "count_kept", "pack_bits", "packed_shape", "tensor_digest", "unpack_bits"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "MaskSet",
+    "combine_digests",
+    "count_kept",
+    "pack_bits",
+    "packed_shape",
+    "tensor_digest",
+    "unpack_bits",
+    "unpacked",
+]
 
 
 def packed_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -21,16 +36,24 @@ def packed_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def pack_bits(mask: torch.Tensor) -> torch.Tensor:
     """Packs a boolean mask ``[..., C]`` into ``uint8 [..., ceil(C/8)]``, little-endian, rows padded with 0."""
+    import torch
+
     return torch.from_numpy(np.packbits(mask.detach().cpu().numpy(), axis=-1, bitorder="little"))
 
 
 def unpack_bits(packed: torch.Tensor, columns: int) -> torch.Tensor:
     """The boolean mask ``[..., columns]`` of packed bits ``uint8 [..., ceil(columns/8)]``; True = kept."""
-    bits = np.unpackbits(packed.detach().cpu().numpy(), axis=-1, count=columns, bitorder="little")
-    return torch.from_numpy(bits.view(np.bool_))
+    import torch
+
+    return torch.from_numpy(unpacked(packed.detach().cpu().numpy(), columns))
 
 
-def count_kept(packed: torch.Tensor | np.ndarray) -> int:
+def unpacked(packed: np.ndarray, columns: int) -> np.ndarray:
+    """`unpack_bits` of an array: bool ``[..., columns]``."""
+    return np.unpackbits(packed, axis=-1, count=columns, bitorder="little").view(np.bool_)
+
+
+def count_kept(packed: np.ndarray) -> int:
     """Number of set bits in ``uint8`` packed bits, without unpacking them."""
     flat = np.ascontiguousarray(packed).reshape(-1)
     whole = flat.size // 8 * 8
@@ -46,10 +69,9 @@ def _table_count(flat: np.ndarray) -> int:
     return int(np.bincount(flat, minlength=256) @ table)
 
 
-def tensor_digest(packed: torch.Tensor | np.ndarray) -> bytes:
+def tensor_digest(packed: np.ndarray) -> bytes:
     """SHA-256 of one tensor's packed bits (32 bytes)."""
-    array = packed.numpy() if isinstance(packed, torch.Tensor) else packed
-    return hashlib.sha256(memoryview(np.ascontiguousarray(array)).cast("B")).digest()
+    return hashlib.sha256(memoryview(np.ascontiguousarray(packed)).cast("B")).digest()
 
 
 def combine_digests(tensors: Mapping[str, tuple[tuple[int, ...], bytes]]) -> str:
@@ -65,11 +87,12 @@ def combine_digests(tensors: Mapping[str, tuple[tuple[int, ...], bytes]]) -> str
     return identity.hexdigest()
 
 
-class MaskSet(Mapping[str, torch.Tensor]):
+class MaskSet(Mapping[str, "torch.Tensor"]):
     """Masks by checkpoint tensor name, kept packed; ``masks[name]`` unpacks one (bool, True = kept).
 
-    Iterates in name order. ``metadata`` says how the set came about (method, importance, scope, sparsity
-    asked, model, fingerprint, calibration, seed, version); it is no part of the identity.
+    ``bits[name]`` is ``uint8 [..., ceil(C/8)]``, and ``packed[name]`` the same memory as a tensor. Iterates in name
+    order. ``metadata`` says how the set came about (method, importance, scope, sparsity asked, model, fingerprint,
+    calibration, seed, version); it is no part of the identity.
 
     Raises:
         ValueError: packed bits that are not uint8, do not fit their shape, or are set beyond a row's end.
@@ -77,17 +100,17 @@ class MaskSet(Mapping[str, torch.Tensor]):
 
     def __init__(
         self,
-        packed: Mapping[str, torch.Tensor],
+        packed: Mapping[str, torch.Tensor | np.ndarray],
         shapes: Mapping[str, tuple[int, ...]],
         metadata: Mapping[str, Any] | None = None,
     ):
         if set(packed) != set(shapes):
             raise ValueError(f"packed bits and shapes name different tensors: {set(packed) ^ set(shapes)}")
         self.shapes = {name: tuple(int(n) for n in shapes[name]) for name in sorted(shapes)}
-        self.packed = {name: packed[name].contiguous() for name in self.shapes}
+        self.bits = {name: np.ascontiguousarray(packed[name]) for name in self.shapes}
         self.metadata = dict(metadata or {})
         for name, shape in self.shapes.items():
-            _check_packed(name, self.packed[name], shape)
+            _check_packed(name, self.bits[name], shape)
 
     @classmethod
     def from_bool(cls, masks: Mapping[str, torch.Tensor], metadata: Mapping[str, Any] | None = None) -> MaskSet:
@@ -96,6 +119,8 @@ class MaskSet(Mapping[str, torch.Tensor]):
         Raises:
             TypeError: a mask that is not boolean (a 0/1 float mask has no agreed meaning here).
         """
+        import torch
+
         for name, mask in masks.items():
             if mask.dtype != torch.bool:
                 raise TypeError(f"mask {name} is {mask.dtype}, not torch.bool (True = kept)")
@@ -105,7 +130,15 @@ class MaskSet(Mapping[str, torch.Tensor]):
     @classmethod
     def all_kept(cls, shapes: Mapping[str, tuple[int, ...]]) -> MaskSet:
         """The masks of a model that is not pruned."""
-        return cls.from_bool({name: torch.ones(shape, dtype=torch.bool) for name, shape in shapes.items()})
+        whole = {name: np.ones(shape, np.bool_) for name, shape in shapes.items()}
+        return cls({name: np.packbits(mask, axis=-1, bitorder="little") for name, mask in whole.items()}, shapes)
+
+    @cached_property
+    def packed(self) -> dict[str, torch.Tensor]:
+        """The packed bits as tensors, which share their memory."""
+        import torch
+
+        return {name: torch.from_numpy(bits) for name, bits in self.bits.items()}
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return unpack_bits(self.packed[name], self.shapes[name][-1])
@@ -120,7 +153,7 @@ class MaskSet(Mapping[str, torch.Tensor]):
         return f"MaskSet({len(self)} tensors, {self.n_weights} weights, sparsity {self.sparsity:.4f})"
 
     def __reduce__(self):  # Mapping has no state of its own; workers receive sets by pickle
-        return (MaskSet, (self.packed, self.shapes, self.metadata))
+        return (MaskSet, (self.bits, self.shapes, self.metadata))
 
     def weights(self, name: str) -> int:
         """Number of weights under the mask ``name``."""
@@ -132,7 +165,7 @@ class MaskSet(Mapping[str, torch.Tensor]):
 
     @cached_property
     def _kept(self) -> dict[str, int]:
-        return {name: count_kept(bits) for name, bits in self.packed.items()}
+        return {name: count_kept(bits) for name, bits in self.bits.items()}
 
     @property
     def n_weights(self) -> int:
@@ -152,12 +185,12 @@ class MaskSet(Mapping[str, torch.Tensor]):
     @cached_property
     def checksum(self) -> str:
         """The identity: see `combine_digests`."""
-        return combine_digests({name: (self.shapes[name], tensor_digest(self.packed[name])) for name in self})
+        return combine_digests({name: (self.shapes[name], tensor_digest(self.bits[name])) for name in self})
 
 
-def _check_packed(name: str, packed: torch.Tensor, shape: tuple[int, ...]) -> None:
-    if packed.dtype != torch.uint8 or tuple(packed.shape) != packed_shape(shape):
-        raise ValueError(f"{name}: bits are {packed.dtype} {tuple(packed.shape)}, not uint8 {packed_shape(shape)}")
+def _check_packed(name: str, packed: np.ndarray, shape: tuple[int, ...]) -> None:
+    if packed.dtype != np.uint8 or packed.shape != packed_shape(shape):
+        raise ValueError(f"{name}: bits are {packed.dtype} {packed.shape}, not uint8 {packed_shape(shape)}")
     spare = shape[-1] % 8
-    if spare and packed.numel() and int(packed[..., -1].max()) >> spare:
+    if spare and packed.size and int(packed[..., -1].max()) >> spare:
         raise ValueError(f"{name}: bits are set beyond the end of a row")

@@ -14,9 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 
 from sparse_ft.masks.mask_set import packed_shape
 
@@ -31,7 +29,7 @@ _TEXTS = ("method", "importance", "scope", "model", "fingerprint", "source_finge
 _PICKLED = {"torch._utils _rebuild_tensor_v2", "torch ByteStorage", "collections OrderedDict"}
 _CALLS = {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"}
 
-Content = tuple[dict[str, Any], dict[str, torch.Tensor]]
+Content = tuple[dict[str, Any], dict[str, np.ndarray]]
 
 
 class NotOursError(ValueError):
@@ -62,14 +60,14 @@ def parse_header(text: str | bytes) -> dict[str, Any]:
 
 def read_safetensors(path: Path) -> Content:
     """Header and packed bits of a ``.safetensors`` file (which checks its own sizes)."""
-    with safe_open(path, framework="pt") as file:
+    with safe_open(path, framework="np") as file:
         text = (file.metadata() or {}).get(HEADER_KEY)
         names = set(file.keys())
-    if text is None:
-        raise NotOursError("it has no header")
-    header = parse_header(text)
-    _check_names(header, names)
-    return header, load_file(path)
+        if text is None:
+            raise NotOursError("it has no header")
+        header = parse_header(text)
+        _check_names(header, names)
+        return header, {name: file.get_tensor(name) for name in header["shapes"]}
 
 
 def read_npz(path: Path) -> Content:
@@ -80,12 +78,13 @@ def read_npz(path: Path) -> Content:
             raise NotOursError("it has no header")
         header = parse_header(_npy(file, HEADER_KEY, None).tobytes())
         _check_names(header, {name.removesuffix(".npy") for name in members} - {HEADER_KEY})
-        arrays = {name: _npy(file, name, packed_shape(shape)) for name, shape in header["shapes"].items()}
-    return header, {name: torch.from_numpy(array) for name, array in arrays.items()}
+        return header, {name: _npy(file, name, packed_shape(shape)) for name, shape in header["shapes"].items()}
 
 
 def read_pt(path: Path) -> Content:
     """Header and packed bits of a ``.pt`` file: plain uint8 tensors, as ``torch.save`` writes them."""
+    import torch
+
     if not zipfile.is_zipfile(path):
         raise ValueError("it is none of torch's zip files")
     with zipfile.ZipFile(path) as file:
@@ -107,7 +106,7 @@ def read_pt(path: Path) -> Content:
             raise ValueError(f"{name}: bits are {tensor.dtype} {tuple(tensor.shape)}")
         if not tensor.is_contiguous():  # a stride of 0 makes one byte as many as one likes
             raise ValueError(f"{name}: the bits are not stored one after another")
-    return header, dict(packed)
+    return header, {name: tensor.numpy() for name, tensor in packed.items()}
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
