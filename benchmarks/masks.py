@@ -117,7 +117,7 @@ def measured(work: Callable[[], None]) -> Cost:
 
 def ours(checkpoint: Checkpoint, scratch: Path, threads: int) -> None:
     settings = PruningSettings(scope="global", sparsities=LEVELS, threads=threads)
-    MaskGenerator(checkpoint.folder, settings).generate(scratch, figures=False)
+    MaskGenerator(checkpoint.folder, settings).generate(scratch, figures="none")
 
 
 def limit(checkpoint: Checkpoint, scratch: Path, threads: int, flush_early: bool = False) -> None:

@@ -120,7 +120,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             settings = PruningSettings(dtype="float32", **how)
             generator = MaskGenerator(folder, settings, calibration, progress=shown_progress())
-            result = generator.generate(scratch, figures=False)[0]
+            result = generator.generate(scratch, figures="none")[0]
             minutes = (time.perf_counter() - begin) / 60
             load_state_into(model, Checkpoint(result.checkpoint) if result.checkpoint else checkpoint)
             apply_masks(model, result.load())

@@ -48,7 +48,7 @@ def checkpoint(model: str, sparsity: float, dtype: str, folder: Path) -> Path:
         loaded = load_model(base, dtype, "cpu")
         if sparsity:
             settings = PruningSettings(sparsities=(sparsity,))
-            masks = MaskGenerator(base, settings).generate(folder.parent / "masks", figures=False)[0].load()
+            masks = MaskGenerator(base, settings).generate(folder.parent / "masks", figures="none")[0].load()
             apply_masks(loaded, masks)
         save_model(loaded, load_tokenizer(base), folder)
     return folder

@@ -1,13 +1,15 @@
-"""Sparsity levels as people write them; levels and modes as names carry them."""
+"""Sparsity levels as people write them, and the names of the files of a level."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
 
 from sparse_ft.errors import UserError
 
-__all__ = ["level_label", "levels_text", "parse_levels"]
+__all__ = ["LevelPaths", "level_label", "levels_text", "parse_levels"]
 
 
 def parse_levels(text: str) -> tuple[float, ...]:
@@ -42,3 +44,52 @@ def levels_text(levels: Iterable[float]) -> str:
 def level_label(sparsity: float) -> str:
     """The level in percent, for names of files and runs: 0.5 -> ``50``, 0.125 -> ``12.5``."""
     return f"{round(100 * sparsity, 8):.8f}".rstrip("0").rstrip(".")
+
+
+@dataclass(frozen=True)
+class LevelPaths:
+    """The files of one level, which lie side by side: ``masks_sparsity50_semi_structured_2of4.safetensors``, ...
+
+    Attributes:
+        masks: the mask file; the others are named after it.
+    """
+
+    masks: Path
+
+    @classmethod
+    def of(cls, folder: str | Path, sparsity: float, label: str, file_format: str = "safetensors") -> LevelPaths:
+        """Those of a level (0..1) in a folder; ``label`` is the method as file names say it."""
+        return cls(Path(folder) / f"{cls.prefix(sparsity)}{label}.{file_format}")
+
+    @staticmethod
+    def prefix(sparsity: float) -> str:
+        """What the names of a level's mask files begin with, whatever the method."""
+        return f"masks_sparsity{level_label(sparsity)}_"
+
+    @property
+    def statistics(self) -> Path:
+        """JSON; see `sparse_ft.masks.statistics`."""
+        return self._beside("stats", ".json")
+
+    @property
+    def histogram(self) -> Path:
+        """Picture: how many tensors have which sparsity."""
+        return self._beside("histogram", ".png")
+
+    @property
+    def heatmap(self) -> Path:
+        """Picture: sparsity by block and projection."""
+        return self._beside("heatmap", ".png")
+
+    @property
+    def model(self) -> Path:
+        """Folder of the checkpoint whose kept weights were changed with the masks."""
+        return self._beside("model")
+
+    @property
+    def smaller(self) -> Path:
+        """Folder of the checkpoint without what the masks remove."""
+        return self._beside("smaller")
+
+    def _beside(self, kind: str, suffix: str = "") -> Path:
+        return self.masks.with_name(self.masks.stem.replace("masks", kind, 1) + suffix)

@@ -1,7 +1,9 @@
+from pathlib import Path
+
 import pytest
 
 from sparse_ft.errors import UserError
-from sparse_ft.levels import level_label, levels_text, parse_levels
+from sparse_ft.levels import LevelPaths, level_label, levels_text, parse_levels
 
 
 @pytest.mark.parametrize(
@@ -49,3 +51,17 @@ def test_what_is_neither_is_refused(text):
 )
 def test_labels_are_percent(level, label):
     assert level_label(level) == label
+
+
+def test_the_files_of_a_level_are_named_after_its_masks():
+    paths = LevelPaths.of("out", 0.125, "semi_structured_2of4", "npz")
+    assert paths.masks == Path("out/masks_sparsity12.5_semi_structured_2of4.npz")
+    assert paths.masks.name.startswith(LevelPaths.prefix(0.125))
+    beside = (paths.statistics, paths.histogram, paths.heatmap, paths.model, paths.smaller)
+    assert [path.name for path in beside] == [
+        "stats_sparsity12.5_semi_structured_2of4.json",
+        "histogram_sparsity12.5_semi_structured_2of4.png",
+        "heatmap_sparsity12.5_semi_structured_2of4.png",
+        "model_sparsity12.5_semi_structured_2of4",
+        "smaller_sparsity12.5_semi_structured_2of4",
+    ]

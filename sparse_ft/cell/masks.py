@@ -11,6 +11,7 @@ from typing import Any
 from sparse_ft.cell.workbench import Workbench
 from sparse_ft.errors import UserError
 from sparse_ft.files import write_json
+from sparse_ft.levels import LevelPaths
 from sparse_ft.masks.checks import check_masks
 from sparse_ft.masks.files import load_masks
 from sparse_ft.models.checkpoint import Checkpoint
@@ -42,7 +43,7 @@ _MANIFEST = "mask_set.json"
 
 
 def make_masks(config: MaskConfig, bench: Workbench, output_dir: str | Path | None = None) -> list[MaskFile]:
-    """Writes masks, statistics and figures of every level.
+    """Writes masks and statistics of every level, and the figures that are asked for.
 
     Args:
         config: what masks.
@@ -55,7 +56,7 @@ def make_masks(config: MaskConfig, bench: Workbench, output_dir: str | Path | No
     Raises:
         UserError: a combination that makes no sense, a model or text that cannot be had.
     """
-    return _generator(config, bench).generate(output_dir or config.output_dir, config.format)
+    return _generator(config, bench).generate(output_dir or config.output_dir, config.format, config.figures)
 
 
 def check_mask_set(config: MaskConfig, bench: Workbench) -> None:
@@ -124,12 +125,7 @@ def check_shrink(config: MaskConfig) -> None:
 def shrink(config: MaskConfig, files: Sequence[MaskFile], bench: Workbench) -> list[Path]:
     """Writes every level as a smaller checkpoint beside its masks; returns the folders."""
     dense = bench.checkpoint(config.model).folder
-    return [
-        shrink_checkpoint(
-            dense, file.load(), file.path.with_name(file.path.stem.replace("masks", "smaller", 1)), bench.progress
-        )
-        for file in files
-    ]
+    return [shrink_checkpoint(dense, file.load(), LevelPaths(file.path).smaller, bench.progress) for file in files]
 
 
 @dataclass(frozen=True)
@@ -151,7 +147,7 @@ def mask_file(path: str | Path) -> GivenMasks:
     about = masks.metadata
     checkpoint = None
     if "source_fingerprint" in about:
-        checkpoint = path.with_name(path.stem.replace("masks", "model", 1))
+        checkpoint = LevelPaths(path).model
         if not checkpoint.is_dir():
             raise UserError(f"Masks {path} belong to the pruned checkpoint {checkpoint.name}, which is gone.")
     given = MaskFile(
@@ -195,7 +191,7 @@ def write_manifest(folder: Path, files: Sequence[MaskFile]) -> Path:
 
 def read_manifest(folder: Path) -> list[MaskFile] | None:
     """The mask set of a folder, every mask file read and its checksum compared; None where anything is amiss."""
-    paths = ("path", "statistics", "histogram", "heatmap", "checkpoint")
+    paths = ("path", "statistics", "histogram", "heatmap", "checkpoint", "summary")
     try:
         entries = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
         known = {entry.name for entry in fields(MaskFile)}

@@ -15,7 +15,7 @@ from sparse_ft.cell.masks import mask_file, read_manifest
 from sparse_ft.cell.workbench import Workbench
 from sparse_ft.errors import UserError
 from sparse_ft.files import atomic_folder
-from sparse_ft.levels import level_label
+from sparse_ft.levels import LevelPaths, level_label
 from sparse_ft.lora.merge import merge_all_lora_weights
 from sparse_ft.lora.model import load_sparse_lora
 from sparse_ft.models.checkpoint import Checkpoint
@@ -123,7 +123,7 @@ def _masks(tracker: Tracker, run: Run, cell: CellConfig, scratch: Path) -> MaskF
         if not own and holder["tags"].get(f"mask_checksum_{label}") != checksum:
             continue
         for name in tracker.artifacts(holder["run_id"], "masks"):
-            if Path(name).name.startswith(f"masks_sparsity{label}_"):
+            if Path(name).name.startswith(LevelPaths.prefix(cell.sparsity)):
                 found = mask_file(tracker.fetch(holder["run_id"], name, scratch)).file
                 if found.checksum == checksum:
                     return found

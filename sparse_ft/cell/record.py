@@ -98,7 +98,7 @@ def log_masks(tracker: Tracker, run_id: str, files: Sequence[MaskFile]) -> None:
 def log_mask_files(tracker: Tracker, run_id: str, files: Sequence[MaskFile]) -> None:
     """The files of these masks as artifacts, and no others that lie in their folder from before."""
     paths = [path for file in files for path in (file.path, file.statistics, file.histogram, file.heatmap)]
-    for path in [*paths, files[0].path.parent / "coverage.json"]:
+    for path in [*paths, files[0].summary, files[0].path.parent / "coverage.json"]:
         if path is not None and path.is_file():
             tracker.log_file(run_id, path, "masks")
 

@@ -1,9 +1,16 @@
-"""Pictures of a mask set's statistics: where the zeros are."""
+"""Pictures of a mask set's statistics: where the zeros are.
+
+``python -m sparse_ft.masks.figures stats_....json ...`` draws histogram and heatmap of each file beside it.
+"""
 
 from __future__ import annotations
 
+import json
+import os
 import re
-from collections.abc import Mapping
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +19,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from sparse_ft.files import atomic_path
+from sparse_ft.levels import LevelPaths
 from sparse_ft.masks.mask_set import MaskSet
-from sparse_ft.masks.statistics import mask_statistics
+from sparse_ft.masks.statistics import block_sparsities, mask_statistics
 
-__all__ = ["block_table", "save_heatmap", "save_histogram"]
+__all__ = ["block_table", "draw_levels", "save_heatmap", "save_histogram", "save_summary"]
 
 _ORDER = (
     "q_proj",
@@ -47,8 +55,7 @@ def block_table(statistics: Mapping[str, Any]) -> tuple[list[int], list[str], np
     pruned: dict[tuple[str, int], int] = {}
     for name, entry in statistics["tensors"].items():
         number = re.search(r"\.(\d+)\.", name)
-        words = [word for word in name.split(".") if not word.isdigit() and word != "weight"]
-        cell = (words[-1], int(number.group(1)) if number else 0)
+        cell = (_projection(name), int(number.group(1)) if number else 0)
         weights[cell] = weights.get(cell, 0) + entry["weights"]
         pruned[cell] = pruned.get(cell, 0) + entry["pruned"]
     blocks = sorted({block for _, block in weights})
@@ -84,6 +91,62 @@ def save_histogram(masks: MaskSet | Mapping[str, Any], path: str | Path) -> Path
     return _save(figure, path)
 
 
+def save_summary(levels: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
+    """Draws all levels of a mask set in one picture: one line a level, by block and by projection.
+
+    Args:
+        levels: what `mask_statistics` returns, level by level; at least one.
+        path: an image file; its suffix chooses the format.
+    """
+    figure = Figure(figsize=(10.0, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    by_block, by_projection = figure.subplots(1, 2, sharey=True)
+    for number, statistics in enumerate(levels):
+        blocks, projections, _ = block_table(statistics)
+        shade = 0.25 + 0.75 * (number + 1) / len(levels)
+        style = {"color": _BAR, "alpha": shade, "linewidth": 1.5, "marker": ".", "markersize": 4}
+        by_block.plot(blocks, [100 * value for value in block_sparsities(statistics)], **style)
+        counts = _by_projection(statistics)
+        values = [100 * counts[name][1] / max(counts[name][0], 1) for name in projections]
+        by_projection.plot(projections, values, **style | {"linestyle": ":"})
+        achieved = 100 * statistics["sparsity"]["achieved"]
+        by_projection.annotate(
+            f"{achieved:.4g} %", (1.02, achieved), xycoords=("axes fraction", "data"), va="center", fontsize=8
+        )
+    by_block.set_xlabel("block")
+    by_block.xaxis.get_major_locator().set_params(integer=True)
+    by_block.set_ylabel("sparsity (%)")
+    by_projection.set_xlabel("projection; right: achieved over all")
+    by_projection.tick_params("x", labelsize=8, rotation=30)
+    for axes in (by_block, by_projection):
+        axes.set_ylim(-3, 103)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+    by_block.set_title(_title(levels[0]), fontsize=10, loc="left")
+    return _save(figure, path)
+
+
+def draw_levels(statistics: Sequence[Path], processes: int | None = None) -> None:
+    """Draws histogram and heatmap of every statistics file beside it, in processes side by side.
+
+    Args:
+        statistics: the JSON files.
+        processes: how many; None: one per core that this process may use.
+
+    Raises:
+        OSError: a picture could not be drawn; what its process said went to stderr.
+    """
+    many = min(len(statistics), processes or len(os.sched_getaffinity(0)))
+    shares = [[str(path) for path in statistics[share::many]] for share in range(many)]
+    found = {"PYTHONPATH": os.pathsep.join(sys.path)}  # where this interpreter finds its modules
+    drawing = [
+        subprocess.Popen([sys.executable, "-m", "sparse_ft.masks.figures", *share], env=os.environ | found)
+        for share in shares
+    ]
+    if sum(process.wait() != 0 for process in drawing):  # all are waited for
+        raise OSError(f"the pictures beside {statistics[0]} could not be drawn")
+
+
 def save_heatmap(masks: MaskSet | Mapping[str, Any], path: str | Path) -> Path:
     """Draws sparsity as colour, one column a block and one row a projection; numbers where they fit.
 
@@ -116,6 +179,19 @@ def save_heatmap(masks: MaskSet | Mapping[str, Any], path: str | Path) -> Path:
     return _save(figure, path)
 
 
+def _projection(name: str) -> str:
+    return [word for word in name.split(".") if not word.isdigit() and word != "weight"][-1]
+
+
+def _by_projection(statistics: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """Projection -> weights, and how many of them are pruned."""
+    counts: dict[str, tuple[int, int]] = {}
+    for name, entry in statistics["tensors"].items():
+        weights, pruned = counts.get(_projection(name), (0, 0))
+        counts[_projection(name)] = (weights + entry["weights"], pruned + entry["pruned"])
+    return counts
+
+
 def _figure(width: float, height: float):
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
@@ -144,3 +220,15 @@ def _save(figure: Figure, path: str | Path) -> Path:
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=130)
     return Path(path)
+
+
+def _draw(file: Path) -> None:
+    statistics = json.loads(file.read_text(encoding="utf-8"))
+    paths = LevelPaths(file.with_name(file.name.replace("stats", "masks", 1)))
+    save_histogram(statistics, paths.histogram)
+    save_heatmap(statistics, paths.heatmap)
+
+
+if __name__ == "__main__":
+    for argument in sys.argv[1:]:
+        _draw(Path(argument))

@@ -80,9 +80,9 @@ class MaskGenerator:
         self._check_inputs()
 
     def generate(
-        self, output_dir: str | Path, file_format: str = "safetensors", figures: bool = True
+        self, output_dir: str | Path, file_format: str = "safetensors", figures: str = "summary"
     ) -> list[MaskFile]:
-        """Writes the masks, statistics and figures of every level, and ``coverage.json``.
+        """Writes the masks and statistics of every level, ``coverage.json``, and figures; see `LevelFiles.finish`.
 
         Returns:
             one entry per level, ascending.
@@ -165,7 +165,7 @@ class MaskGenerator:
             checkpoints = [
                 copy_checkpoint(
                     self.checkpoint,
-                    folder / f"model_{files.stems[level]}",
+                    files.paths[level].model,
                     lambda name, tensor, level=level: (
                         pruner.weight(level, self._block(name), name) if name in self.shapes else tensor
                     ),

@@ -13,13 +13,12 @@ import numpy as np
 
 from sparse_ft.errors import UserError
 from sparse_ft.files import write_json
-from sparse_ft.levels import level_label
-from sparse_ft.masks.figures import save_heatmap, save_histogram
+from sparse_ft.levels import LevelPaths
 from sparse_ft.masks.files import FORMATS, MaskFileWriter, load_masks, save_masks
 from sparse_ft.masks.mask_set import MaskSet, count_kept
 from sparse_ft.masks.statistics import statistics_of_counts
 
-__all__ = ["LevelFiles", "MaskFile", "level_stem"]
+__all__ = ["LevelFiles", "MaskFile"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +31,7 @@ class MaskFile:
         checksum: the masks' identity.
         weights, pruned: counts over all masks.
         statistics, histogram, heatmap: the files beside it (pictures None where not asked for).
+        summary: the picture of all levels of the set; None where not asked for.
         metadata: as in the mask file.
         checkpoint: for importances that change weights (SparseGPT), the folder of the pruned checkpoint that
             the masks belong to; else None, and they belong to the checkpoint they were made from.
@@ -48,6 +48,7 @@ class MaskFile:
     heatmap: Path | None
     metadata: dict[str, Any] = field(default_factory=dict)
     checkpoint: Path | None = None
+    summary: Path | None = None
 
     def load(self) -> MaskSet:
         """The masks, read and checked.
@@ -62,11 +63,6 @@ class MaskFile:
                 " asked for: it was replaced. Make them again with compute_masks, in a folder of their own."
             )
         return masks
-
-
-def level_stem(level: float, label: str) -> str:
-    """What the names of a level's files share: ``sparsity50_semi_structured_2of4`` (masks_STEM.safetensors, ...)."""
-    return f"sparsity{level_label(level)}_{label}"
 
 
 class LevelFiles:
@@ -94,8 +90,8 @@ class LevelFiles:
         if file_format not in FORMATS:
             raise UserError(f"format '{file_format}' is none of {', '.join(FORMATS)}.")
         self.folder, self.levels, self.shapes = Path(folder), list(levels), dict(shapes)
-        self._format = file_format
-        self.stems = [level_stem(level, label) for level in levels]
+        self.paths = [LevelPaths.of(folder, level, label, file_format) for level in levels]
+        self._label, self._format = label, file_format
         self._kept = [dict.fromkeys(shapes, 0) for _ in levels]
         self._writers: list[MaskFileWriter] = []
         self._opening = threading.Lock()
@@ -111,14 +107,14 @@ class LevelFiles:
         self,
         metadata: Callable[[int], Mapping[str, Any]],
         checkpoints: Sequence[Path | None] | None = None,
-        figures: bool = True,
+        figures: str = "summary",
     ) -> list[MaskFile]:
         """Closes the files and draws the figures.
 
         Args:
             metadata: of a level, without ``achieved``, which is added.
             checkpoints: each level's pruned checkpoint, where there is one.
-            figures: draw the pictures too.
+            figures: pictures of every level and of all (``all``), of all levels in one (``summary``), or ``none``.
         """
         weights = sum(int(np.prod(shape, dtype=np.int64)) for shape in self.shapes.values())
         described = [dict(metadata(level)) for level in range(len(self.levels))]
@@ -127,30 +123,41 @@ class LevelFiles:
             about["achieved"] = pruned / weights if weights else 0.0
         with ThreadPoolExecutor(4) as pool:  # closing waits for the disk, once for each file
             checksums = list(pool.map(MaskFileWriter.close, self._writers, described))
-        results = []
-        for level, stem in enumerate(self.stems):
-            about, pruned, checksum = described[level], pruned_of[level], checksums[level]
-            path = self.folder / f"masks_{stem}.{self._format}"
+        statistics, drawn = [], figures == "all"
+        for level, paths in enumerate(self.paths):
             if self._format != "safetensors":
-                save_masks(load_masks(self._written(stem)), path)
-                self._written(stem).unlink()
-            numbers = statistics_of_counts(self.shapes, self._kept[level], about, checksum)
-            results.append(
-                MaskFile(
-                    path=path,
-                    sparsity=self.levels[level],
-                    achieved=about["achieved"],
-                    checksum=checksum,
-                    weights=weights,
-                    pruned=pruned,
-                    statistics=write_json(self.folder / f"stats_{stem}.json", numbers),
-                    histogram=save_histogram(numbers, self.folder / f"histogram_{stem}.png") if figures else None,
-                    heatmap=save_heatmap(numbers, self.folder / f"heatmap_{stem}.png") if figures else None,
-                    metadata=about,
-                    checkpoint=checkpoints[level] if checkpoints else None,
-                )
+                save_masks(load_masks(self._written(paths)), paths.masks)
+                self._written(paths).unlink()
+            statistics.append(statistics_of_counts(self.shapes, self._kept[level], described[level], checksums[level]))
+            write_json(paths.statistics, statistics[-1])
+        summary = self._draw(statistics, figures)
+        return [
+            MaskFile(
+                path=paths.masks,
+                sparsity=self.levels[level],
+                achieved=described[level]["achieved"],
+                checksum=checksums[level],
+                weights=weights,
+                pruned=pruned_of[level],
+                statistics=paths.statistics,
+                histogram=paths.histogram if drawn else None,
+                heatmap=paths.heatmap if drawn else None,
+                metadata=described[level],
+                checkpoint=checkpoints[level] if checkpoints else None,
+                summary=summary,
             )
-        return results
+            for level, paths in enumerate(self.paths)
+        ]
+
+    def _draw(self, statistics: Sequence[Mapping[str, Any]], figures: str) -> Path | None:
+        """The pictures that are asked for; returns the summary's path."""
+        if figures == "none":
+            return None
+        from sparse_ft.masks.figures import draw_levels, save_summary  # matplotlib is imported where it draws
+
+        if figures == "all":
+            draw_levels([paths.statistics for paths in self.paths])
+        return save_summary(statistics, self.folder / f"summary_{self._label}.png")
 
     def abort(self) -> None:
         """Removes what was written and not finished."""
@@ -160,10 +167,10 @@ class LevelFiles:
     def _open(self) -> None:
         """Opens the files when the first rows come: scores may take hours, and a run may be killed before."""
         with self._opening:
-            for stem in self.stems[len(self._writers) :]:
-                self._writers.append(MaskFileWriter(self._written(stem), self.shapes))
+            for paths in self.paths[len(self._writers) :]:
+                self._writers.append(MaskFileWriter(self._written(paths), self.shapes))
 
-    def _written(self, stem: str) -> Path:
+    def _written(self, paths: LevelPaths) -> Path:
         """Other formats cannot be written row by row: they are converted from a safetensors file."""
         hidden = "" if self._format == "safetensors" else ".converting-"
-        return self.folder / f"{hidden}masks_{stem}.safetensors"
+        return paths.masks.with_name(f"{hidden}{paths.masks.stem}.safetensors")

@@ -11,6 +11,7 @@ from sparse_ft.settings.model import DataSettings, ModelSettings
 from sparse_ft.settings.pruning import PruningSettings
 
 __all__ = [
+    "FIGURES",
     "TRAINERS",
     "AnalyzeConfig",
     "CerebrasConfigsConfig",
@@ -20,15 +21,21 @@ __all__ = [
     "ValidateConfig",
 ]
 
+FIGURES = ("summary", "all", "none")
 TRAINERS = ("local", "cerebras")
 
 
 @dataclass(frozen=True)
 class MaskConfig(PruningSettings, DataSettings, ModelSettings):
-    """Makes masks of exactly the asked sparsities, with statistics and histograms."""
+    """Makes masks of exactly the asked sparsities, with statistics and figures."""
 
     format: str = setting("safetensors", "file format of the masks.", choices=("safetensors", "npz", "pt"), masks=True)
-    output_dir: str = setting("outputs/masks", "folder for masks, statistics and histograms.", path=(), result=False)
+    figures: str = setting(
+        "summary",
+        "one figure of all levels (summary), also a histogram and a heatmap of every level (all), or none.",
+        choices=FIGURES,
+    )
+    output_dir: str = setting("outputs/masks", "folder for masks, statistics and figures.", path=(), result=False)
     shrink: bool = setting(
         False, "also write every level as a plain, smaller checkpoint (method structured, scope layer)."
     )

@@ -16,9 +16,9 @@ from sparse_ft.cerebras.config import create_sparse_config, write_config
 from sparse_ft.cerebras.trainer import CerebrasSettings, check_trainable, load_settings, trainer_plan
 from sparse_ft.errors import UserError
 from sparse_ft.files import write_json
+from sparse_ft.levels import LevelPaths
 from sparse_ft.models.catalog import locate_config
 from sparse_ft.models.skeleton import config_values
-from sparse_ft.pruning.output import level_stem
 from sparse_ft.settings.cell import CellConfig
 from sparse_ft.settings.commands import CerebrasConfigsConfig
 from sparse_ft.settings.field import plain_values
@@ -111,9 +111,9 @@ def _masks(cell: CellConfig, plan: Plan, number: int, root: Path) -> Path | None
     if which is None:
         return None
     made = plan.mask_sets[which]
-    settings = json.dumps(plain_values(made.config), sort_keys=True)
-    folder = f"{made.name}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
-    return root / "masks" / folder / f"masks_{level_stem(cell.sparsity, made.config.label)}.safetensors"
+    values = {name: value for name, value in plain_values(made.config).items() if name != "figures"}
+    folder = f"{made.name}-{hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]}"
+    return LevelPaths.of(root / "masks" / folder, cell.sparsity, made.config.label).masks
 
 
 def _slug(title: str) -> str:

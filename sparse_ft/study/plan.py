@@ -14,7 +14,7 @@ from sparse_ft.cell.masks import mask_file
 from sparse_ft.errors import UserError
 from sparse_ft.levels import parse_levels
 from sparse_ft.settings.cell import CellConfig, mask_set_of
-from sparse_ft.settings.commands import TRAINERS, MaskConfig
+from sparse_ft.settings.commands import FIGURES, TRAINERS, MaskConfig
 from sparse_ft.settings.field import defaults
 from sparse_ft.settings.modes import DENSE, MODES
 from sparse_ft.settings.parser import Parser
@@ -41,6 +41,7 @@ class Study:
             says.
         register: put the whole models that are kept into the model registry too.
         search: an Optuna search over some fields, instead of trying every point; see `sparse_ft.study.search.session`.
+        figures: of the mask sets, as ``compute_masks`` takes it: all, summary or none.
         retry: failure classes that are tried again on resuming beside those that always are.
         trainer: how cells are trained, one of `TRAINERS`.
     """
@@ -54,6 +55,7 @@ class Study:
     search: Mapping[str, Any] | None = None
     retry: frozenset[str] = frozenset()
     trainer: str = "local"
+    figures: str = MaskConfig.figures
 
     @property
     def kept(self) -> str:
@@ -125,7 +127,7 @@ def load_study(path: str | Path) -> Study:
     unknown = sorted(map(str, set(content) - known))
     if unknown:
         raise UserError(f"Study {path}: unknown key '{unknown[0]}'; a study has {', '.join(sorted(known))}.")
-    for key, words in (("keep", KEEP), ("trainer", TRAINERS)):
+    for key, words in (("keep", KEEP), ("trainer", TRAINERS), ("figures", FIGURES)):
         if content.get(key, words[0]) not in words:
             raise UserError(f"Study {path}: {key} is '{content[key]}'; it must be {' | '.join(words)}.")
     for switch in ("dense_baseline", "register"):
@@ -171,7 +173,7 @@ def make_plan(study: Study) -> Plan:
     order = list(sets)
     plans = []
     for kind, levels in sets.items():
-        plans.append(MaskSetPlan(replace(kind, sparsities=tuple(sorted(set(levels))))))
+        plans.append(MaskSetPlan(replace(kind, sparsities=tuple(sorted(set(levels))), figures=study.figures)))
     numbers = tuple(None if kind is None else order.index(kind) for kind in kinds)
     return Plan(study, tuple(cells.values()), tuple(plans), numbers, _same_as(list(cells.values())))
 

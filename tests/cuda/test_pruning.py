@@ -28,7 +28,7 @@ def test_masks_of_a_gpu_are_those_of_a_cpu(tiny_model, tmp_path, model, how):
         if how.get("method") == "semi_structured":
             settings = PruningSettings(dtype="float32", device=device, **how)
         generator = MaskGenerator(tiny_model(model), settings, Calibration(text, {"task": "noise"}))
-        masks[device] = [file.load() for file in generator.generate(tmp_path / device, figures=False)]
+        masks[device] = [file.load() for file in generator.generate(tmp_path / device, figures="none")]
     for here, there in zip(masks["cpu"], masks["cuda"], strict=True):
         assert here.n_pruned == there.n_pruned  # the counts are exact on both
         differing = sum(int((here[name] ^ there[name]).sum()) for name in here)

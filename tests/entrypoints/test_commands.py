@@ -44,12 +44,14 @@ SMALL = {
 
 def test_compute_masks_writes_and_logs_a_file_of_each_kind_per_level(masks):
     for level in (50, 70):
-        for stem, ending in (("masks", "safetensors"), ("stats", "json"), ("histogram", "png")):
+        for stem, ending in (("masks", "safetensors"), ("stats", "json")):
             assert (masks / f"{stem}_sparsity{level}_unstructured.{ending}").is_file()
     tracker = Tracker()
     (run,) = tracker.search()
     assert (run["status"], run["params"]["cfg/sparsities"]) == ("FINISHED", "0.5,0.7")
-    assert "masks/masks_sparsity70_unstructured.safetensors" in tracker.artifacts(run["run_id"])
+    assert {"masks/masks_sparsity70_unstructured.safetensors", "masks/summary_unstructured.png"} <= set(
+        tracker.artifacts(run["run_id"])
+    )
     assert tracker.curve(run["run_id"], "sparsity/achieved") == [(50, 0.5), (70, 0.7)]
 
 
@@ -271,11 +273,12 @@ def test_mlflow_run_prunes_a_folder_of_shards_as_the_one_file(tmp_path, tiny_mod
         model=str(tmp_path / "model"),
         scope="global",
         sparsities="0:0.9:0.1",
+        figures="all",
         output_dir=str(tmp_path / "masks"),
     )
     model.save_pretrained(tmp_path / "whole")
     settings = PruningSettings(scope="global", sparsities=tuple(level / 10 for level in range(10)))
-    whole = MaskGenerator(tmp_path / "whole", settings).generate(tmp_path / "expected", figures=False)
+    whole = MaskGenerator(tmp_path / "whole", settings).generate(tmp_path / "expected", figures="none")
     for file in whole:
         assert run["tags"][f"mask_checksum_{level_label(file.sparsity)}"] == file.checksum
         assert load_masks(tmp_path / "masks" / file.path.name).checksum == file.checksum

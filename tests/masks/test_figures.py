@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from sparse_ft.masks.figures import block_table, save_heatmap, save_histogram
+from sparse_ft.files import write_json
+from sparse_ft.masks.figures import block_table, draw_levels, save_heatmap, save_histogram, save_summary
 from sparse_ft.masks.mask_set import MaskSet
 from sparse_ft.masks.statistics import mask_statistics
 
@@ -43,3 +44,18 @@ def test_pictures_are_drawn(tmp_path, blocks):
         assert path.read_bytes()[:4] == b"\x89PNG"
         assert path.stat().st_size > 5000
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_summary_has_a_line_for_every_level(tmp_path):
+    path = save_summary([mask_statistics(masks(blocks=3))] * 2, tmp_path / "summary.png")
+    assert path.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_processes_draw_beside_the_statistics(tmp_path):
+    files = [write_json(tmp_path / f"stats_{level}.json", mask_statistics(masks(2))) for level in ("a", "b", "c")]
+    draw_levels(files, processes=2)
+    assert {path.name for path in tmp_path.glob("*.png")} == {
+        f"{kind}_{level}.png" for kind in ("histogram", "heatmap") for level in ("a", "b", "c")
+    }
+    with pytest.raises(OSError, match="could not be drawn"):
+        draw_levels([tmp_path / "stats_gone.json"])

@@ -17,7 +17,7 @@ def generate(folder, text, out, progress=None, **how):
     settings = PruningSettings(dtype="float32", **how)
     how = {"progress": progress} if progress else {}
     generator = MaskGenerator(folder, settings, Calibration(text, {"task": "noise"}), **how)
-    return generator, generator.generate(out, figures=False)
+    return generator, generator.generate(out, figures="none")
 
 
 def keep_input(seen, name, module, inputs, output):

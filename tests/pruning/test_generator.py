@@ -19,7 +19,7 @@ KINDS = ["tiny-llama", "tiny-mistral", "tiny-mixtral"]
 def test_magnitude_masks_of_built_in_models(tiny_model, lowest, tmp_path, kind, scope):
     checkpoint = Checkpoint(tiny_model(kind))
     settings = PruningSettings(scope=scope, sparsities=(0.7, 0.0, 0.5, 1.0))
-    results = MaskGenerator(checkpoint.folder, settings).generate(tmp_path, figures=False)
+    results = MaskGenerator(checkpoint.folder, settings).generate(tmp_path, figures="none")
     assert [result.sparsity for result in results] == [0.0, 0.5, 0.7, 1.0]
     for result in results:
         masks = result.load()
@@ -37,7 +37,7 @@ def test_magnitude_masks_of_built_in_models(tiny_model, lowest, tmp_path, kind, 
 def test_files_of_a_level(tiny_model, tmp_path):
     folder = tiny_model("tiny-mixtral")
     settings = PruningSettings(scope="global", sparsities=(0.5, 0.125), seed=3)
-    results = MaskGenerator(folder, settings, model_name="tiny").generate(tmp_path)
+    results = MaskGenerator(folder, settings, model_name="tiny").generate(tmp_path, figures="all")
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "coverage.json",
         "heatmap_sparsity12.5_unstructured.png",
@@ -48,6 +48,7 @@ def test_files_of_a_level(tiny_model, tmp_path):
         "masks_sparsity50_unstructured.safetensors",
         "stats_sparsity12.5_unstructured.json",
         "stats_sparsity50_unstructured.json",
+        "summary_unstructured.png",
     ]
     half = results[1]
     assert half.path == tmp_path / "masks_sparsity50_unstructured.safetensors"
@@ -71,12 +72,22 @@ def test_files_of_a_level(tiny_model, tmp_path):
     numbers = json.loads(half.statistics.read_text())
     assert numbers["pruned"] == half.pruned
     assert numbers["checksum"] == half.checksum
-    assert half.histogram.read_bytes()[:4] == half.heatmap.read_bytes()[:4] == b"\x89PNG"
+    assert {path.read_bytes()[:4] for path in (half.histogram, half.heatmap, half.summary)} == {b"\x89PNG"}
+
+
+def test_figures_are_drawn_on_demand(tiny_model, tmp_path):
+    generator = MaskGenerator(tiny_model("tiny-llama"), PruningSettings(sparsities=(0.3, 0.6)))
+    (first, second) = generator.generate(tmp_path / "summary")
+    assert first.summary == second.summary == tmp_path / "summary" / "summary_unstructured.png"
+    assert [path.name for path in (tmp_path / "summary").glob("*.png")] == ["summary_unstructured.png"]
+    (none, _) = generator.generate(tmp_path / "none", figures="none")
+    assert (none.summary, none.histogram, none.heatmap) == (None, None, None)
+    assert not list((tmp_path / "none").glob("*.png"))
 
 
 def test_coverage_says_what_was_left_and_why(tiny_model, tmp_path):
     folder = tiny_model("tiny-mixtral")
-    MaskGenerator(folder, PruningSettings()).generate(tmp_path, figures=False)
+    MaskGenerator(folder, PruningSettings()).generate(tmp_path, figures="none")
     report = json.loads((tmp_path / "coverage.json").read_text())
     checkpoint = Checkpoint(folder)
     assert sorted(report["tensors_covered"]) == checkpoint.prunable
@@ -96,7 +107,7 @@ def test_formats_and_threads_have_one_identity(tiny_model, tmp_path, method):
     checksums = set()
     for threads, kind in ((1, "safetensors"), (3, "npz"), (2, "pt")):
         settings = PruningSettings(method=method, threads=threads)
-        (result,) = MaskGenerator(tiny_model("tiny-llama"), settings).generate(tmp_path, kind, figures=False)
+        (result,) = MaskGenerator(tiny_model("tiny-llama"), settings).generate(tmp_path, kind, figures="none")
         assert result.path.suffix == f".{kind}"
         checksums.add(load_masks(result.path).checksum)
         assert result.checksum in checksums
@@ -106,7 +117,7 @@ def test_formats_and_threads_have_one_identity(tiny_model, tmp_path, method):
 
 def test_patterns_are_kept_everywhere(tiny_model, tmp_path):
     settings = PruningSettings(method="semi_structured", pattern="1:2")
-    (result,) = MaskGenerator(tiny_model("tiny-llama"), settings).generate(tmp_path, figures=False)
+    (result,) = MaskGenerator(tiny_model("tiny-llama"), settings).generate(tmp_path, figures="none")
     assert result.path.name == "masks_sparsity50_semi_structured_1of2.safetensors"
     assert result.metadata["pattern"] == "1:2"
     for mask in result.load().values():
@@ -127,7 +138,7 @@ def test_missing_text_is_said_before_reading(tiny_model):
 def test_calibration_is_in_the_metadata(tiny_model, tmp_path, text):
     calibration = Calibration(text, {"task": "boolq", "seed": 7})
     settings = PruningSettings(importance="taylor", method="structured")
-    (result,) = MaskGenerator(tiny_model("tiny-llama"), settings, calibration).generate(tmp_path, figures=False)
+    (result,) = MaskGenerator(tiny_model("tiny-llama"), settings, calibration).generate(tmp_path, figures="none")
     assert result.metadata["calibration"] == {"task": "boolq", "seed": 7, "samples": 4, "length": 24}
 
 
@@ -135,7 +146,7 @@ def test_a_users_own_importance_needs_no_text(tiny_model, tmp_path):
     folder, results = tiny_model("tiny-llama"), []
     for index, importance in enumerate(("magnitude", lambda weight, statistics: weight.float() ** 2)):
         settings = PruningSettings(importance=importance, scope="global")
-        results += MaskGenerator(folder, settings).generate(tmp_path / str(index), figures=False)
+        results += MaskGenerator(folder, settings).generate(tmp_path / str(index), figures="none")
     assert results[0].checksum == results[1].checksum
 
 
@@ -152,13 +163,13 @@ def test_broken_weights_are_named_and_nothing_is_left(write_llama, tmp_path, tex
     out = tmp_path / "out"
     generator = MaskGenerator(folder, PruningSettings(**how), Calibration(text % 16))
     with pytest.raises(UserError, match=name):
-        generator.generate(out, figures=False)
+        generator.generate(out, figures="none")
     assert not [path for path in out.glob("*") if path.is_file()]
 
 
 def test_a_failed_run_leaves_the_old_files(tiny_model, tmp_path, monkeypatch):
     folder = tiny_model("tiny-llama")
-    (old,) = MaskGenerator(folder, PruningSettings()).generate(tmp_path, figures=False)
+    (old,) = MaskGenerator(folder, PruningSettings()).generate(tmp_path, figures="none")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     from sparse_ft.pruning import streaming
 
@@ -167,13 +178,13 @@ def test_a_failed_run_leaves_the_old_files(tiny_model, tmp_path, monkeypatch):
 
     monkeypatch.setattr(streaming, "_pack", full)
     with pytest.raises(OSError, match="disk full"):
-        MaskGenerator(folder, PruningSettings(scope="global")).generate(tmp_path, figures=False)
+        MaskGenerator(folder, PruningSettings(scope="global")).generate(tmp_path, figures="none")
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert load_masks(old.path).checksum == old.checksum
 
 
 def test_the_bits_are_where_others_look_for_them(tiny_model, tmp_path):
-    (result,) = MaskGenerator(tiny_model("tiny-llama"), PruningSettings()).generate(tmp_path, figures=False)
+    (result,) = MaskGenerator(tiny_model("tiny-llama"), PruningSettings()).generate(tmp_path, figures="none")
     stored, masks = load_file(result.path), result.load()
     name = "model.layers.0.mlp.down_proj.weight"
     assert stored[name].shape == (60, 19)
@@ -194,7 +205,7 @@ def test_owl_by_rows_prunes_exactly_what_is_asked(tiny_model, tmp_path, text, ki
         sparsities=levels, scope="row", allocation="owl", importance=importance, dtype="float32", device="cpu"
     )
     generator = MaskGenerator(tiny_model(kind), settings, Calibration(text, {"task": "noise"}))
-    files = generator.generate(tmp_path, figures=False)
+    files = generator.generate(tmp_path, figures="none")
     total = sum(torch.Size(shape).numel() for shape in generator.shapes.values())
     before = None
     for level, file in zip(levels, files, strict=True):

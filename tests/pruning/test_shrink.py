@@ -14,7 +14,7 @@ from sparse_ft.pruning.shrink import shrink_checkpoint
 
 def structured(folder, out, *levels, **how):
     settings = PruningSettings(method="structured", sparsities=levels, **how)
-    return [result.load() for result in MaskGenerator(folder, settings).generate(out, figures=False)]
+    return [result.load() for result in MaskGenerator(folder, settings).generate(out, figures="none")]
 
 
 @torch.no_grad()

@@ -93,7 +93,7 @@ def test_masks_and_validation_take_it_as_they_take_the_folder(folder, tmp_path):
     settings = PruningSettings(method="unstructured", importance="magnitude", scope="global", sparsities=(0.5,))
     written = {}
     for source, out in ((folder, "hf"), (path, "mdl")):
-        MaskGenerator(source, settings).generate(tmp_path / out, figures=False)
+        MaskGenerator(source, settings).generate(tmp_path / out, figures="none")
         (file,) = (tmp_path / out).glob("masks_*.safetensors")
         written[out] = load_masks(file)
     assert written["hf"].checksum == written["mdl"].checksum
