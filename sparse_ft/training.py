@@ -32,6 +32,8 @@ _IGNORED = -100  # the label that torch's cross entropy leaves out
 class NonFiniteLossError(RuntimeError):
     """The training loss became NaN or infinite."""
 
+    failure_class = "non_finite_loss"  # see `sparse_ft.cell.failures.classify`
+
 
 @dataclass
 class TrainingResult:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import errno
 import re
+import sys
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
-
 from sparse_ft.errors import DataMissingError, ModelUnavailableError, UserError, masked
-from sparse_ft.evaluation import NonFiniteScoresError
-from sparse_ft.training import NonFiniteLossError
 
 __all__ = [
     "BREAKS_WORKER",
@@ -157,13 +154,11 @@ def _kind(error: BaseException) -> str:
         ModelUnavailableError: "model_unavailable",
         DataMissingError: "data_missing",
         UserError: "configuration",
-        NonFiniteLossError: "non_finite_loss",
-        NonFiniteScoresError: "non_finite_scores",
         ValidationFailedError: "validation_failed",
         WorkerLostError: "worker_lost",
         CellTimeoutError: "timeout",
     }
-    if (told := getattr(error, "failure_class", None)) is not None:  # a Cerebras trainer's, from its own log
+    if (told := getattr(error, "failure_class", None)) is not None:  # of training and scoring, here or on a Cerebras
         return told
     own = next((name for kind, name in classes.items() if isinstance(error, kind)), None)
     if own not in (None, "configuration"):
@@ -186,7 +181,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 def _of_machine(error: BaseException) -> str | None:
     """The class of an error of memory, disk, device, store or network; None for any other."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+    if isinstance(error, (MemoryError, *_of_torch("OutOfMemoryError"))):
         return "out_of_memory"
     if isinstance(error, OSError) and error.errno in _FULL:
         return "disk_full"
@@ -202,8 +197,13 @@ def _said(error: BaseException) -> str | None:
     for kind, signs in _SAID:
         if (kind in ("disk_full", "infrastructure") or of_device) and re.search(signs, message):
             return kind
-    accelerator = getattr(torch, "AcceleratorError", None)
-    return "worker_lost" if accelerator is not None and isinstance(error, accelerator) else None
+    return "worker_lost" if isinstance(error, _of_torch("AcceleratorError")) else None
+
+
+def _of_torch(name: str) -> tuple[type[BaseException], ...]:
+    """The error class of torch of that name; none where torch was not imported, and so cannot have raised it."""
+    found = getattr(sys.modules.get("torch"), name, None)
+    return () if found is None else (found,)
 
 
 def _of_surroundings(error: BaseException) -> bool:

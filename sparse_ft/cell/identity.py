@@ -18,7 +18,7 @@ from typing import Any
 import sparse_ft
 from sparse_ft.cell.workbench import Workbench
 from sparse_ft.errors import ModelUnavailableError, UserError
-from sparse_ft.models.loading import resolve_device, resolve_dtype
+from sparse_ft.models.devices import resolve_device, resolve_dtype
 from sparse_ft.settings.cell import CellConfig
 from sparse_ft.settings.commands import MaskConfig
 from sparse_ft.settings.field import named, plain_values

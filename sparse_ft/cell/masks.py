@@ -15,16 +15,12 @@ from sparse_ft.levels import LevelPaths
 from sparse_ft.masks.checks import check_masks
 from sparse_ft.masks.files import load_masks
 from sparse_ft.models.checkpoint import Checkpoint
-from sparse_ft.models.loading import resolve_device
+from sparse_ft.models.devices import check_device
 from sparse_ft.models.opening import open_checkpoint
-from sparse_ft.models.tokenizers import embedding_rows
-from sparse_ft.pruning.calibration import Calibration
 from sparse_ft.pruning.generator import MaskGenerator
 from sparse_ft.pruning.output import MaskFile
-from sparse_ft.pruning.shrink import shrink_checkpoint
 from sparse_ft.settings.cell import CellConfig
 from sparse_ft.settings.commands import MaskConfig
-from sparse_ft.tasks.examples import calibration_tokens, check_ids
 
 __all__ = [
     "GivenMasks",
@@ -67,7 +63,7 @@ def check_mask_set(config: MaskConfig, bench: Workbench) -> None:
     """
     problems = list(config.problems())
     try:
-        resolve_device(config.device)
+        check_device(config.device)
     except UserError as error:
         problems.append(str(error))
     if problems:
@@ -80,6 +76,10 @@ def _generator(config: MaskConfig, bench: Workbench) -> MaskGenerator:
     checkpoint = bench.checkpoint(config.model)
     calibration = None
     if config.needs_calibration:
+        from sparse_ft.models.tokenizers import embedding_rows
+        from sparse_ft.pruning.calibration import Calibration
+        from sparse_ft.tasks.examples import calibration_tokens, check_ids
+
         task, tokenizer = bench.task(config.task, config.data_dir), bench.tokenizer(config.model)
         samples, length = config.calibration_samples, config.calibration_seq_len
         tokens = calibration_tokens(task, tokenizer, samples, length, config.seed)
@@ -124,6 +124,8 @@ def check_shrink(config: MaskConfig) -> None:
 
 def shrink(config: MaskConfig, files: Sequence[MaskFile], bench: Workbench) -> list[Path]:
     """Writes every level as a smaller checkpoint beside its masks; returns the folders."""
+    from sparse_ft.pruning.shrink import shrink_checkpoint
+
     dense = bench.checkpoint(config.model).folder
     return [shrink_checkpoint(dense, file.load(), LevelPaths(file.path).smaller, bench.progress) for file in files]
 

@@ -7,25 +7,26 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparse_ft.errors import DataMissingError, ModelUnavailableError, UserError
-from sparse_ft.evaluation import Evaluation
 from sparse_ft.files import write_text
 from sparse_ft.masks.files import load_masks
 from sparse_ft.models.catalog import hub_commit, locate
 from sparse_ft.models.checkpoint import Checkpoint
-from sparse_ft.models.loading import load_model, load_state_into, load_tokenizer, resolve_device, resolve_dtype
+from sparse_ft.models.devices import resolve_device, resolve_dtype
 from sparse_ft.models.opening import open_checkpoint
 from sparse_ft.progress import SILENT, Progress
 from sparse_ft.settings.cell import CellConfig
 from sparse_ft.settings.modes import MODES
-from sparse_ft.tasks.definitions import load_task
-from sparse_ft.tasks.digests import data_digests
-from sparse_ft.tasks.made import MADE, made_data_dir
+
+# What loads models, tokenizers and tasks is imported with the first of them: masks by weight alone need none.
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from sparse_ft.evaluation import Evaluation
 
 __all__ = ["Workbench"]
 
@@ -99,6 +100,8 @@ class Workbench:
 
     def data_digests(self, name: str, data_dir: str | None, num_fewshot: int | None = None) -> dict[str, str]:
         """See `sparse_ft.tasks.digests.data_digests`."""
+        from sparse_ft.tasks.digests import data_digests
+
         key = (name, data_dir, num_fewshot)
         if key not in self._rows:
             self._rows[key] = data_digests(self.task(*key))
@@ -126,6 +129,8 @@ class Workbench:
                     f"{name} is a Cerebras checkpoint, which has no tokenizer. Convert it to a Hugging Face folder"
                     " first (to_hugging_face of sparse_ft.cerebras.convert)."
                 )
+            from sparse_ft.models.loading import load_tokenizer
+
             self._tokenizers[name] = load_tokenizer(folder)
         return self._tokenizers[name]
 
@@ -135,6 +140,9 @@ class Workbench:
         Raises:
             DataMissingError: the rows cannot be had.
         """
+        from sparse_ft.tasks.definitions import load_task
+        from sparse_ft.tasks.made import MADE, made_data_dir
+
         key = (name, data_dir, num_fewshot)
         if key not in self._tasks:
             try:
@@ -150,6 +158,8 @@ class Workbench:
 
         After an exception the model is dropped: a wrapper may be half applied, or memory short.
         """
+        from sparse_ft.models.loading import load_model, load_state_into
+
         device = resolve_device(cell.device)
         key = (cell.model, resolve_dtype(cell.dtype, device), device)
         if _stamps(self.checkpoint(cell.model)) != self._stamps[cell.model]:
@@ -192,6 +202,8 @@ class Workbench:
 
     def _measured(self, key: str, name: str, measure: Callable[[], Evaluation]) -> tuple[str, Evaluation]:
         """The score from the shared folder; measured, and left there, by the first worker that comes."""
+        from sparse_ft.evaluation import Evaluation
+
         path = self._shared / f"{key[:32]}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):  # whoever comes second waits, which takes no longer than to measure again

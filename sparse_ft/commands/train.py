@@ -14,7 +14,7 @@ from sparse_ft.cell.register import register_cell
 from sparse_ft.cell.run import run_cell
 from sparse_ft.cell.trainer import LOCAL
 from sparse_ft.cell.workbench import Workbench
-from sparse_ft.models.loading import resolve_device
+from sparse_ft.models.devices import check_device
 from sparse_ft.progress import shown_progress
 from sparse_ft.settings.cell import CellConfig, mask_set_of
 from sparse_ft.study.checks.preflight import check_examples
@@ -37,7 +37,7 @@ def train(config: CellConfig) -> int:
         given = mask_file(config.masks)
         config = replace(config, **given.described)
     config.check()
-    resolve_device(config.device)  # one that is not here makes no run
+    check_device(config.device)  # one that is not here makes no run
     checkpoint = bench.checkpoint(config.model)
     checkpoint.prunable_shapes()
     LOCAL.check(config, checkpoint)

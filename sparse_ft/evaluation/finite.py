@@ -15,6 +15,8 @@ __all__ = ["NonFiniteScoresError", "check_likelihoods", "check_metrics", "finite
 class NonFiniteScoresError(RuntimeError):
     """A model's logits, or a score made of them, are NaN or infinite."""
 
+    failure_class = "non_finite_scores"  # see `sparse_ft.cell.failures.classify`
+
 
 def check_likelihoods(likelihoods: Iterable[float], what: str) -> None:
     """Raises NonFiniteScoresError where a log-likelihood is NaN or infinite: argmax would still name a token."""

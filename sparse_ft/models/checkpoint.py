@@ -14,10 +14,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
 
 from sparse_ft.errors import UserError
@@ -27,14 +26,18 @@ from sparse_ft.models.names import place, prunable_names
 from sparse_ft.models.skeleton import Skeleton, build_skeleton, config_values
 from sparse_ft.progress import SILENT, Progress
 
+if TYPE_CHECKING:
+    import torch
+
 __all__ = ["Checkpoint", "Entry", "copy_checkpoint", "copy_other_files"]
 
+# What safetensors calls a type -> what torch calls it, and bytes.
 _DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2),
+    "I64": ("int64", 8), "I32": ("int32", 4), "I16": ("int16", 2), "I8": ("int8", 1), "U8": ("uint8", 1),
+    "BOOL": ("bool", 1), "F8_E4M3": ("float8_e4m3fn", 1), "F8_E5M2": ("float8_e5m2", 1),
 }  # fmt: skip
-_PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_PLAIN = ("float64", "float32", "float16", "bfloat16")
 # What quantised weights have beside them; scales of activations and of the key/value cache are none of these.
 _SCALES = re.compile(
     r"weight_(scale|zero_point|packed|shape|global_scale).*|weight\..+|scales?|qweight|qzeros|SCB|absmax"
@@ -46,11 +49,16 @@ class Entry:
     """Where a tensor is: its file, and the bytes there."""
 
     file: Path
-    dtype: torch.dtype | None  # None: one that is not read
+    dtype: str | None  # torch's name of it; None: one that is not read
     shape: tuple[int, ...]
     begin: int  # bytes from the start of the file
     end: int
     stored: str = ""  # the type's name in the file
+
+    @property
+    def described(self) -> str:
+        """Type and shape, as fingerprints take them."""
+        return f"{self.dtype and f'torch.{self.dtype}'} {self.shape}"
 
 
 class Checkpoint:
@@ -181,7 +189,7 @@ class Checkpoint:
     def _expected_shape(self, name: str) -> tuple[int, ...]:
         slot = place(self.config, name)
         try:
-            return tuple(slot.view(self._skeleton.tensors[slot.parameter]).shape)
+            return slot.view(np.broadcast_to(np.False_, self._skeleton.tensors[slot.parameter])).shape
         except IndexError:  # more experts than the model has
             return ()
 
@@ -198,6 +206,16 @@ class Checkpoint:
         return self._entry(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
+        import torch
+
+        return getattr(torch, self.dtype_name(name))
+
+    def dtype_name(self, name: str) -> str:
+        """What torch calls the tensor's type: ``bfloat16``.
+
+        Raises:
+            UserError: a type that torch does not have.
+        """
         entry = self._entry(name)
         if entry.dtype is None:
             raise UserError(f"{entry.file}: {name} has the type {entry.stored}, which sparse_ft does not read.")
@@ -244,6 +262,8 @@ class Checkpoint:
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor, in memory of its own."""
+        import torch
+
         entry = self._entry(name)
         return torch.from_numpy(np.array(self.raw(name))).view(self.dtype(name)).reshape(entry.shape)
 
@@ -265,8 +285,7 @@ class Checkpoint:
         identity = hashlib.sha256()
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing leaves the interpreter to others
             for name, content in zip(self.names, pool.map(digest, self.names), strict=True):
-                entry = self._entry(name)
-                identity.update(f"{name} {entry.dtype} {entry.shape}\n".encode() + content)
+                identity.update(f"{name} {self._entry(name).described}\n".encode() + content)
         return identity.hexdigest()[:16]
 
     def is_called(self, fingerprint: str | None) -> bool:
@@ -279,7 +298,7 @@ class Checkpoint:
         identity = hashlib.sha256()
         for name in self.prunable:
             entry, raw = self._entry(name), self.raw(name)
-            identity.update(f"{name} {entry.dtype} {entry.shape}\n".encode())
+            identity.update(f"{name} {entry.described}\n".encode())
             for start in (0, max(0, raw.size // 2 - 2048), max(0, raw.size - 4096)):
                 identity.update(raw[start : start + 4096].tobytes())
         return identity.hexdigest()[:16]
@@ -305,6 +324,8 @@ def copy_checkpoint(
     Raises:
         ValueError: ``change`` returned another shape or dtype.
     """
+    import torch
+
     progress.start("write checkpoint", sum(source.nbytes(name) for name in source.names), "B")
     with atomic_folder(target) as folder:
         copy_other_files(source, folder)
@@ -351,7 +372,7 @@ def _copy_bytes(source: BinaryIO, target: BinaryIO, count: int) -> None:
 
 def _read_entries(file: Path) -> dict[str, Entry]:
     try:
-        with safe_open(file, framework="pt"):  # safetensors checks that header and length belong together
+        with safe_open(file, framework="np"):  # safetensors checks that header and length belong together
             pass
         with open(file, "rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
@@ -362,7 +383,8 @@ def _read_entries(file: Path) -> dict[str, Entry]:
     entries = {}
     for name, info in header.items():
         begin, end = (8 + length + offset for offset in info["data_offsets"])
-        dtype, shape = _DTYPES.get(info["dtype"]), tuple(info["shape"])
-        assert dtype is None or math.prod(shape) * dtype.itemsize == end - begin
+        dtype, itemsize = _DTYPES.get(info["dtype"], (None, 0))
+        shape = tuple(info["shape"])
+        assert dtype is None or math.prod(shape) * itemsize == end - begin
         entries[name] = Entry(file, dtype, shape, begin, end, info["dtype"])
     return entries

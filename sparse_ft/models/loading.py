@@ -18,6 +18,7 @@ from sparse_ft.files import atomic_folder
 from sparse_ft.masks.checks import check_masks
 from sparse_ft.masks.mask_set import MaskSet
 from sparse_ft.models.checkpoint import Checkpoint
+from sparse_ft.models.devices import resolve_device, resolve_dtype
 from sparse_ft.models.names import has_fused_experts, place, prunable_names, single_names, slots
 from sparse_ft.models.skeleton import model_config
 from sparse_ft.models.tokenizers import leave_open, pad_inside
@@ -29,51 +30,9 @@ __all__ = [
     "load_tokenizer",
     "prunable_shapes",
     "quiet_transformers",
-    "resolve_device",
-    "resolve_dtype",
     "save_model",
     "saved_tokenizer",
 ]
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def resolve_device(device: str = "auto") -> torch.device:
-    """The device of that name; ``auto`` is the first CUDA device, else the CPU.
-
-    Raises:
-        UserError: no such device here.
-    """
-    if device == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-    except RuntimeError:
-        raise UserError(f"device '{device}' is no device; use auto, cpu, cuda or cuda:N") from None
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise UserError(
-            f"device '{device}' is not here: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA "
-            "devices; use auto or cpu, or install a torch built for your GPU"
-        )
-    return torch.device("cuda", found.index or 0) if found.type == "cuda" else found
-
-
-def resolve_dtype(dtype: str, device: torch.device | str) -> torch.dtype:
-    """The torch dtype of that name; ``auto`` depends on the device.
-
-    ``auto`` is bfloat16 on a CUDA device that computes in it, else float32. Not every CPU has bfloat16
-    instructions, and without them it is slower than float32, so there the safe precision is the default
-    and ``bfloat16`` a choice. float16 is never the default: training in it needs loss scaling.
-
-    Raises:
-        UserError: a name that is not auto, float32, bfloat16 or float16.
-    """
-    if dtype in _DTYPES:
-        return _DTYPES[dtype]
-    if dtype != "auto":
-        raise UserError(f"dtype '{dtype}' is not one of auto, {', '.join(_DTYPES)}")
-    on_cuda = torch.device(device).type == "cuda"
-    return torch.bfloat16 if on_cuda and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
 
 
 def load_model(

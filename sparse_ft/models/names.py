@@ -11,12 +11,13 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from sparse_ft.errors import UserError
 from sparse_ft.models.families import Architecture, Experts, Projection, architecture_of
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = [
     "Role",
@@ -157,6 +158,8 @@ def parameter_masks(config: Mapping[str, Any], masks: Mapping[str, torch.Tensor]
     Returns:
         parameter name -> boolean mask of the parameter's shape.
     """
+    import torch
+
     experts = architecture_of(config).experts
     whole: dict[str, torch.Tensor] = {}
     for name, slot in slots(config, masks).items():

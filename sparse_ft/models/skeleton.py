@@ -1,18 +1,26 @@
-"""What transformers makes of a config.json: every value, and the name and shape of every tensor. No weights."""
+"""What transformers makes of a config.json: every value, and the name and shape of every tensor. No weights.
+
+transformers itself is asked, once: importing it takes longer than most of what needs the answers, so they are kept in
+the project's cache, by the question and by the code that answered it.
+"""
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from sparse_ft.cache import cache_dir
 from sparse_ft.errors import UserError
+from sparse_ft.files import write_text
 from sparse_ft.models.families import architecture_of
 from sparse_ft.models.folder import read_json
 
@@ -26,14 +34,14 @@ _NO_SIZES = ("dtype", "architectures", "transformers_version")  # what may diffe
 
 @dataclass(frozen=True)
 class Skeleton:
-    """The tensors of a model, by their names in the loaded model, on the meta device.
+    """The tensors of a model, by their names in the loaded model.
 
     Attributes:
-        tensors: every parameter and every buffer that is stored.
+        tensors: the shape of every parameter and every buffer that is stored.
         tied: names among them that need no tensor of their own: they are another's.
     """
 
-    tensors: Mapping[str, torch.Tensor]
+    tensors: Mapping[str, tuple[int, ...]]
     tied: frozenset[str]
 
 
@@ -80,7 +88,8 @@ class _ConfigFile:
 
 @lru_cache(maxsize=16)  # a study opens hundreds of checkpoints of a few configurations
 def _values(file: _ConfigFile) -> dict[str, Any]:
-    return model_config(file.path).to_diff_dict()
+    kind = architecture_of(read_json(file.path)).model_type
+    return _answered(kind, "values", file.content, lambda: model_config(file.path).to_diff_dict())
 
 
 def _config_file(path: str | Path) -> Path:
@@ -91,7 +100,7 @@ def _config_file(path: str | Path) -> Path:
 
 
 def build_skeleton(values: Mapping[str, Any]) -> Skeleton:
-    """The tensors of the model that transformers builds from a configuration; takes some 50 ms at any size.
+    """The tensors of the model that transformers builds from a configuration.
 
     Args:
         values: see `config_values`.
@@ -100,11 +109,18 @@ def build_skeleton(values: Mapping[str, Any]) -> Skeleton:
         UserError: transformers cannot build one.
     """
     sizes = {name: value for name, value in values.items() if name not in _NO_SIZES}
-    return _built(json.dumps(sizes, sort_keys=True))
+    return _skeleton(json.dumps(sizes, sort_keys=True))
 
 
 @lru_cache(maxsize=16)  # a study opens hundreds of checkpoints of a few shapes
-def _built(values: str) -> Skeleton:
+def _skeleton(values: str) -> Skeleton:
+    kind = str(json.loads(values).get("model_type"))
+    tensors, tied = _answered(kind, "tensors", values.encode(), lambda: _built(values))
+    return Skeleton({name: tuple(shape) for name, shape in tensors.items()}, frozenset(tied))
+
+
+def _built(values: str) -> list[Any]:
+    import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
@@ -114,4 +130,34 @@ def _built(values: str) -> Skeleton:
         raise UserError(
             f"transformers cannot build the model that config.json describes: {type(error).__name__}: {error}"
         ) from error
-    return Skeleton(dict(model.state_dict()), frozenset(getattr(model, "all_tied_weights_keys", None) or {}))
+    tied = sorted(getattr(model, "all_tied_weights_keys", None) or {})
+    return [{name: list(tensor.shape) for name, tensor in model.state_dict().items()}, tied]
+
+
+def _answered(kind: str, question: str, about: bytes, ask: Callable[[], Any]) -> Any:
+    """What transformers answers: from the cache where it was asked before, and is the same in every file that matters.
+
+    An answer that JSON would change is not kept; without a cache folder nothing is.
+    """
+    try:
+        asked = hashlib.sha256(json.dumps([question, *_answering(kind)]).encode() + about).hexdigest()
+        file = cache_dir() / "transformers" / f"{question}-{asked[:32]}.json"
+    except UserError:
+        return ask()
+    with suppress(OSError, ValueError):
+        return json.loads(file.read_text(encoding="utf-8"))
+    answer = ask()
+    text = json.dumps(answer, default=str)
+    if json.loads(text) == answer:
+        with suppress(OSError):
+            write_text(file, text)
+    return answer
+
+
+def _answering(kind: str) -> list[Any]:
+    """Version, sizes and times of the code of transformers that describes models of a kind."""
+    package = Path(find_spec("transformers").origin).parent
+    common = [package / name for name in ("configuration_utils.py", "modeling_utils.py")]
+    files = [*common, *sorted((package / "models" / kind).glob("*.py"))]
+    stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return [version("transformers"), stamps]

@@ -9,34 +9,35 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 import sparse_ft
 from sparse_ft.errors import UserError
 from sparse_ft.files import write_json
 from sparse_ft.models.checkpoint import copy_checkpoint
-from sparse_ft.models.loading import resolve_device, resolve_dtype
+from sparse_ft.models.devices import resolve_device, resolve_dtype
 from sparse_ft.models.names import role
 from sparse_ft.models.opening import open_checkpoint
 from sparse_ft.progress import SILENT, Progress
-from sparse_ft.pruning.allocation import owl_deviations, owl_sparsities, row_counts, tensor_counts
-from sparse_ft.pruning.blocks import BlockModel
-from sparse_ft.pruning.blockstate import BlockState
-from sparse_ft.pruning.blockwise import BlockPruner, dense_scores, outlier_shares
-from sparse_ft.pruning.calibration import Calibration
 from sparse_ft.pruning.coverage import coverage_report
-from sparse_ft.pruning.gradients import gradient_statistics
 from sparse_ft.pruning.histogram import exact_count
-from sparse_ft.pruning.importance import Statistics, score, with_floor
 from sparse_ft.pruning.output import LevelFiles, MaskFile
 from sparse_ft.pruning.sources import KeySource, MagnitudeSource, RandomSource, ScoreSource
 from sparse_ft.pruning.streaming import MaskSink, Pool, write_global, write_groups, write_layers, write_rows
 from sparse_ft.pruning.structure import choose_units, families, family_scores, write_units
 from sparse_ft.settings.field import part_of
 from sparse_ft.settings.pruning import PruningSettings
+
+# What looks at text computes with torch, and is imported where it is needed: magnitudes and random masks need none.
+if TYPE_CHECKING:
+    import torch
+
+    from sparse_ft.pruning.blocks import BlockModel
+    from sparse_ft.pruning.blockstate import BlockState
+    from sparse_ft.pruning.calibration import Calibration
+    from sparse_ft.pruning.importance import Statistics
 
 __all__ = ["MaskGenerator"]
 
@@ -150,6 +151,8 @@ class MaskGenerator:
             write_rows(source, counts, sink, **common)
 
     def _write_blockwise(self, files: LevelFiles, folder: Path) -> list[Path | None]:
+        from sparse_ft.pruning.blockwise import BlockPruner
+
         self._check_finite()
         model = self._block_model()
         state = self._state(folder, "prune")
@@ -186,18 +189,25 @@ class MaskGenerator:
         elif settings.importance == "magnitude":
             yield MagnitudeSource(self.checkpoint, list(self.shapes))
         elif needed == "none":
+            from sparse_ft.pruning.importance import Statistics
+
             self._check_finite()
             yield ScoreSource(self.shapes, lambda name: self._score(name, Statistics(name)))
         elif needed == "gradients":
             self._check_finite()
             yield self._gradient_source()
         else:
+            from sparse_ft.pruning.blockwise import dense_scores
+
             self._check_finite()
             state = self._state(folder, "scores")
             yield dense_scores(self._block_model(), self._tokens, settings.importance, state, self.progress)
             self._finish_state(state)
 
     def _gradient_source(self) -> ScoreSource:
+        from sparse_ft.pruning.gradients import gradient_statistics
+        from sparse_ft.pruning.importance import Statistics
+
         settings = self.settings
         wanted = {"gradient": ["gradient"], "taylor": ["product"]}
         kinds = ["gradient", "product"] if callable(settings.importance) else wanted[settings.importance]
@@ -217,6 +227,8 @@ class MaskGenerator:
         return ScoreSource(self.shapes, load)
 
     def _score(self, name: str, statistics: Statistics) -> np.ndarray:
+        from sparse_ft.pruning.importance import score, with_floor
+
         weight = self.checkpoint.tensor(name)
         scores, floored = with_floor(score(self.settings.importance, weight, statistics), weight)
         if floored:
@@ -231,6 +243,8 @@ class MaskGenerator:
                 name: [exact_count(level, shape[-1] if rows else math.prod(shape)) for level in levels]
                 for name, shape in self.shapes.items()
             }
+        from sparse_ft.pruning.allocation import row_counts, tensor_counts
+
         shares = self._owl_shares(folder)
         counts = tensor_counts(levels, {name: math.prod(shape) for name, shape in self.shapes.items()}, shares)
         if rows:  # each row rounded by itself would miss the whole
@@ -239,6 +253,9 @@ class MaskGenerator:
 
     def _owl_shares(self, folder: Path) -> dict[str, list[float]]:
         """OWL's sparsity of each tensor at each level: that of its block."""
+        from sparse_ft.pruning.allocation import owl_deviations, owl_sparsities
+        from sparse_ft.pruning.blockwise import outlier_shares
+
         settings = self.settings
         model, state = self._block_model(), self._state(folder, "owl")
         outliers = outlier_shares(model, self._tokens, settings.owl_outlier, state, self.progress)
@@ -268,10 +285,14 @@ class MaskGenerator:
         return self.calibration.token_ids
 
     def _block_model(self) -> BlockModel:
+        from sparse_ft.pruning.blocks import BlockModel
+
         device = resolve_device(self.settings.device)
         return BlockModel(self.checkpoint, resolve_dtype(self.settings.dtype, device), device)
 
     def _state(self, folder: Path, purpose: str) -> BlockState:
+        from sparse_ft.pruning.blockstate import BlockState
+
         settings = {
             key: value
             for key, value in part_of(PruningSettings, self.settings).items()

@@ -9,7 +9,8 @@ import torch
 
 from sparse_ft.errors import UserError
 from sparse_ft.models.checkpoint import Checkpoint
-from sparse_ft.models.loading import load_model, resolve_device, resolve_dtype
+from sparse_ft.models.devices import resolve_device, resolve_dtype
+from sparse_ft.models.loading import load_model
 from sparse_ft.models.names import slots
 from sparse_ft.progress import SILENT, Progress
 

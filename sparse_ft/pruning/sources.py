@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
 import numpy as np
-import torch
 
 from sparse_ft.errors import UserError
 from sparse_ft.models.checkpoint import Checkpoint
@@ -21,8 +20,8 @@ __all__ = ["PART", "KeySource", "MagnitudeSource", "RandomSource", "ScoreSource"
 
 PART = 1 << 20  # weights in one part: few megabytes, and large enough that calls cost nothing
 
-_DIGITS = {torch.bfloat16: np.uint16, torch.float16: np.uint16, torch.float32: np.uint32}
-_INFINITY = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0x7F800000}
+_DIGITS = {"bfloat16": np.uint16, "float16": np.uint16, "float32": np.uint32}
+_INFINITY = {"bfloat16": 0x7F80, "float16": 0x7C00, "float32": 0x7F800000}
 
 
 class KeySource(Protocol):
@@ -91,23 +90,23 @@ class MagnitudeSource:
         self.checkpoint = checkpoint
         self.shapes = {name: checkpoint.shape(name) for name in names}
         for name in names:
-            if checkpoint.dtype(name) not in _DIGITS:
+            if checkpoint.dtype_name(name) not in _DIGITS:
                 raise UserError(
-                    f"{name} in {checkpoint.folder} is {checkpoint.dtype(name)}; magnitudes are read from"
+                    f"{name} in {checkpoint.folder} is {checkpoint.dtype_name(name)}; magnitudes are read from"
                     " bfloat16, float16 and float32 weights. Convert the checkpoint first."
                 )
 
     def kind(self, name: str) -> str:
-        return str(self.checkpoint.dtype(name))
+        return self.checkpoint.dtype_name(name)
 
     def wide(self, name: str) -> bool:
-        return self.checkpoint.dtype(name) is torch.float32
+        return self.checkpoint.dtype_name(name) == "float32"
 
     def nbytes(self, name: str) -> int:
         return self.checkpoint.nbytes(name)
 
     def parts(self, name: str, widen: bool = False) -> Iterator[np.ndarray]:
-        dtype = self.checkpoint.dtype(name)
+        dtype = self.checkpoint.dtype_name(name)
         digits = _DIGITS[dtype]
         magnitude_bits = digits(0x7FFF if digits is np.uint16 else 0x7FFFFFFF)
         itemsize = np.dtype(digits).itemsize
@@ -195,7 +194,7 @@ class ScoreSource:
             yield part
 
 
-def _widened(keys: np.ndarray, dtype: torch.dtype) -> np.ndarray:
-    if dtype is torch.bfloat16:
+def _widened(keys: np.ndarray, dtype: str) -> np.ndarray:
+    if dtype == "bfloat16":
         return keys.astype(np.uint32) << np.uint32(16)
     return keys.view(np.float16).astype(np.float32).view(np.uint32)

@@ -12,15 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import mlflow.artifacts
-import mlflow.transformers
 import yaml
-from huggingface_hub import ModelCard
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModelOutput
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 from sqlalchemy.exc import SQLAlchemyError
-from transformers.utils import logging as transformers_logging
 
 from sparse_ft.errors import UserError
 from sparse_ft.levels import level_label
@@ -304,6 +301,10 @@ def _describe(folder: Path, weights: list[Path], target: Path, model: Model, car
     checkpoint's files. (Its own way to take a folder unloaded does not work with transformers 5.23, where a
     pipeline's class is known by name only.)
     """
+    import mlflow.transformers
+    from huggingface_hub import ModelCard
+    from transformers.utils import logging as transformers_logging
+
     stand_in, tokenizer, dtype = _stand_in(folder)
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()

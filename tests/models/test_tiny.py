@@ -11,8 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from sparse_ft.models.catalog import TINY_RECIPE
 from sparse_ft.models.checkpoint import Checkpoint
-from sparse_ft.models.tiny import KINDS, RECIPE, make_tiny, tiny_config, tiny_tokenizer
+from sparse_ft.models.tiny import KINDS, make_tiny, tiny_config, tiny_tokenizer
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -99,4 +100,4 @@ def test_other_shapes_are_another_recipe(tmp_path: Path):
         checkpoint = Checkpoint(make_tiny(kind, tmp_path / kind))
         for name in checkpoint.names:
             shapes.update(f"{kind} {name} {checkpoint.shape(name)}\n".encode())
-    assert (RECIPE, shapes.hexdigest()[:16]) == (2, "a718e81858883e68")
+    assert (TINY_RECIPE, shapes.hexdigest()[:16]) == (2, "a718e81858883e68")

@@ -76,7 +76,8 @@ class CerebrasCheckpoint(Checkpoint):
     def _make_entry(self, name: str) -> Entry:
         entry, place = self.file.entries[self._keys[name]], self._places[name]
         shape = entry.shape if place.expert is None else (entry.shape[0], entry.shape[2])
-        return Entry(self.folder, entry.dtype, shape, 0, int(np.prod(shape)) * entry.dtype.itemsize)
+        size = int(np.prod(shape)) * entry.dtype.itemsize
+        return Entry(self.folder, str(entry.dtype).removeprefix("torch."), shape, 0, size)
 
     def tensor(self, name: str) -> torch.Tensor:
         self._entry(name)

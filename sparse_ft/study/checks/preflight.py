@@ -12,7 +12,6 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 import psutil
-import torch
 
 from sparse_ft.cell.masks import check_given, check_mask_set
 from sparse_ft.cell.trainer import LOCAL, Trainer
@@ -20,12 +19,11 @@ from sparse_ft.cell.workbench import Workbench
 from sparse_ft.errors import UserError
 from sparse_ft.masks.files import HEADER_ROOM
 from sparse_ft.models.checkpoint import Checkpoint
-from sparse_ft.models.loading import resolve_device, resolve_dtype
+from sparse_ft.models.devices import check_device, resolve_device, resolve_dtype
 from sparse_ft.models.names import role
 from sparse_ft.settings.cell import CellConfig
 from sparse_ft.settings.modes import MODES
 from sparse_ft.study.plan import Plan
-from sparse_ft.tasks.examples import training_examples
 
 __all__ = ["Disk", "check_examples", "check_plan", "check_resources", "estimate_disk", "gigabytes"]
 
@@ -67,7 +65,7 @@ def check_plan(plan: Plan, bench: Workbench, trainer: Trainer = LOCAL) -> list[s
     for cell in plan.cells:
         problems |= dict.fromkeys(cell.problems())
     for device in dict.fromkeys(cell.device for cell in plan.cells):
-        _note(problems, resolve_device, device)
+        _note(problems, check_device, device)
     for cell in plan.cells:
         _note(problems, lambda cell=cell: trainer.check(cell, bench.checkpoint(cell.model)))
     for model in dict.fromkeys(cell.model for cell in plan.cells):
@@ -166,6 +164,8 @@ def check_examples(cell: CellConfig, bench: Workbench) -> None:
     Raises:
         UserError: it does not, or the model or the task cannot be had.
     """
+    from sparse_ft.tasks.examples import training_examples
+
     task = bench.task(cell.task, cell.data_dir, cell.num_fewshot)
     training_examples(task, bench.tokenizer(cell.model), cell.max_seq_len, limit=1, seed=cell.seed)
 
@@ -189,6 +189,8 @@ def _memory_problem(plan: Plan, bench: Workbench, workers: int) -> str | None:
         needs.append((size * (1 if MODES[cell.mode].lora else 4), cell.model, device))  # full: gradients, two moments
     size, model, device = max(needs, key=lambda need: need[0])
     if device.type == "cuda":
+        import torch
+
         per_gpu = math.ceil(workers / max(1, torch.cuda.device_count()))
         free, there = torch.cuda.mem_get_info(device)[1], "the GPU has"
         size *= per_gpu

@@ -1,0 +1,67 @@
+"""Where and in which precision a model runs, by the names that people give. torch is imported when one is resolved."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sparse_ft.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["check_device", "resolve_device", "resolve_dtype"]
+
+_DTYPES = ("float32", "bfloat16", "float16")
+_EVERYWHERE = ("auto", "cpu")
+
+
+def check_device(device: str) -> None:
+    """`resolve_device` for its error alone; takes no torch for a device that is everywhere.
+
+    Raises:
+        UserError: no such device here.
+    """
+    if device not in _EVERYWHERE:
+        resolve_device(device)
+
+
+def resolve_device(device: str = "auto") -> torch.device:
+    """The device of that name; ``auto`` is the first CUDA device, else the CPU.
+
+    Raises:
+        UserError: no such device here.
+    """
+    import torch
+
+    if device == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"device '{device}' is no device; use auto, cpu, cuda or cuda:N") from None
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"device '{device}' is not here: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA "
+            "devices; use auto or cpu, or install a torch built for your GPU"
+        )
+    return torch.device("cuda", found.index or 0) if found.type == "cuda" else found
+
+
+def resolve_dtype(dtype: str, device: torch.device | str) -> torch.dtype:
+    """The torch dtype of that name; ``auto`` depends on the device.
+
+    ``auto`` is bfloat16 on a CUDA device that computes in it, else float32. Not every CPU has bfloat16
+    instructions, and without them it is slower than float32, so there the safe precision is the default
+    and ``bfloat16`` a choice. float16 is never the default: training in it needs loss scaling.
+
+    Raises:
+        UserError: a name that is not auto, float32, bfloat16 or float16.
+    """
+    import torch
+
+    if dtype in _DTYPES:
+        return getattr(torch, dtype)
+    if dtype != "auto":
+        raise UserError(f"dtype '{dtype}' is not one of auto, {', '.join(_DTYPES)}")
+    on_cuda = torch.device(device).type == "cuda"
+    return torch.bfloat16 if on_cuda and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
