@@ -6,24 +6,28 @@ import math
 from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from sparse_ft.errors import UserError
 from sparse_ft.masks.checks import check_masks
-from sparse_ft.masks.mask_set import MaskSet, unpack_bits
+from sparse_ft.masks.mask_set import MaskSet, unpacked
 from sparse_ft.models.checkpoint import Checkpoint
 from sparse_ft.models.families import architecture_of
 from sparse_ft.models.names import parameter_masks, role, slots
 from sparse_ft.models.opening import open_checkpoint
 from sparse_ft.progress import SILENT, Progress
 
+if TYPE_CHECKING:
+    import torch
+
 __all__ = ["LayerCheck", "Validation", "validate_checkpoint"]
 
 _BLOCK = 1 << 18  # weights looked at in one go: what is made of them stays in the processor's cache
+# The bits of infinity, by torch's name of the type. Read as whole numbers, without the sign, which is the highest bit,
+# weights are in the order of their magnitudes, and what is above infinity is NaN.
+_INFINITY = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000, "float64": 0x7FF0000000000000}
 _EXAMPLES = 3  # violating weights that a layer's entry shows
 
 
@@ -138,9 +142,8 @@ def validate_checkpoint(
                 if layers[-1].nonfinite:
                     problems.append(f"{name} has {layers[-1].nonfinite} weights that are not finite.")
             else:
-                if checkpoint.dtype(name).is_floating_point and any(
-                    _nonfinite(weights) for _, weights in _blocks(checkpoint, name)
-                ):
+                dtype = checkpoint.dtype_name(name)
+                if dtype in _INFINITY and any(_nonfinite(bits, dtype) for _, bits in _blocks(checkpoint, name)):
                     problems.append(f"{name} has weights that are not finite.")
             if origin is not None and name in origin.names:
                 problems += _change_problems(checkpoint, origin, name, whole, target_modules)
@@ -171,11 +174,11 @@ def validate_checkpoint(
 class _Bits:
     """The mask of one checkpoint tensor, row block by row block (rows: all axes but the last)."""
 
-    def __init__(self, packed: Tensor, columns: int) -> None:
+    def __init__(self, packed: np.ndarray, columns: int) -> None:
         self.packed, self.columns = packed.reshape(-1, packed.shape[-1]), columns
 
-    def rows(self, begin: int, end: int) -> Tensor:
-        return unpack_bits(self.packed[begin:end], self.columns)
+    def rows(self, begin: int, end: int) -> np.ndarray:
+        return unpacked(self.packed[begin:end], self.columns)
 
 
 def _check_fit(checkpoint: Checkpoint, masks: MaskSet) -> dict[str, _Bits]:
@@ -184,7 +187,7 @@ def _check_fit(checkpoint: Checkpoint, masks: MaskSet) -> dict[str, _Bits]:
     if set(shapes) != set(masks.shapes):
         masks = _renamed(checkpoint, masks, shapes) or masks
     check_masks(masks, shapes, f"the checkpoint {checkpoint.folder}")
-    return {name: _Bits(masks.packed[name], shapes[name][-1]) for name in masks}
+    return {name: _Bits(masks.bits[name], shapes[name][-1]) for name in masks}
 
 
 def _renamed(checkpoint: Checkpoint, masks: MaskSet, shapes: dict[str, tuple[int, ...]]) -> MaskSet | None:
@@ -198,53 +201,64 @@ def _renamed(checkpoint: Checkpoint, masks: MaskSet, shapes: dict[str, tuple[int
         return None
 
 
-def _blocks(checkpoint: Checkpoint, name: str) -> Iterator[tuple[int, Tensor]]:
-    """``(first row, weights [rows, C])`` of a tensor, a bounded number of weights at a time."""
-    columns, dtype, raw = (checkpoint.shape(name) or (1,))[-1], checkpoint.dtype(name), checkpoint.raw(name)
-    width = columns * dtype.itemsize
+def _blocks(checkpoint: Checkpoint, name: str) -> Iterator[tuple[int, np.ndarray]]:
+    """``(first row, bits [rows, C])`` of a tensor, a bounded number of weights at a time; a weight's bits are one
+    unsigned number."""
+    shape, raw = checkpoint.shape(name), checkpoint.raw(name)
+    columns, itemsize = (shape or (1,))[-1], raw.size // max(1, math.prod(shape))
+    width = columns * itemsize
     step = max(1, _BLOCK // columns)
     for row in range(0, raw.size // width, step):
-        block = torch.tensor(raw[row * width : (row + step) * width])  # a copy: the file is mapped read-only
-        yield row, block.view(dtype).view(-1, columns)
+        block = np.array(raw[row * width : (row + step) * width])  # a copy: the file is mapped
+        yield row, block.view(f"u{itemsize}").reshape(-1, columns)
 
 
-def _check_layer(checkpoint: Checkpoint, name: str, bits: _Bits, tolerance: float) -> LayerCheck:
-    shape = checkpoint.shape(name)
+def _check_layer(checkpoint: Checkpoint, name: str, mask: _Bits, tolerance: float) -> LayerCheck:
+    shape, dtype = checkpoint.shape(name), checkpoint.dtype_name(name)
     check = LayerCheck(name, weights=math.prod(shape), masked=0)
     largest = 0.0
-    for row, weights in _blocks(checkpoint, name):
-        masked = ~bits.rows(row, row + weights.shape[0])
-        nonzero = weights != 0  # true of NaN
-        check.masked += _count(masked)
-        check.zeros += weights.numel() - _count(nonzero)
-        check.nonfinite += _nonfinite(weights)
-        wrong = masked & (nonzero if tolerance == 0 else ~(weights.abs().float() <= tolerance))
-        count = _count(wrong)
+    for row, bits in _blocks(checkpoint, name):
+        masked = ~mask.rows(row, row + len(bits))
+        magnitudes = _magnitudes(bits)
+        nonzero = magnitudes != 0  # true of NaN
+        check.masked += int(np.count_nonzero(masked))
+        check.zeros += bits.size - int(np.count_nonzero(nonzero))
+        check.nonfinite += _nonfinite(bits, dtype)
+        wrong = masked & (nonzero if tolerance == 0 else ~(_values(magnitudes, dtype).astype(np.float32) <= tolerance))
+        count = int(np.count_nonzero(wrong))
         if not count:
             continue
         check.violations += count
-        violating = torch.where(wrong, weights, 0)  # picking them out one by one takes several times as long
-        extremes = [abs(float(extreme)) for extreme in torch.aminmax(violating)]  # NaN if any is
-        largest = max(largest, *(value if math.isfinite(value) else math.inf for value in extremes))
-        if len(check.examples) < _EXAMPLES:
-            for r, c in wrong.nonzero()[: _EXAMPLES - len(check.examples)].tolist():
-                value = float(weights[r, c])
-                place = [*_unravel(row + r, shape[:-1]), c]
-                check.examples.append({"index": place, "value": value if math.isfinite(value) else str(value)})
+        extreme = float(_values(np.where(wrong, magnitudes, 0).max(keepdims=True).astype(bits.dtype), dtype)[0, 0])
+        largest = max(largest, extreme if math.isfinite(extreme) else math.inf)
+        for place in np.flatnonzero(wrong)[: _EXAMPLES - len(check.examples)].tolist():
+            r, c = divmod(place, bits.shape[1])
+            value = float(_values(bits[r : r + 1, c : c + 1], dtype)[0, 0])
+            index = [*_unravel(row + r, shape[:-1]), c]
+            check.examples.append({"index": index, "value": value if math.isfinite(value) else str(value)})
     if check.violations and math.isfinite(largest):
         check.max_violation = largest
     return check
 
 
-def _count(found: Tensor) -> int:
-    return int(np.count_nonzero(found.numpy()))  # several times faster than a sum over booleans
+def _magnitudes(bits: np.ndarray) -> np.ndarray:
+    """Bits without the sign."""
+    return bits & (np.iinfo(bits.dtype).max >> 1)
 
 
-def _nonfinite(weights: Tensor) -> int:
-    """Number of NaN and infinite weights. The extremes tell where there are none: NaN is among them if anywhere."""
-    if weights.numel() == 0 or all(math.isfinite(extreme) for extreme in torch.aminmax(weights)):
+def _values(bits: np.ndarray, dtype: str) -> np.ndarray:
+    """The numbers that the bits stand for, as floats of 32 or more bits: exact."""
+    if dtype == "bfloat16":
+        return (bits.astype(np.uint32) << 16).view(np.float32)
+    return bits.view(np.float16).astype(np.float32) if dtype == "float16" else bits.view(dtype)
+
+
+def _nonfinite(bits: np.ndarray, dtype: str) -> int:
+    """Number of NaN and infinite weights."""
+    magnitudes = _magnitudes(bits)
+    if bits.size == 0 or magnitudes.max() < _INFINITY[dtype]:
         return 0
-    return weights.numel() - _count(torch.isfinite(weights))
+    return int(np.count_nonzero(magnitudes >= _INFINITY[dtype]))
 
 
 def _unravel(row: int, shape: tuple[int, ...]) -> list[int]:
@@ -309,13 +323,19 @@ def _change_problems(
         return []
     if checkpoint.shape(name) != base.shape(name):
         return [f"{name} has shape {checkpoint.shape(name)}, in the base {base.shape(name)}."]
-    changed = 0
-    for (row, weights), (_, original) in zip(_blocks(checkpoint, name), _blocks(base, name), strict=True):
-        different = weights != original.to(weights.dtype)
+    changed, dtype, before = 0, checkpoint.dtype(name), base.dtype(name)
+    for (row, bits), (_, original) in zip(_blocks(checkpoint, name), _blocks(base, name), strict=True):
+        different = (_tensor(bits, dtype) != _tensor(original, before).to(dtype)).numpy()  # torch's own rounding
         if name in whole:
-            different &= whole[name].rows(row, row + weights.shape[0])
-        changed += _count(different)
+            different &= whole[name].rows(row, row + len(bits))
+        changed += int(np.count_nonzero(different))
     return [f"{name} differs from the base in {changed} weights; it was not to be trained."] if changed else []
+
+
+def _tensor(bits: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+    import torch
+
+    return torch.from_numpy(bits.view(np.uint8)).view(dtype)
 
 
 def _tie_problems(checkpoint: Checkpoint) -> list[str]:
@@ -323,6 +343,9 @@ def _tie_problems(checkpoint: Checkpoint) -> list[str]:
     embedding, head = row.embedding_weight, row.head_weight
     if not checkpoint.config.get("tie_word_embeddings", False) or not {embedding, head} <= names:
         return [] if head in names or checkpoint.config.get("tie_word_embeddings") else [f"{head} is missing."]
-    if torch.equal(checkpoint.tensor(embedding), checkpoint.tensor(head)):
-        return []
+    if checkpoint.shape(embedding) == checkpoint.shape(head):
+        dtypes = checkpoint.dtype_name(embedding), checkpoint.dtype_name(head)
+        pairs = zip(_blocks(checkpoint, embedding), _blocks(checkpoint, head), strict=True)
+        if all(np.array_equal(_values(a, dtypes[0]), _values(b, dtypes[1])) for (_, a), (_, b) in pairs):
+            return []
     return [f"The config ties {row.head} to the embeddings, but their weights differ."]
