@@ -13,6 +13,7 @@ from packaging.requirements import Requirement
 
 from sparse_ft import __version__
 from sparse_ft.cli import COMMANDS
+from sparse_ft.settings.field import plain
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = {name: command.parameters for name, command in COMMANDS.items() if name != "cerebras_configs"}
@@ -149,10 +150,10 @@ def test_every_entry_point_is_there(mlproject):
 @pytest.mark.parametrize("step", STEPS)
 def test_parameters_and_defaults_are_those_of_the_command(mlproject, step):
     entry = mlproject["entry_points"][step]
-    defaults = {field.name: field.default for field in fields(STEPS[step])}
+    known = {field.name: field for field in fields(STEPS[step])}
     for name, declared in entry["parameters"].items():
-        default = defaults[name]
-        assert declared.get("default") == (None if default is MISSING else str(default)), name
+        default = known[name].default
+        assert declared.get("default") == (None if default is MISSING else str(plain(known[name], default))), name
     flags = re.findall(r"--(\w+) \{(\w+)\}", entry["command"])
     assert all(flag == value for flag, value in flags)
     assert [flag for flag, _ in flags] == list(entry["parameters"])

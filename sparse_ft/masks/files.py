@@ -18,9 +18,8 @@ from sparse_ft.files import atomic_path
 from sparse_ft.masks.mask_set import MaskSet, combine_digests, packed_shape
 from sparse_ft.masks.readers import HEADER_KEY, NotOursError, read_npz, read_pt, read_safetensors
 
-__all__ = ["FORMATS", "FORMAT_VERSION", "HEADER_ROOM", "MaskFileWriter", "load_masks", "save_masks"]
+__all__ = ["FORMAT_VERSION", "HEADER_ROOM", "MaskFileWriter", "load_masks", "save_masks"]
 
-FORMATS = ("safetensors", "npz", "pt")
 FORMAT_VERSION = 1
 HEADER_ROOM = 64 * 1024  # bytes kept free for metadata that is known only when the last mask is written
 _FLUSH = 8 << 20  # bytes written to a file between two hints to the kernel

@@ -14,9 +14,10 @@ import numpy as np
 from sparse_ft.errors import UserError
 from sparse_ft.files import write_json
 from sparse_ft.levels import LevelPaths
-from sparse_ft.masks.files import FORMATS, MaskFileWriter, load_masks, save_masks
+from sparse_ft.masks.files import MaskFileWriter, load_masks, save_masks
 from sparse_ft.masks.mask_set import MaskSet, count_kept
 from sparse_ft.masks.statistics import statistics_of_counts
+from sparse_ft.settings.commands import FORMATS
 
 __all__ = ["LevelFiles", "MaskFile"]
 

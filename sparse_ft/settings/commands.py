@@ -12,6 +12,7 @@ from sparse_ft.settings.pruning import PruningSettings
 
 __all__ = [
     "FIGURES",
+    "FORMATS",
     "TRAINERS",
     "AnalyzeConfig",
     "CerebrasConfigsConfig",
@@ -22,6 +23,7 @@ __all__ = [
 ]
 
 FIGURES = ("summary", "all", "none")
+FORMATS = ("safetensors", "npz", "pt")
 TRAINERS = ("local", "cerebras")
 
 
@@ -29,7 +31,7 @@ TRAINERS = ("local", "cerebras")
 class MaskConfig(PruningSettings, DataSettings, ModelSettings):
     """Makes masks of exactly the asked sparsities, with statistics and figures."""
 
-    format: str = setting("safetensors", "file format of the masks.", choices=("safetensors", "npz", "pt"), masks=True)
+    format: str = setting("safetensors", "file format of the masks.", choices=FORMATS, masks=True)
     figures: str = setting(
         "summary",
         "one figure of all levels (summary), also a histogram and a heatmap of every level (all), or none.",

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from sparse_ft.errors import UserError
 
-__all__ = ["Settings", "defaults", "named", "part_of", "plain_values", "setting"]
+__all__ = ["Settings", "defaults", "is_flag", "is_optional", "named", "part_of", "plain", "plain_values", "setting"]
 
 T = TypeVar("T")
 

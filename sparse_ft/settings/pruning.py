@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from sparse_ft.errors import UserError
 from sparse_ft.levels import level_label, levels_text, parse_levels
@@ -20,61 +21,34 @@ ALLOCATIONS = ("uniform", "owl")
 STATISTICS = ("none", "gradients", "activations")
 
 
+_rule = partial(setting, masks=True, needed=True, time=False)
+
+
 @dataclass(frozen=True)
 class RecipeSettings(Settings):
     """How weights are chosen, whatever the level. Fields that a cell has no use for (a dense one, random masks) may be
     none."""
 
-    method: str | None = setting(
+    method: str | None = _rule(
         "unstructured",
         "which weights may go: single ones, whole channels and heads, at random, or N of M.",
         choices=METHODS,
-        masks=True,
-        needed=True,
-        time=False,
     )
-    importance: str | None = setting(
-        "magnitude",
-        "what decides which weights go (random needs none).",
-        choices=IMPORTANCES,
-        masks=True,
-        needed=True,
-        time=False,
+    importance: str | None = _rule(
+        "magnitude", "what decides which weights go (random needs none).", choices=IMPORTANCES
     )
-    scope: str | None = setting(
+    scope: str | None = _rule(
         "layer",
         "one threshold over the model (global), per tensor (layer) or per output row (row).",
         choices=SCOPES,
-        masks=True,
-        needed=True,
-        time=False,
     )
-    pattern: str = setting(
-        "2:4", "kept:group for semi_structured masks, such as 2:4.", masks=True, needed=True, time=False
+    pattern: str = _rule("2:4", "kept:group for semi_structured masks, such as 2:4.")
+    allocation: str = _rule(
+        "uniform", "uniform, or owl: layers with more outliers keep more (layer scope).", choices=ALLOCATIONS
     )
-    allocation: str = setting(
-        "uniform",
-        "uniform, or owl: layers with more outliers keep more (layer scope).",
-        choices=ALLOCATIONS,
-        masks=True,
-        needed=True,
-        time=False,
-    )
-    calibration_samples: int = setting(
-        64,
-        "number of calibration sequences, for importances that need any.",
-        masks=True,
-        needed=True,
-        time=False,
-    )
-    calibration_seq_len: int = setting(256, "tokens of each calibration sequence.", masks=True, needed=True, time=False)
-    force: bool = setting(
-        False,
-        "allow pruning that is known to collapse (global wanda).",
-        needed=True,
-        named=True,
-        time=False,
-    )
+    calibration_samples: int = _rule(64, "number of calibration sequences, for importances that need any.")
+    calibration_seq_len: int = _rule(256, "tokens of each calibration sequence.")
+    force: bool = _rule(False, "allow pruning that is known to collapse (global wanda).", masks=False, named=True)
 
     @property
     def n(self) -> int:

@@ -43,6 +43,8 @@ class ScoringSettings(Settings):
     def problems(self) -> Iterator[str]:
         """What is wrong with the values, one sentence each."""
         yield from super().problems()
+        if isinstance(self.eval_batch_size, str) and self.eval_batch_size != "auto":
+            yield f"eval_batch_size is '{self.eval_batch_size}'; it must be auto, or a number."
         corpus = self.perplexity_corpus
         if self.perplexity_tokens != 0 and corpus not in CORPORA and not Path(corpus).is_file():
             yield f"perplexity_corpus is '{corpus}'; there is no such file. Give task, wikitext2 or a text file."

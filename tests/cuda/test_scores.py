@@ -20,7 +20,7 @@ SMALL = ScoringSettings(eval_limit=12, eval_batch_size=4, perplexity_tokens=0, k
 def test_equal_to_lm_eval_by_hand_and_twice_the_same(name, dtype, tiny_model, tmp_path):
     folder, shots = tiny_model("tiny-llama"), 1 if name == "gsm8k" else None
     task = load_task(name, made_data_dir(), shots)
-    settings = replace(SMALL, limit=2) if name == "gsm8k" else SMALL
+    settings = replace(SMALL, eval_limit=2) if name == "gsm8k" else SMALL
     write_lm_eval_task(name, made_data_dir(), tmp_path)
     with quiet():
         theirs = lm_eval.simple_evaluate(
@@ -30,7 +30,7 @@ def test_equal_to_lm_eval_by_hand_and_twice_the_same(name, dtype, tiny_model, tm
             num_fewshot=shots,
             batch_size=4,
             device="cuda",
-            limit=settings.limit,
+            limit=settings.eval_limit,
             task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
         )
     model = load_model(folder, dtype, "cuda")

@@ -63,7 +63,7 @@ def tasks():
 
 def short(settings, name):
     """Generation is slow: fewer questions of it."""
-    return replace(settings, limit=2) if name == "gsm8k" else settings
+    return replace(settings, eval_limit=2) if name == "gsm8k" else settings
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -78,7 +78,7 @@ def test_equal_to_lm_eval_by_hand(name, model, tokenizer, tasks, folder, tmp_pat
             num_fewshot=tasks[name].config.num_fewshot or None,
             batch_size=4,
             device="cpu",
-            limit=settings.limit,
+            limit=settings.eval_limit,
             task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
         )
     ours = evaluate(model, tokenizer, tasks[name], settings)
@@ -121,7 +121,7 @@ def test_loss_is_the_mean_over_answer_tokens(name, model, tokenizer, tasks):
     result = evaluate(model, tokenizer, task, settings)
     task.set_fewshot_seed(1234)
     losses = []
-    for number in range(settings.limit):
+    for number in range(settings.eval_limit):
         doc = task.eval_docs[number]
         prompt = task.fewshot_context(doc, task.config.num_fewshot)
         context = tokenizer(prompt)["input_ids"]
@@ -150,14 +150,14 @@ def test_headline_metric(name, model, tokenizer, tasks):
 def test_always_giving_the_commonest_answer_is_in_the_protocol(model, tokenizer, tasks):
     """So that nobody takes a model that has only learnt to say yes for one that reads."""
     result = evaluate(model, tokenizer, tasks["boolq"], SMALL)
-    labels = [tasks["boolq"].eval_docs[number]["label"] for number in range(SMALL.limit)]
+    labels = [tasks["boolq"].eval_docs[number]["label"] for number in range(SMALL.eval_limit)]
     assert result.protocol["majority"] == max(labels.count(0), labels.count(1)) / len(labels)
     for name in ("hellaswag", "gsm8k"):  # each question has endings of its own, or none
         assert evaluate(model, tokenizer, tasks[name], short(SMALL, name)).protocol["majority"] is None
 
 
 def test_twice_the_same(model, tokenizer, tasks):
-    settings = replace(SMALL, batch_size="auto", perplexity_tokens=300, perplexity_seq_len=64)
+    settings = replace(SMALL, eval_batch_size="auto", perplexity_tokens=300, perplexity_seq_len=64)
     first, second = (evaluate(model, tokenizer, tasks["hellaswag"], settings) for _ in range(2))
     for result in (first, second):
         result.metrics.pop("samples_per_second")
@@ -174,7 +174,7 @@ def test_shared_contexts_are_in_the_protocol(model, tokenizer, tasks):
 
 
 def test_few_shot_by_setting_and_back(model, tokenizer, tasks):
-    settings = replace(SMALL, num_fewshot=3, limit=2)
+    settings = replace(SMALL, num_fewshot=3, eval_limit=2)
     result = evaluate(model, tokenizer, tasks["boolq"], settings)
     assert result.protocol["num_fewshot"] == 3 and tasks["boolq"].config.num_fewshot == 0
     assert result.samples[0]["arguments"][0][0].count("Question:") == 4
@@ -183,7 +183,7 @@ def test_few_shot_by_setting_and_back(model, tokenizer, tasks):
 
 
 def test_protocol_and_samples_are_json(model, tokenizer, tasks):
-    settings = replace(SMALL, limit=2, perplexity_tokens=200, perplexity_seq_len=64)
+    settings = replace(SMALL, eval_limit=2, perplexity_tokens=200, perplexity_seq_len=64)
     result = evaluate(model, tokenizer, tasks["boolq"], settings)
     assert json.loads(json.dumps(result.protocol)) == result.protocol
     json.dumps(result.samples)
@@ -212,15 +212,15 @@ def test_scores_say_which_questions_they_are_of(name, model, tokenizer, tmp_path
         text = "\n".join(json.dumps(row) for row in (first, rows[1]))
         (tmp_path / place / name / f"{held_out}.jsonl").write_text(text)
         tasks.append(load_task(name, tmp_path / place, num_fewshot=0))
-    settings = replace(SMALL, perplexity_tokens=0, limit=None)
+    settings = replace(SMALL, perplexity_tokens=0, eval_limit=None)
     one, two, three = (evaluate(model, tokenizer, task, settings).protocol["questions_sha256"] for task in tasks)
     assert one == two != three and len(one) == 16
-    fewer = evaluate(model, tokenizer, tasks[0], replace(settings, limit=1)).protocol["questions_sha256"]
+    fewer = evaluate(model, tokenizer, tasks[0], replace(settings, eval_limit=1)).protocol["questions_sha256"]
     assert fewer not in (one, three)
 
 
 def test_a_standard_error_that_does_not_exist_is_absent(model, tokenizer, tasks):
-    metrics = evaluate(model, tokenizer, tasks["boolq"], replace(SMALL, limit=1)).metrics
+    metrics = evaluate(model, tokenizer, tasks["boolq"], replace(SMALL, eval_limit=1)).metrics
     assert "accuracy" in metrics and "accuracy_stderr" not in metrics
 
 
@@ -228,8 +228,10 @@ def test_leaves_no_trace(model, tokenizer, tasks, capfd):
     tokenizer.padding_side, seed = "right", random.getstate()
     torch_state, level = torch.get_rng_state(), logging.getLogger("lm_eval").level
     model.train()
-    evaluate(model, tokenizer, tasks["boolq"], replace(SMALL, limit=2, perplexity_tokens=64, perplexity_seq_len=32))
-    evaluate(model, tokenizer, tasks["gsm8k"], replace(SMALL, limit=1))
+    evaluate(
+        model, tokenizer, tasks["boolq"], replace(SMALL, eval_limit=2, perplexity_tokens=64, perplexity_seq_len=32)
+    )
+    evaluate(model, tokenizer, tasks["gsm8k"], replace(SMALL, eval_limit=1))
     assert model.training and tokenizer.padding_side == "right"
     assert random.getstate() == seed and torch.equal(torch.get_rng_state(), torch_state)
     assert logging.getLogger("lm_eval").level == level and "build_all_requests" not in vars(tasks["boolq"])
@@ -239,9 +241,9 @@ def test_leaves_no_trace(model, tokenizer, tasks, capfd):
 
 def test_progress_reaches_its_end(model, tokenizer, tasks):
     progress = Recorder()
-    settings = replace(SMALL, limit=3, perplexity_tokens=200, perplexity_seq_len=64)
+    settings = replace(SMALL, eval_limit=3, perplexity_tokens=200, perplexity_seq_len=64)
     evaluate(model, tokenizer, tasks["hellaswag"], settings, progress)
-    evaluate(model, tokenizer, tasks["gsm8k"], replace(SMALL, limit=2), progress)
+    evaluate(model, tokenizer, tasks["gsm8k"], replace(SMALL, eval_limit=2), progress)
     assert progress.stages == [
         ["scoring hellaswag", 12, 12],
         ["perplexity", 4, 4],
@@ -256,7 +258,7 @@ def test_an_unmerged_adapter_is_scored_with_its_adapter(folder, tokenizer, tasks
     torch.manual_seed(0)
     config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     adapted = get_peft_model(load_model(folder, "float32", "cpu"), config)
-    settings = replace(SMALL, limit=4, perplexity_tokens=128, perplexity_seq_len=64)
+    settings = replace(SMALL, eval_limit=4, perplexity_tokens=128, perplexity_seq_len=64)
     before = evaluate(adapted, tokenizer, tasks["boolq"], settings).metrics
     after = evaluate(adapted.merge_and_unload(), tokenizer, tasks["boolq"], settings).metrics
     plain = evaluate(load_model(folder, "float32", "cpu"), tokenizer, tasks["boolq"], settings).metrics
@@ -303,12 +305,12 @@ def test_any_task_of_lm_eval_by_its_name(name, model, tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"limit": 0}, "limit is 0"),
-        ({"batch_size": "many"}, "batch_size is 'many'; it must be auto"),
-        ({"batch_size": 0}, "batch_size is 0"),
+        ({"eval_limit": 0}, "eval_limit is 0"),
+        ({"eval_batch_size": "many"}, "eval_batch_size is 'many'; it must be auto"),
+        ({"eval_batch_size": 0}, "eval_batch_size is 0"),
         ({"perplexity_tokens": -1}, "perplexity_tokens is -1"),
         ({"perplexity_seq_len": 1}, "perplexity_seq_len is 1"),
-        ({"perplexity_corpus": "no/such/file"}, "neither task, wikitext2 nor a text file"),
+        ({"perplexity_corpus": "no/such/file"}, "Give task, wikitext2 or a text file"),
         ({"perplexity_corpus": "wikitext2"}, "cannot load wikitext-2 from the hub"),
     ],
 )

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sparse_ft.errors import UserError
-from sparse_ft.masks.files import FORMATS, MaskFileWriter, load_masks, save_masks
+from sparse_ft.masks.files import MaskFileWriter, load_masks, save_masks
 from sparse_ft.masks.mask_set import MaskSet
+from sparse_ft.settings.commands import FORMATS
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sparse_ft.masks.files import FORMATS
+from sparse_ft.settings.commands import FORMATS
 
 PROGRAM = Path(__file__).parents[1] / "support" / "fuzz.py"
 

@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import save_file
 
 from sparse_ft.errors import UserError
-from sparse_ft.masks.files import FORMATS, load_masks, make_header, save_masks
+from sparse_ft.masks.files import load_masks, make_header, save_masks
 from sparse_ft.masks.mask_set import MaskSet
 from sparse_ft.masks.readers import HEADER_KEY
+from sparse_ft.settings.commands import FORMATS
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 
