@@ -58,7 +58,7 @@ COMMANDS = {
     "train": Command(CellConfig, "sparse_ft.commands.train:train"),
     "validate": Command(ValidateConfig, "sparse_ft.commands.validate:validate"),
     "analyze": Command(AnalyzeConfig, "sparse_ft.commands.analyze:analyze"),
-    "sweep": Command(SweepConfig, "sparse_ft.study.driver:sweep"),
+    "sweep": Command(SweepConfig, "sparse_ft.commands.sweep:sweep"),
     "rebuild": Command(RebuildConfig, "sparse_ft.commands.rebuild:rebuild"),
     "cerebras_configs": Command(CerebrasConfigsConfig, "sparse_ft.study.cerebras_configs:write_configs"),
 }

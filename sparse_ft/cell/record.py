@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from sparse_ft.cell.failures import Failure, classify
 from sparse_ft.cell.result import CellResult
@@ -15,7 +16,9 @@ from sparse_ft.settings.cell import CellConfig
 from sparse_ft.settings.commands import MaskConfig
 from sparse_ft.settings.field import plain_values
 from sparse_ft.tracking.parameters import flatten_config
-from sparse_ft.tracking.runs import Tracker
+
+if TYPE_CHECKING:
+    from sparse_ft.tracking.runs import Tracker
 
 __all__ = [
     "log_cell_inputs",

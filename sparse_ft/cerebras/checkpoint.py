@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from sparse_ft.cerebras.modelzoo.masked_lora import merged_weight
+from sparse_ft.cerebras.masked_lora import merged_weight
 from sparse_ft.errors import UserError
 from sparse_ft.masks.checks import check_masks
 from sparse_ft.masks.mask_set import MaskSet

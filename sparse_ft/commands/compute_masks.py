@@ -10,7 +10,6 @@ from sparse_ft.cell.workbench import Workbench
 from sparse_ft.levels import level_label
 from sparse_ft.progress import shown_progress
 from sparse_ft.settings.commands import MaskConfig
-from sparse_ft.tracking.runs import Tracker
 
 __all__ = ["compute_masks"]
 
@@ -25,6 +24,8 @@ def compute_masks(config: MaskConfig) -> int:
     if config.shrink:
         check_shrink(config)
     check_mask_set(config, bench)  # an unknown model, or too little text to look at, makes no run
+    from sparse_ft.tracking.runs import Tracker  # mlflow takes seconds to import: wrong input is answered before
+
     tracker = Tracker()
     run_id = tracker.start(f"masks {Path(config.model).name} {config.method}", {"kind": "masks"})
     with recorded(tracker, run_id):

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from sparse_ft.files import write_json
 from sparse_ft.masks.files import load_masks
+from sparse_ft.models.opening import open_checkpoint
 from sparse_ft.progress import shown_progress
 from sparse_ft.settings.commands import ValidateConfig
-from sparse_ft.tracking.models import is_model_uri, resolve_model
 from sparse_ft.tracking.parameters import flatten_config
-from sparse_ft.tracking.runs import Tracker
+from sparse_ft.tracking.stores import is_model_uri
 from sparse_ft.validation import validate_checkpoint
 
 __all__ = ["validate"]
@@ -20,10 +20,17 @@ __all__ = ["validate"]
 def validate(config: ValidateConfig) -> int:
     """Checks a checkpoint against its masks. Returns 0 when it obeys them, else 1."""
     masks = load_masks(config.masks)
+    if not is_model_uri(config.checkpoint):
+        open_checkpoint(config.checkpoint)
+    # mlflow takes seconds to import: what is wrong with the files is said before.
+    from sparse_ft.tracking.runs import Tracker
+
     tracker = Tracker()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(config.checkpoint)
         if is_model_uri(config.checkpoint):
+            from sparse_ft.tracking.models import resolve_model
+
             folder = resolve_model(config.checkpoint, tracker.uri, scratch)
         validation = validate_checkpoint(folder, masks, config.tolerance, shown_progress())
     report = validation.to_dict() | {"checkpoint": config.checkpoint}

@@ -28,7 +28,6 @@ from sparse_ft.tracking.runs import Tracker
 from sparse_ft.tracking.stores import is_server, quiet_mlflow, reachable, store_lock, tracking_uri
 
 __all__ = [
-    "is_model_uri",
     "log_model",
     "model_card",
     "register_model",
@@ -234,11 +233,6 @@ def _keep_reachable(
         f"the alias {alias} of {name} moves to another kind of model ({changes}); version {before.version}, which"
         f" had it, is models:/{name}@{second} from now on"
     )
-
-
-def is_model_uri(text: str) -> bool:
-    """Whether `resolve_model` is the one to ask: ``models:/NAME@ALIAS``, ``models:/NAME/1``, ``runs:/RUN/NAME``."""
-    return str(text).startswith(("models:/", "runs:/"))
 
 
 def resolve_model(uri: str, store: str | None = None, folder: str | Path | None = None) -> Path:

@@ -18,6 +18,7 @@ from sparse_ft.errors import UserError
 __all__ = [
     "artifact_location",
     "exists",
+    "is_model_uri",
     "is_server",
     "project_root",
     "quiet_mlflow",
@@ -58,6 +59,12 @@ def tracking_uri(uri: str | None = None) -> str:
 def exists(uri: str) -> bool:
     """False for a sqlite file that nobody has made yet; of other stores only opening them tells."""
     return not uri.startswith(_SQLITE) or Path(uri.removeprefix(_SQLITE)).is_file()
+
+
+def is_model_uri(text: str) -> bool:
+    """Whether `sparse_ft.tracking.models.resolve_model` is the one to ask: ``models:/NAME@ALIAS``, ``models:/NAME/1``,
+    ``runs:/RUN/NAME``."""
+    return str(text).startswith(("models:/", "runs:/"))
 
 
 def is_server(uri: str) -> bool:

@@ -18,7 +18,6 @@ from sparse_ft.errors import UserError
 from sparse_ft.models.checkpoint import Checkpoint, copy_checkpoint
 from sparse_ft.models.tiny import make_tiny
 from sparse_ft.tracking.models import (
-    is_model_uri,
     log_model,
     model_card,
     register_model,
@@ -27,6 +26,7 @@ from sparse_ft.tracking.models import (
     sparsity_alias,
 )
 from sparse_ft.tracking.runs import Tracker
+from sparse_ft.tracking.stores import is_model_uri
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ from cerebras.modelzoo.trainer.callbacks import Callback
 from torch.nn import functional as F
 
 from sparse_ft.cerebras.checkpoint import ModelZooMasks
-from sparse_ft.cerebras.modelzoo.masked_lora import merged_weight
+from sparse_ft.cerebras.masked_lora import merged_weight
 from sparse_ft.cerebras.modelzoo.sparsity import attach_masks
 from sparse_ft.errors import UserError
 from sparse_ft.masks.files import load_masks
