@@ -63,7 +63,7 @@ _INCIDENTAL = named(CellConfig, result=False)
 # Names that say nothing by themselves: a run that says what was behind them (``identity/...``) is told by that.
 _BEHIND = {
     "data_dir": "scored_data", "device": "device", "dtype": "dtype", "masks": "versions", "num_fewshot": "num_fewshot",
-    "perplexity_corpus": "versions",
+    "perplexity_corpus": "versions", "include_path": "versions",
 }  # fmt: skip
 
 

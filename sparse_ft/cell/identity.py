@@ -47,16 +47,16 @@ def cell_identity(cell: CellConfig, bench: Workbench) -> dict[str, str]:
     """What a cell's names stand for on this machine, name -> digest or value.
 
     ``weights``, ``model_config`` and ``tokenizer`` of the base model; ``training_data``, ``scored_data`` and
-    ``fewshot_data`` (where there are any); ``num_fewshot``; ``perplexity_text`` (of a file of one's own); ``masks``
-    (of a given file); ``dtype`` and ``device`` as resolved; ``versions`` of this program and of the libraries that
-    compute.
+    ``fewshot_data`` (where there are any); ``task_definition`` (of a task of one's own); ``num_fewshot``;
+    ``perplexity_text`` (of a file of one's own); ``masks`` (of a given file); ``dtype`` and ``device`` as resolved;
+    ``versions`` of this program and of the libraries that compute.
 
     Raises:
         UserError: a model, a task, a mask file or a text that cannot be had.
     """
-    task = bench.task(cell.task, cell.data_dir, cell.num_fewshot)
+    task = bench.task(cell)
     device = resolve_device(cell.device)
-    found = {**bench.model_digests(cell.model), **bench.data_digests(cell.task, cell.data_dir, cell.num_fewshot)}
+    found = {**bench.model_digests(cell.model), **bench.data_digests(cell)}
     found["num_fewshot"] = str(task.config.num_fewshot or 0)
     if cell.perplexity_tokens != 0:
         found["perplexity_text"] = _text(cell.perplexity_corpus)
@@ -106,7 +106,8 @@ def mask_key(config: MaskConfig, bench: Workbench) -> str:
         device = resolve_device(config.device)
         behind |= {"tokenizer": model["tokenizer"], "task": config.task, "versions": versions(), "device": device.type}
         behind["dtype"] = str(resolve_dtype(config.dtype, device))
-        behind["text"] = bench.data_digests(config.task, config.data_dir).get("training_data", "none")
+        behind |= {name: value for name, value in bench.data_digests(config).items() if name == "task_definition"}
+        behind["text"] = bench.data_digests(config).get("training_data", "none")
     return _digest([values, behind])
 
 
@@ -145,7 +146,7 @@ def versions() -> str:
 def _owners(cell: CellConfig, name: str) -> Iterator[str]:
     if name in ("weights", "model_config", "tokenizer"):
         yield f"model {cell.model}"
-    elif name.endswith("_data"):
+    elif name.endswith("_data") or name == "task_definition":
         yield f"data of {cell.task} ({cell.data_dir or 'none'})"
     elif name == "perplexity_text":
         yield f"text {cell.perplexity_corpus}"

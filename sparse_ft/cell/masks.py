@@ -80,7 +80,7 @@ def _generator(config: MaskConfig, bench: Workbench) -> MaskGenerator:
         from sparse_ft.pruning.calibration import Calibration
         from sparse_ft.tasks.examples import calibration_tokens, check_ids
 
-        task, tokenizer = bench.task(config.task, config.data_dir), bench.tokenizer(config.model)
+        task, tokenizer = bench.task(config), bench.tokenizer(config.model)
         samples, length = config.calibration_samples, config.calibration_seq_len
         tokens = calibration_tokens(task, tokenizer, samples, length, config.seed)
         check_ids(tokens.flatten().tolist(), embedding_rows(checkpoint.folder))

@@ -68,7 +68,7 @@ def run_cell(
         checkpoint, tokenizer = bench.checkpoint(cell.model), bench.tokenizer(cell.model)
         trainer.check(cell, checkpoint)
         result.tags.update(bench.identity(cell.model))
-        task = bench.task(cell.task, cell.data_dir, cell.num_fewshot)
+        task = bench.task(cell)
         start = checkpoint if mask_file is None or mask_file.checkpoint is None else Checkpoint(mask_file.checkpoint)
         masks = _masks(mask_file, start, checkpoint, warn_foreign, result)
         examples = training_examples(task, tokenizer, cell.max_seq_len, cell.examples_needed, cell.seed)

@@ -20,6 +20,7 @@ from sparse_ft.models.devices import resolve_device, resolve_dtype
 from sparse_ft.models.opening import open_checkpoint
 from sparse_ft.progress import SILENT, Progress
 from sparse_ft.settings.cell import CellConfig
+from sparse_ft.settings.model import DataSettings
 from sparse_ft.settings.modes import MODES
 
 # What loads models, tokenizers and tasks is imported with the first of them: masks by weight alone need none.
@@ -98,13 +99,13 @@ class Workbench:
             }
         return self._digests[name]
 
-    def data_digests(self, name: str, data_dir: str | None, num_fewshot: int | None = None) -> dict[str, str]:
+    def data_digests(self, settings: DataSettings) -> dict[str, str]:
         """See `sparse_ft.tasks.digests.data_digests`."""
         from sparse_ft.tasks.digests import data_digests
 
-        key = (name, data_dir, num_fewshot)
+        key = _task_key(settings)
         if key not in self._rows:
-            self._rows[key] = data_digests(self.task(*key))
+            self._rows[key] = data_digests(self.task(settings))
         return self._rows[key]
 
     def given_masks(self, path: str) -> str:
@@ -134,8 +135,8 @@ class Workbench:
             self._tokenizers[name] = load_tokenizer(folder)
         return self._tokenizers[name]
 
-    def task(self, name: str, data_dir: str | None, num_fewshot: int | None = None) -> Any:
-        """The lm-eval task over its rows.
+    def task(self, settings: DataSettings) -> Any:
+        """The lm-eval task over its rows; ``num_fewshot`` is the task's own where the settings have none.
 
         Raises:
             DataMissingError: the rows cannot be had.
@@ -143,11 +144,11 @@ class Workbench:
         from sparse_ft.tasks.definitions import load_task
         from sparse_ft.tasks.made import MADE, made_data_dir
 
-        key = (name, data_dir, num_fewshot)
+        key = name, data_dir, num_fewshot, include_path = _task_key(settings)
         if key not in self._tasks:
             try:
                 rows = made_data_dir() if data_dir == MADE else data_dir
-                self._tasks[key] = load_task(name, rows, num_fewshot, progress=self.progress)
+                self._tasks[key] = load_task(name, rows, num_fewshot, include_path, self.progress)
             except UserError as error:
                 raise DataMissingError(str(error)) from error
         return self._tasks[key]
@@ -215,6 +216,10 @@ class Workbench:
             record = {"key": key, "measured_by": name, "metrics": evaluation.metrics, "protocol": evaluation.protocol}
             write_text(path, json.dumps(record, default=str))
             return name, evaluation
+
+
+def _task_key(settings: DataSettings) -> tuple[str, str | None, int | None, str | None]:
+    return settings.task, settings.data_dir, getattr(settings, "num_fewshot", None), settings.include_path
 
 
 def _stamps(checkpoint: Checkpoint) -> list[tuple[int, ...]]:

@@ -99,7 +99,10 @@ class CellConfig(
             values.update(rounding="nearest")  # whatever was asked
         values |= {name: value for name, value in defaults(CellConfig).items() if name in blank}
         said = plain_values(replace(self, **values))
-        return {name: said[name] for name in named(CellConfig, result=True, flag=True)}
+        told = {name: said[name] for name in named(CellConfig, result=True, flag=True)}
+        if self.include_path is None:  # so that keys are those of versions that had no such field
+            told.pop("include_path")
+        return told
 
     def key(self) -> str:
         """What the cell asks for, by name: SHA-256 (16 hex digits) of its canonical form. What it computes also
@@ -148,6 +151,7 @@ def mask_set_of(cell: CellConfig) -> MaskConfig | None:
         kind,
         task="",
         data_dir=None,
+        include_path=None,
         calibration_samples=MaskConfig.calibration_samples,
         calibration_seq_len=MaskConfig.calibration_seq_len,
         device="auto",

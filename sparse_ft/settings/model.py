@@ -43,3 +43,10 @@ class DataSettings(Settings):
         needed=True,
         named=True,
     )
+    include_path: str | None = setting(
+        None,
+        "folder with YAML files that define tasks as lm-eval's do, which come before its own; or none.",
+        path=(),
+        needed=True,
+        named=True,
+    )

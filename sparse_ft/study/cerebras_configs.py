@@ -87,7 +87,7 @@ def _write(cell: CellConfig, masks: Path | None, root: Path, settings: CerebrasS
         write_json(hf_config, config)
     plan = trainer_plan(cell, config, settings.device, settings.cluster)
     # What the rows of a training are: cells that differ in any of it must not read each other's.
-    rows = [cell.data_dir or "none", cell.seed, plan.max_steps, plan.batch_size]
+    rows = [cell.data_dir or "none", *filter(None, [cell.include_path]), cell.seed, plan.max_steps, plan.batch_size]
     rows_name = f"{cell.max_seq_len}-{hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:8]}"
     written = create_sparse_config(
         config,

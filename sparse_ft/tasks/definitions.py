@@ -31,16 +31,19 @@ from sparse_ft.tasks.sources import (
 )
 
 __all__ = [
+    "LM_EVAL_TASKS",
+    "definition_of",
     "eval_split",
     "gold_index",
+    "has_training_split",
     "load_task",
-    "names_training_split",
     "quiet",
     "set_fewshot",
     "task_protocol",
     "write_lm_eval_task",
 ]
 
+LM_EVAL_TASKS = Path(lm_eval.tasks.__file__).parent
 # Where lm-eval keeps the tasks that are used all the time, so that nothing need be searched for them.
 _FOLDERS = {"boolq": "super_glue/boolq", "hellaswag": "hellaswag", "gsm8k": "gsm8k"}
 
@@ -49,6 +52,7 @@ def load_task(
     name: str,
     data_dir: str | Path | None = None,
     num_fewshot: int | None = None,
+    include_path: str | Path | None = None,
     progress: Progress = SILENT,
 ) -> Task:
     """The lm-eval task ``name``, with rows from ``data_dir``.
@@ -61,6 +65,7 @@ def load_task(
             this project fetches by itself; None for the hub, through ``datasets``. In a folder the scored
             split must be there; the training split may be missing if no few-shot example needs it.
         num_fewshot: examples before each question; None for the task's own default (GSM8K 5, the rest 0).
+        include_path: a folder whose YAML files define tasks that come before lm-eval's own; None for those alone.
         progress: told about a download.
 
     Returns:
@@ -70,7 +75,7 @@ def load_task(
         UserError: the name is unknown or stands for several tasks, rows are missing or malformed, or the
             hub cannot be reached.
     """
-    path = _definition(name)
+    path = _definition(name, include_path)
     with quiet():
         if data_dir is None:
             task = _from_hub(name, path)
@@ -83,7 +88,7 @@ def load_task(
             source = PACKAGED if packaged else str(data_dir)
     # lm-eval's own rule (simple_evaluate): what is asked, else the definition's default, else none.
     set_fewshot(task, num_fewshot if num_fewshot is not None else task.config.num_fewshot or 0)
-    task.set_config("metadata", {**(task.config.metadata or {}), "source": source})
+    task.set_config("metadata", {**(task.config.metadata or {}), "source": source, "definition": str(path)})
     return task
 
 
@@ -107,9 +112,14 @@ def eval_split(task: Task) -> str:
     return task.config.test_split if task.has_test_docs() else task.config.validation_split
 
 
-def names_training_split(name: str) -> bool:
-    """Whether lm-eval's definition of the task has a training split at all."""
-    return bool(load_yaml(_definition(name), resolve_func=False).get("training_split"))
+def definition_of(task: Task) -> Path:
+    """The YAML file that a task of `load_task` was made from."""
+    return Path(task.config.metadata["definition"])
+
+
+def has_training_split(task: Task) -> bool:
+    """Whether the definition of the task has a training split at all."""
+    return bool(load_yaml(definition_of(task), resolve_func=False).get("training_split"))
 
 
 def task_protocol(task: Task) -> dict[str, Any]:
@@ -170,17 +180,25 @@ def quiet() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _definition(name: str) -> Path:
-    """The YAML file of the task in lm-eval."""
-    root = Path(lm_eval.tasks.__file__).parent
-    folder = root / _FOLDERS[name] if name in _FOLDERS else _folder(name, root)
-    with quiet():
-        entry = TaskManager(include_path=folder, include_defaults=False).task_index.get(name)
+def _definition(name: str, include_path: str | Path | None = None) -> Path:
+    """The YAML file of the task, in ``include_path`` or in lm-eval."""
+    if include_path is not None and not Path(include_path).is_dir():
+        raise UserError(f"include_path {include_path} is not a folder; it should hold the YAML file of a task")
+    entry = None if include_path is None else _entry(name, Path(include_path))
     if entry is None:
-        raise UserError(f"lm-eval {version('lm_eval')} has no task {name!r}; see 'lm_eval ls tasks'")
+        entry = _entry(name, LM_EVAL_TASKS / _FOLDERS[name] if name in _FOLDERS else _folder(name, LM_EVAL_TASKS))
+    if entry is None:
+        where = "" if include_path is None else f", nor has {include_path}"
+        raise UserError(f"lm-eval {version('lm_eval')} has no task {name!r}{where}; see 'lm_eval ls tasks'")
     if not entry.kind.name.endswith("TASK") or entry.yaml_path is None:
         raise UserError(f"{name!r} is a {entry.kind.name.lower()} of lm-eval tasks; name one of its tasks")
     return entry.yaml_path
+
+
+def _entry(name: str, folder: Path) -> Any:
+    """What lm-eval found under the name in the YAML files of a folder; None: nothing."""
+    with quiet():
+        return TaskManager(include_path=folder.absolute(), include_defaults=False).task_index.get(name)
 
 
 def _folder(name: str, root: Path) -> Path:

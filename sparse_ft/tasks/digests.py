@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 
 from lm_eval.api.task import Task
+from lm_eval.tasks._yaml_loader import load_yaml
 
-from sparse_ft.tasks.definitions import eval_split, quiet
+from sparse_ft.tasks.definitions import LM_EVAL_TASKS, definition_of, eval_split, quiet
 
 __all__ = ["data_digests"]
 
@@ -16,7 +18,8 @@ _ROWS = 1000  # read at a time
 
 def data_digests(task: Task) -> dict[str, str]:
     """16 hex digits for the rows of each role a split of the task has: ``training_data``, ``scored_data``, and
-    ``fewshot_data`` where examples stand before the questions. A role without a split is left out.
+    ``fewshot_data`` where examples stand before the questions. A role without a split is left out. A task that is none
+    of lm-eval's has a ``task_definition`` too: of its YAML, and of the Python files beside it.
 
     SHA-256 over every row of the split in its order, as lm-eval reads them, whatever file or hub they came from.
     """
@@ -24,7 +27,16 @@ def data_digests(task: Task) -> dict[str, str]:
     if task.config.num_fewshot:
         splits["fewshot_data"] = task.config.fewshot_split or task.config.training_split or splits["scored_data"]
     known = {split: _digest(task.dataset[split]) for split in set(splits.values()) if split in task.dataset}
-    return {role: known[split] for role, split in splits.items() if split in known}
+    found = {role: known[split] for role, split in splits.items() if split in known}
+    path = definition_of(task)
+    return found if path.is_relative_to(LM_EVAL_TASKS) else found | {"task_definition": _definition(path)}
+
+
+def _definition(path: Path) -> str:
+    told = hashlib.sha256(json.dumps(load_yaml(path, resolve_func=False), sort_keys=True, default=str).encode())
+    for file in sorted(path.parent.glob("*.py")):
+        told.update(file.name.encode() + b"\n" + hashlib.sha256(file.read_bytes()).digest())
+    return told.hexdigest()[:16]
 
 
 def _digest(rows) -> str:

@@ -14,7 +14,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedTokenizerBase
 
 from sparse_ft.errors import UserError
-from sparse_ft.tasks.definitions import gold_index, names_training_split, quiet
+from sparse_ft.tasks.definitions import gold_index, has_training_split, quiet
 
 __all__ = [
     "Example",
@@ -206,8 +206,8 @@ def _training_docs(task: Task) -> Sequence[Any]:
         docs = task.training_docs() if task.has_training_docs() else None
     if not docs:
         name = task.config.task
-        if not names_training_split(name):
-            raise UserError(f"{name} has no training split (lm-eval defines none); train on another task")
+        if not has_training_split(task):
+            raise UserError(f"{name} has no training split (its definition names none); train on another task")
         raise UserError(f"{name} has no training rows; give a data_dir with its train split")
     return docs
 

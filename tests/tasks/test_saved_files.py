@@ -119,5 +119,5 @@ def test_an_answer_that_is_none_of_the_choices(split, line, tmp_path):
 def test_a_task_without_a_training_split_says_so(tmp_path):
     for split in ("train", "test"):
         _write(tmp_path / "lambada_openai" / f"{split}.jsonl", _lines([{"text": f"the cat {i} sat"} for i in range(5)]))
-    with pytest.raises(UserError, match="lm-eval defines none"):
+    with pytest.raises(UserError, match="its definition names none"):
         training_examples(load_task("lambada_openai", tmp_path), None, 64)

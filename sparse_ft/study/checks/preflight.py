@@ -76,10 +76,10 @@ def check_plan(plan: Plan, bench: Workbench, trainer: Trainer = LOCAL) -> list[s
         (cell.model, cell.masks): cell for cell in plan.cells if cell.pruned and cell.masks is not None
     }.values():
         _note(problems, check_given, cell, bench)
-    for task, data_dir, shots in dict.fromkeys((cell.task, cell.data_dir, cell.num_fewshot) for cell in plan.cells):
-        _note(problems, bench.task, task, data_dir, shots)
-    same = {(cell.model, cell.task, cell.data_dir, cell.num_fewshot, cell.max_seq_len): cell for cell in plan.cells}
-    for cell in same.values():
+    for cell in {(c.task, c.data_dir, c.num_fewshot, c.include_path): c for c in plan.cells}.values():
+        _note(problems, bench.task, cell)
+    names = ("model", "task", "data_dir", "include_path", "num_fewshot", "max_seq_len")
+    for cell in {tuple(getattr(cell, name) for name in names): cell for cell in plan.cells}.values():
         _note(problems, check_examples, cell, bench)
     return [*problems, *trainer.missing()]
 
@@ -166,7 +166,7 @@ def check_examples(cell: CellConfig, bench: Workbench) -> None:
     """
     from sparse_ft.tasks.examples import training_examples
 
-    task = bench.task(cell.task, cell.data_dir, cell.num_fewshot)
+    task = bench.task(cell)
     training_examples(task, bench.tokenizer(cell.model), cell.max_seq_len, limit=1, seed=cell.seed)
 
 
