@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
+PAGES = sorted(path.relative_to(ROOT).as_posix() for path in FILES)
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 SHELL = ("", "sh", "bash", "console")
 # What a shell says to itself, and the commands of a cluster: nothing of this project's to be checked in them.
@@ -66,6 +67,11 @@ def commands(page: str) -> list[Command]:
     begin = re.compile(r"(mlflow|sparse-ft|python -m|python benchmarks/\S+|make|conda|pip install|lm_eval) [^|]")
     found += [Command(page, " ".join(code.split()), False) for code in inline if begin.match(code)]
     return found
+
+
+def section(page: str, heading: str) -> str:
+    """What stands under a heading of the second level."""
+    return text(page).split(f"\n## {heading}\n")[1].split("\n## ")[0]
 
 
 def links(page: str) -> list[str]:
