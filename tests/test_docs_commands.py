@@ -24,7 +24,7 @@ SLURM = BY_HAND + "on a real SLURM, two of its nodes on one machine, with config
 # The first pattern that fits the whole command counts.
 RUN = {
     r"make (demo|ui)": CLEAN,
-    r"make (test|lint|docs|test-cerebras)": CI,
+    r"make (test|test-slow|lint|docs|test-cerebras)": CI,
     r"make test-modelzoo MODELZOO=\S+": BY_HAND + "against ModelZoo Release_2.10.0, as docs/cerebras.md says",
     r"\. \.venv/bin/activate": CLEAN,
     r"conda env create --file conda(\.cerebras)?\.yaml": CONDA,
@@ -49,6 +49,7 @@ RUN = {
     r"sparse-ft sweep --config configs/full.yaml --executor ray .*": SLURM,
     r"sparse-ft sweep --config configs/tiny_full.yaml --dry_run true": STARTED,
     r"sparse-ft train --model tiny-llama .*": STARTED,
+    r"sparse-ft train --task weather .*": "tests/test_contributing.py::test_a_task_of_ones_own",
     r"sparse-ft compute_masks --model MODEL .*": STARTED,
     r"sparse-ft validate --checkpoint outputs/.*": STARTED,
     r"sparse-ft validate --checkpoint merged.mdl .*": STEPS + "masks_and_validation_read_a_cerebras_checkpoint",
