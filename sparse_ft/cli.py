@@ -16,7 +16,7 @@ from typing import Any
 
 from sparse_ft import __version__
 from sparse_ft.errors import UserError
-from sparse_ft.settings.cell import CellConfig
+from sparse_ft.settings.cell import TrainConfig
 from sparse_ft.settings.commands import (
     AnalyzeConfig,
     CerebrasConfigsConfig,
@@ -55,7 +55,7 @@ class Command:
 
 COMMANDS = {
     "compute_masks": Command(MaskConfig, "sparse_ft.commands.compute_masks:compute_masks"),
-    "train": Command(CellConfig, "sparse_ft.commands.train:train"),
+    "train": Command(TrainConfig, "sparse_ft.commands.train:train"),
     "validate": Command(ValidateConfig, "sparse_ft.commands.validate:validate"),
     "analyze": Command(AnalyzeConfig, "sparse_ft.commands.analyze:analyze"),
     "sweep": Command(SweepConfig, "sparse_ft.commands.sweep:sweep"),

@@ -12,25 +12,29 @@ from sparse_ft.cell.masks import check_mask_set, make_masks, mask_file
 from sparse_ft.cell.record import log_cell_inputs, log_cell_result, log_mask_files, mask_tags, recorded
 from sparse_ft.cell.register import register_cell
 from sparse_ft.cell.run import run_cell
-from sparse_ft.cell.trainer import LOCAL
+from sparse_ft.cell.trainer import Watch
 from sparse_ft.cell.workbench import Workbench
+from sparse_ft.errors import UserError
 from sparse_ft.models.devices import check_device
 from sparse_ft.progress import shown_progress
-from sparse_ft.settings.cell import CellConfig, mask_set_of
+from sparse_ft.settings.cell import TrainConfig, mask_set_of
 from sparse_ft.study.checks.preflight import check_examples
 from sparse_ft.study.report import in_milliseconds, study_console, ui_command
+from sparse_ft.study.trainers import make_trainer
 from sparse_ft.tracking.runs import Tracker
 
 __all__ = ["train"]
 
 
-def train(config: CellConfig) -> int:
+def train(config: TrainConfig) -> int:
     """Runs one cell as a run and prints its table. Returns 0.
 
     Raises:
         UserError: wrong input; nothing was logged then, where it could be known beforehand.
+        TrainerError: the training on a Cerebras failed.
         ValidationFailedError: the merged checkpoint breaks what the mode promises.
     """
+    trainer = make_trainer(config.trainer, config.cerebras)
     bench = Workbench(shown_progress())
     given = None
     if config.pruned and config.masks is not None:
@@ -40,7 +44,9 @@ def train(config: CellConfig) -> int:
     check_device(config.device)  # one that is not here makes no run
     checkpoint = bench.checkpoint(config.model)
     checkpoint.prunable_shapes()
-    LOCAL.check(config, checkpoint)
+    trainer.check(config, checkpoint)
+    if missing := trainer.missing():
+        raise UserError(" | ".join(missing))
     check_examples(config, bench)
     kind = mask_set_of(config)
     if kind is not None:
@@ -58,7 +64,8 @@ def train(config: CellConfig) -> int:
             log_mask_files(tracker, run_id, [masks])
             tracker.log(run_id, tags=mask_tags([masks]))
         tracker.log(run_id, tags={"cell_key": cell_key(config, identity, masks.checksum if masks else "")})
-        result = run_cell(config, masks, bench, folder, warn_foreign=True)
+        watch = Watch(run_id, lambda curves: tracker.log(run_id, curves=curves))
+        result = run_cell(config, masks, bench, folder, trainer, watch, warn_foreign=True)
         log_cell_result(tracker, run_id, result)
         address = None
         if config.register_as is not None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sparse_ft.levels import level_label
-from sparse_ft.settings.commands import MaskConfig
+from sparse_ft.settings.commands import TRAINERS, MaskConfig
 from sparse_ft.settings.field import Settings, defaults, named, part_of, plain_values, setting
 from sparse_ft.settings.lora import LoraSettings
 from sparse_ft.settings.model import DataSettings, ModelSettings
@@ -18,7 +18,7 @@ from sparse_ft.settings.pruning import RecipeSettings
 from sparse_ft.settings.scoring import ScoringSettings
 from sparse_ft.settings.training import TrainingSettings
 
-__all__ = ["NAME_LENGTH", "CellConfig", "SparsitySettings", "mask_set_of", "name_problem"]
+__all__ = ["NAME_LENGTH", "CellConfig", "SparsitySettings", "TrainConfig", "mask_set_of", "name_problem"]
 
 _IN_ADDRESSES = "/:@#?%\\"  # what models:/NAME@ALIAS gives a meaning to
 NAME_LENGTH = 250  # characters of a registered model's name
@@ -131,6 +131,18 @@ class CellConfig(
             yield problem
         if (kind := mask_set_of(self)) is not None and possible:
             yield from replace(kind, sparsities=(self.sparsity,)).problems()
+
+
+@dataclass(frozen=True)
+class TrainConfig(CellConfig):
+    """Prunes, fine-tunes, merges, proves and scores one model: one cell, as a run of its own."""
+
+    trainer: str = setting(
+        "local", "how it is trained: in this process (local), or on a Cerebras cluster (cerebras).", choices=TRAINERS
+    )
+    cerebras: str | None = setting(
+        None, "YAML file that says where trainer cerebras trains (see docs/cerebras.md), or none.", path=()
+    )
 
 
 def mask_set_of(cell: CellConfig) -> MaskConfig | None:

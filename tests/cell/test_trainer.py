@@ -13,9 +13,9 @@ from sparse_ft.settings.cell import CellConfig
 @pytest.mark.parametrize(
     ("model", "values", "said"),
     [
-        ("tiny-llama", {"target_modules": "q_proj,w1"}, "target_modules w1: this model has"),
+        ("tiny-llama", {"target_modules": ("q_proj", "w1")}, "target_modules w1: this model has"),
         ("tiny-mixtral", {"lora_dropout": 0.1}, "lora_dropout must be 0 on experts"),
-        ("tiny-mixtral", {"target_modules": "w1,w2"}, "w1 and w3 together"),
+        ("tiny-mixtral", {"target_modules": ("w1", "w2")}, "w1 and w3 together"),
     ],
 )
 def test_adapters_that_a_model_cannot_have(tiny_model, model, values, said):

@@ -18,8 +18,9 @@ from sparse_ft.cell.trainer import Watch
 from sparse_ft.cerebras.logs import Failure
 from sparse_ft.cerebras.runner import TrainerError
 from sparse_ft.cerebras.trainer import CerebrasSettings, load_settings, settings_of_try
+from sparse_ft.commands.train import train
 from sparse_ft.errors import UserError
-from sparse_ft.settings.cell import CellConfig
+from sparse_ft.settings.cell import CellConfig, TrainConfig
 from sparse_ft.settings.commands import SweepConfig
 from sparse_ft.study.driver import sweep
 from sparse_ft.study.life import resume_command
@@ -113,6 +114,18 @@ def test_a_study_is_trained_merged_proven_and_scored(study_file, settings_file, 
 
 
 @pytest.mark.skipif(MODELZOO is None, reason="needs ModelZoo: make test-modelzoo MODELZOO=PATH")
+def test_a_single_cell_is_trained_there(settings_file, small, tmp_path):
+    there = {"trainer": "cerebras", "cerebras": settings_file(python=MODELZOO, device="CPU")}
+    cell = {"model": "tiny-llama", "mode": "full", "sparsity": 0.6, "score_untuned": False, "keep": "all"}
+    assert train(TrainConfig(**small, **cell, **there, output_dir=str(tmp_path / "cell"))) == 0
+    (run,) = Tracker().search()
+    assert (run["status"], run["metrics"]["sparsity/violations"]) == ("FINISHED", 0)
+    assert [step for step, _ in Tracker().curve(run["run_id"], "cerebras/loss")] == [1, 2]
+    assert (tmp_path / "cell" / "merged" / "config.json").is_file()
+    assert not list((tmp_path / "cell").rglob("*.mdl"))
+
+
+@pytest.mark.skipif(MODELZOO is None, reason="needs ModelZoo: make test-modelzoo MODELZOO=PATH")
 def test_losses_come_while_it_trains_and_ctrl_c_leaves_no_trainer_behind(study_file, settings_file, tmp_path):
     study = study_file({"model": ["tiny-llama"], "sparsity": [0.6]}, cell={"max_steps": 100_000}, dense_baseline=False)
     settings, out = settings_file(python=MODELZOO, device="CPU"), tmp_path / "out"
@@ -121,7 +134,7 @@ def test_losses_come_while_it_trains_and_ctrl_c_leaves_no_trainer_behind(study_f
         command = [sys.executable, "-m", "entrypoints.sweep", "--config", str(study), *options]
         study_process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)
     try:
-        tracker, deadline = Tracker(), time.monotonic() + 240
+        tracker, deadline = Tracker(), time.monotonic() + 600
         losses = []
         while not losses:
             assert study_process.poll() is None and time.monotonic() < deadline, (tmp_path / "sweep.log").read_text()
