@@ -10,6 +10,7 @@ import pandas as pd
 
 from sparse_ft.analysis.table import IDENTITY, NO_METHOD
 from sparse_ft.settings.modes import DENSE
+from sparse_ft.settings.rules import rule_label
 from sparse_ft.tracking.parameters import text_of
 
 __all__ = ["holes", "protocols"]
@@ -41,7 +42,7 @@ def holes(cells: pd.DataFrame, expected: Iterable[Mapping[str, Any]] | None = No
         rest = {name: text_of(cell[name]) for name in told_apart if name in cell}
         whole = len(rest) == len(told_apart) > 0  # the cells of a plan differ in more than their identity
         if (_key(cell), *rest.values()) not in configured if whole else not _is_present(cell, present):
-            record = {name: cell.get(name) for name in IDENTITY}
+            record = {name: cell.get(name) for name in IDENTITY} | {"importance": _rule(cell)}
             records.append(record | {"variant": "", "reason": "not_run", "message": f"no run: {said}"})
     return pd.DataFrame(records, columns=HOLE_COLUMNS)
 
@@ -92,6 +93,8 @@ def _key(cell: Mapping[str, Any]) -> tuple[Any, ...]:
             return None if value is None or pd.isna(value) else round(float(value), 9)
         if name == "seed":
             return None if value is None or pd.isna(value) else int(value)
+        if name == "importance":
+            value = _rule(cell)
         return value or NO_METHOD
 
     dense = cell.get("mode") == DENSE.name
@@ -99,6 +102,12 @@ def _key(cell: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(
         0.0 if dense and n == "sparsity" else NO_METHOD if dense and n in pruned else plain(n) for n in IDENTITY
     )
+
+
+def _rule(cell: Mapping[str, Any]) -> str | None:
+    """The importance as the table has it, with the update that a plan names beside it."""
+    importance = cell.get("importance")
+    return importance if importance is None else rule_label(importance, cell.get("update"))
 
 
 def _is_present(cell: Mapping[str, Any], present: set[tuple[Any, ...]]) -> bool:

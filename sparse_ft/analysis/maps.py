@@ -18,6 +18,7 @@ from sparse_ft.analysis.panels import Sheet, short_names
 from sparse_ft.analysis.style import LEVEL_COLOURS, line_handle
 from sparse_ft.analysis.table import NO_METHOD, Row, series_label
 from sparse_ft.settings.modes import DENSE, mode_label
+from sparse_ft.settings.rules import rule_label
 
 __all__ = ["heatmap_figure", "layer_figure"]
 
@@ -87,7 +88,7 @@ def layer_figure(rows: Iterable[Row], title: str = "") -> Figure | None:
         params = row.get("params") or {}
         model = str(params.get("cfg/model") or "model")
         about = [params.get(f"cfg/{name}") for name in ("method", "importance", "scope")]
-        label = series_label(about[0] or "unknown", about[1])
+        label = series_label(about[0] or "unknown", rule_label(about[1] or NO_METHOD, params.get("cfg/update")))
         label = " ".join(part for part in (label, about[2]) if part and part != NO_METHOD)
         for key, value in (row.get("tags") or {}).items():
             if key.startswith(_BLOCKS):

@@ -15,6 +15,7 @@ from sparse_ft.errors import UserError
 from sparse_ft.settings.cell import CellConfig
 from sparse_ft.settings.field import named
 from sparse_ft.settings.modes import DENSE
+from sparse_ft.settings.rules import rule_label
 
 __all__ = [
     "EVALUATION_PROTOCOL",
@@ -124,10 +125,11 @@ def grouped_table(cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def series_label(method: str, importance: str | None) -> str:
-    """Name of a line: the method, and its importance where it has one (random pruning does not)."""
-    if method in (NO_METHOD, "random") or not importance or importance == NO_METHOD:
-        return DENSE.label if method == NO_METHOD else method
-    return f"{method} {importance}"
+    """Name of a line: the method, its importance where it has one (random pruning does not), and an update besides."""
+    if method == NO_METHOD:
+        return DENSE.label
+    chosen, plus, update = (importance or NO_METHOD).partition("+")
+    return (method if method == "random" or chosen == NO_METHOD else f"{method} {chosen}") + plus + update
 
 
 def _tags(row: Row) -> Mapping[str, str]:
@@ -201,9 +203,10 @@ def _record(row: Row) -> dict[str, Any]:
         record |= {"method": NO_METHOD, "importance": NO_METHOD, "scope": NO_METHOD, "sparsity": 0.0}
     for name in ("method", "importance", "scope"):
         record[name] = record[name] or NO_METHOD
+    record["importance"] = rule_label(record["importance"], _value(params.get("cfg/update")))
     for key, value in params.items():
         group, _, name = key.partition("/")
-        if group in ("cfg", "protocol", "identity") and not (group == "cfg" and name in IDENTITY):
+        if group in ("cfg", "protocol", "identity") and not (group == "cfg" and name in (*IDENTITY, "update")):
             record[f"{group}_{name}".replace("/", "_")] = _value(value)
     for key, value in (row.get("metrics") or {}).items():
         record[_metric_name(key)] = _number(value)

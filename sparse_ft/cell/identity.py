@@ -100,6 +100,8 @@ def mask_key(config: MaskConfig, bench: Workbench) -> str:
     """
     said = plain_values(config)
     values = {name: said[name] for name in named(MaskConfig, masks=True)} | {"levels": list(config.levels)}
+    if config.other_update is None:
+        values.pop("update")
     model = bench.model_digests(config.model)
     behind = {"weights": model["weights"], "model_config": model["model_config"], "versions": sparse_ft.__version__}
     if config.needs_calibration:
@@ -117,7 +119,7 @@ def untuned_key(
     """Identity of a score before fine-tuning: SHA-256 (64 hex digits).
 
     Args:
-        start: fingerprint of the weights under the masks (those of SparseGPT are not the base's).
+        start: fingerprint of the weights under the masks (after an update not the base's).
         settings: how is scored.
     """
     scored = {name: value for name, value in identity.items() if name not in ("training_data", "masks")}

@@ -127,7 +127,10 @@ def shrink(config: MaskConfig, files: Sequence[MaskFile], bench: Workbench) -> l
     from sparse_ft.pruning.shrink import shrink_checkpoint
 
     dense = bench.checkpoint(config.model).folder
-    return [shrink_checkpoint(dense, file.load(), LevelPaths(file.path).smaller, bench.progress) for file in files]
+    return [
+        shrink_checkpoint(file.checkpoint or dense, file.load(), LevelPaths(file.path).smaller, bench.progress)
+        for file in files
+    ]
 
 
 @dataclass(frozen=True)
@@ -142,8 +145,8 @@ def mask_file(path: str | Path) -> GivenMasks:
     """A mask file from disk as the engine would have handed it over.
 
     Raises:
-        UserError: it is missing, damaged, or none of ours; or it belongs to a pruned checkpoint (SparseGPT
-            changes the weights that it keeps) which is no longer beside it.
+        UserError: it is missing, damaged, or none of ours; or it belongs to a pruned checkpoint (the weights
+            that stay were updated) which is no longer beside it.
     """
     masks, path = load_masks(path), Path(path)
     about = masks.metadata
@@ -171,7 +174,7 @@ def mask_file(path: str | Path) -> GivenMasks:
 def _described(about: Mapping[str, Any]) -> dict[str, Any]:
     """The cell fields that the metadata of masks settle: what made them, whatever the cell says beside their name."""
     blank, calibration = MaskConfig(), about.get("calibration") or {}
-    described = {key: about[key] for key in ("method", "importance", "scope") if key in about}
+    described = {key: about[key] for key in ("method", "importance", "update", "scope") if key in about}
     if described.get("method") == "random":
         described.update(importance=None, scope=None)
     return described | {

@@ -112,10 +112,10 @@ def _masks(tracker: Tracker, run: Run, cell: CellConfig, scratch: Path) -> MaskF
                 for file in read_manifest(manifest.parent) or ():
                     if file.checksum == checksum:
                         return file
-    if cell.importance == "sparsegpt":
+    if cell.updating.changes_weights:
         raise UserError(
-            f"run {run['run_id']}: SparseGPT also changes the weights it keeps, and the study's folder, which holds "
-            "them, is gone; make the masks again with compute_masks."
+            f"run {run['run_id']}: {cell.updating.title} also changes the weights that stay, and the study's folder, "
+            "which holds them, is gone; make the masks again with compute_masks."
         )
     label = level_label(cell.sparsity)
     for holder in [run, *(tracker.children(parent["run_id"]) if parent else [])]:

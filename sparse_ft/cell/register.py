@@ -10,6 +10,7 @@ from sparse_ft.models.catalog import without_revision
 from sparse_ft.progress import SILENT, Progress
 from sparse_ft.settings.cell import CellConfig
 from sparse_ft.settings.modes import MODES
+from sparse_ft.settings.rules import rule_label
 from sparse_ft.tracking.models import log_model, model_card, register_model, registered_name, sparsity_alias
 from sparse_ft.tracking.runs import Tracker
 
@@ -38,7 +39,8 @@ def register_cell(
     tags = {
         "mode": cell.mode,
         "model": cell.model,
-        **{key: cell.canonical()[key] for key in ("method", "importance", "scope", "sparsity")},
+        **{key: cell.canonical()[key] for key in ("method", "scope", "sparsity")},
+        "importance": _rule(cell),
         "accuracy": result.metrics.get("eval/accuracy"),
         "mask_checksum": result.tags.get("mask_checksum"),
     }
@@ -47,6 +49,12 @@ def register_cell(
     address = f"models:/{name}@{alias}" if alias else f"models:/{name}/{version}"
     tracker.log(run_id, tags={"registered_as": f"{name}/{version}"})
     return address
+
+
+def _rule(cell: CellConfig) -> str:
+    """The importance, with an update that is not its own."""
+    values = cell.canonical()
+    return rule_label(values["importance"], values.get("update"))
 
 
 def _card(cell: CellConfig, result: CellResult, address: str | None) -> str:
@@ -60,6 +68,7 @@ def _card(cell: CellConfig, result: CellResult, address: str | None) -> str:
         "mask checksum": result.tags.get("mask_checksum"),
     }
     made = {key: values[key] for key in ("method", "importance", "scope", "mode", "lora_r", "lora_alpha")}
+    made |= {"importance": _rule(cell)}
     made |= {key: values[key] for key in ("learning_rate", "max_steps", "batch_size", "seed")}
     scores = {key.removeprefix("eval/"): value for key, value in sorted(metrics.items()) if key.startswith("eval/")}
     scored = {key: value for key, value in sorted(protocol.items()) if not key.startswith("train_")}

@@ -135,6 +135,16 @@ class MaskFileWriter:
         if self._unflushed >= _FLUSH:
             self._start_flushing()
 
+    def read(self, name: str) -> np.ndarray:
+        """The packed bits of a mask that was written to its end, before the file is closed."""
+        begin, _ = self._offsets[name]
+        packed, offset = np.empty(packed_shape(self.shapes[name]), np.uint8), 8 + self._header_size + begin
+        view = memoryview(packed).cast("B")
+        while view:  # preadv may read less than asked
+            count = os.preadv(self._file, [view], offset)
+            view, offset = view[count:], offset + count
+        return packed
+
     def close(self, metadata: Mapping[str, Any]) -> str:
         """Finishes the file with its metadata; returns the checksum.
 

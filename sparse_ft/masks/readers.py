@@ -24,7 +24,8 @@ HEADER_KEY = "sparse_ft_masks"
 _LARGEST_HEADER = 64 << 20  # bytes; that of an eight-expert model of 70 B weights has 1.5 MB
 _NUMBERS = ("sparsity", "achieved")
 _COUNTS = ("samples", "length")  # of the calibration text
-_TEXTS = ("method", "importance", "scope", "model", "fingerprint", "source_fingerprint", "pattern", "allocation")
+_TEXTS = ("method", "importance", "update", "scope", "model", "fingerprint", "source_fingerprint", "pattern",
+          "allocation")  # fmt: skip
 # What the pickle of a mask file names. Anything else, harmless or not, is another file's.
 _PICKLED = {"torch._utils _rebuild_tensor_v2", "torch ByteStorage", "collections OrderedDict"}
 _CALLS = {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"}

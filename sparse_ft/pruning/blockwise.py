@@ -1,4 +1,4 @@
-"""Importances that look at activations (Wanda, SparseGPT, OWL, a user's own), block after block.
+"""Rules that look at activations (Wanda, SparseGPT, OWL, a user's own) and updates of what stays, block after block.
 
 As in the papers' code a block is scored on what the blocks pruned before it give out. Every level therefore has
 hidden states of its own; a weight pruned at a level is pruned at every higher one.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,13 +19,14 @@ from sparse_ft.progress import SILENT, Progress
 from sparse_ft.pruning.allocation import outlier_share, tensor_counts
 from sparse_ft.pruning.blocks import BlockModel, HiddenStates, InputWatch
 from sparse_ft.pruning.blockstate import BlockState
-from sparse_ft.pruning.importance import Statistics, score, wanda, with_floor
+from sparse_ft.pruning.importance import Importance, Statistics, score, wanda, with_floor
 from sparse_ft.pruning.patterns import group_mask, layer_mask, row_mask
+from sparse_ft.pruning.rules import Inputs, load
 from sparse_ft.pruning.sources import ScoreSource
-from sparse_ft.pruning.sparsegpt import inverse_factor, prune_columns
 from sparse_ft.pruning.streaming import MemorySink
 from sparse_ft.pruning.structure import choose_units, families, family_scores, write_units
 from sparse_ft.settings.pruning import PruningSettings
+from sparse_ft.settings.rules import HESSIANS
 
 __all__ = ["BlockPruner", "dense_scores", "outlier_shares", "run_blocks"]
 
@@ -100,7 +102,7 @@ def outlier_shares(
 def dense_scores(
     model: BlockModel,
     token_ids: torch.Tensor,
-    importance: str | Callable,
+    importance: Importance,
     state: BlockState,
     progress: Progress = SILENT,
 ) -> ScoreSource:
@@ -117,39 +119,53 @@ def dense_scores(
 
 @dataclass
 class BlockPruner:
-    """Prunes block after block at every level; the visitor of `run_blocks`.
+    """Prunes block after block at every level and updates what stays; the visitor of `run_blocks`.
 
     Attributes:
         counts: weights to prune by tensor (of each row for scope ``row``) and level; unused for N:M and structured.
+        given: ``(level, name) -> packed mask`` where the masks were made beforehand; None: chosen here.
     """
 
     model: BlockModel
     settings: PruningSettings
     counts: Mapping[str, Sequence[int | np.ndarray]]
     state: BlockState
+    given: Callable[[int, str], np.ndarray] | None = None
 
     def run(self, token_ids: torch.Tensor, progress: Progress = SILENT) -> None:
         """Goes through all blocks that are not done yet."""
-        hessians = self.settings.importance == "sparsegpt"
+        hessians = HESSIANS in (self.settings.rule.needs, self.settings.updating.needs)
         run_blocks(self.model, token_ids, len(self.settings.levels), self, self.state, hessians, progress)
 
     def __call__(self, block: int, level: int, watch: InputWatch, before: Results) -> Results:
-        names = self.model.names(block)
+        names, rule, update = self.model.names(block), self.settings.rule, self.settings.updating
         pruned = {name: ~unpack_bits(before[name], self._shape(name)[-1]) for name in names if name in before}
-        if self.settings.importance == "sparsegpt":
-            return self._update(names, level, watch, pruned)
-        scores = {name: _scores(self.model, watch, name, self.settings.importance, self.state) for name in names}
-        masks = self._choose(scores, level, pruned)
+        inputs = self._inputs(names, watch)
+        own: Results = {}  # weights that come with the masks
+        if self.given is not None:
+            masks = {n: unpack_bits(torch.from_numpy(self.given(level, n)), self._shape(n)[-1]) for n in names}
+        elif rule.needs == HESSIANS:
+            masks, own = self._by_matrix(names, level, inputs, pruned)
+        else:
+            function = load(rule.function)
+            scores = {name: _scores(self.model, watch, name, function, self.state) for name in names}
+            masks = self._choose(scores, level, pruned)
+        results = {name: pack_bits(mask) for name, mask in masks.items()}
         for name, mask in masks.items():
-            self.model.weight(name).masked_fill_(~mask.to(self.model.device), 0)
-        return {name: pack_bits(mask) for name, mask in masks.items()}
+            if not update.changes_weights:
+                self.model.weight(name).masked_fill_(~mask.to(self.model.device), 0)
+                continue
+            new = own[name] if own and update.name == rule.update else self._updated(name, mask, inputs)
+            self.model.weight(name).copy_(new)
+            results[f"{name}|weight"] = new
+        return results
 
     def packed(self, level: int, block: int) -> dict[str, np.ndarray]:
         """The packed masks of a finished block."""
         return {name: self.state.tensor(block, level, name).numpy() for name in self.model.names(block)}
 
     def weight(self, level: int, block: int, name: str) -> torch.Tensor:
-        """The updated weight of a finished block (SparseGPT), in the checkpoint's dtype."""
+        """The updated weight of a finished block, in the checkpoint's dtype."""
         return self.state.tensor(block, level, f"{name}|weight")
 
     def _choose(self, scores: Results, level: int, pruned: Results) -> Results:
@@ -179,49 +195,57 @@ class BlockPruner:
         write_units(members, choose_units(members, values, [self.settings.levels[level]], "layer"), shapes, sink)
         return {n: unpack_bits(torch.from_numpy(sink.packed(0, n)), shape[-1]) for n, shape in shapes.items()}
 
-    def _update(self, names: Sequence[str], level: int, watch: InputWatch, pruned: Results) -> Results:
-        factors: dict[object, tuple[torch.Tensor, torch.Tensor]] = {}
-        results: Results = {}
+    def _inputs(self, names: Sequence[str], watch: InputWatch) -> dict[tuple[str, int | None], Inputs]:
+        """The inputs of every matrix of the block; matrices that share them have one."""
+        shared: dict[object, Inputs] = {}
+        found: dict[tuple[str, int | None], Inputs] = {}
         for name in names:
-            old = self.model.checkpoint.tensor(name)
-            stack = old.float().to(self.model.device)
-            stack = stack if stack.ndim == 3 else stack[None]
-            experts = range(len(stack)) if old.ndim == 3 else [None]
+            shape = self._shape(name)
+            for expert in _experts(shape):
+                owner = watch.owner(name, expert)
+                if owner not in shared:
+                    note = partial(self._note, name if expert is None else f"{name}[{expert}]")
+                    shared[owner] = Inputs(watch.hessian(name, expert), shape[-1], self.model.device, note)
+                found[name, expert] = shared[owner]
+        return found
+
+    def _note(self, where: str, text: str) -> None:
+        self.state.note(f"{where}: {text}")
+
+    def _by_matrix(
+        self, names: Sequence[str], level: int, inputs: Mapping[tuple[str, int | None], Inputs], pruned: Results
+    ) -> tuple[Results, Results]:
+        """Masks, and weights in the checkpoint's dtype, by a rule that needs Hessians."""
+        choose, masks, weights = load(self.settings.rule.function), {}, {}
+        for name in names:
+            stack, old = self._stack(name)
             before = pruned.get(name)
             before = None if before is None else before.reshape(stack.shape).to(self.model.device)
             ks = self._expert_counts(name, len(stack), before, level)
             new, kept = torch.empty_like(stack), torch.empty_like(stack, dtype=torch.bool)
-            for index, expert in enumerate(experts):
-                owner = watch.owner(name, expert)
-                if owner not in factors:
-                    factors[owner] = self._factor(watch, name, expert, stack.shape[-1])
-                new[index], kept[index] = prune_columns(
+            for index, expert in enumerate(_experts(old.shape)):
+                new[index], kept[index] = choose(
                     stack[index],
-                    *factors[owner],
+                    inputs[name, expert],
                     k=ks[index],
                     pattern=self._pattern,
                     pruned=None if before is None else before[index],
                 )
-            changed = new.reshape(old.shape).to(old.dtype)
-            mask = kept.reshape(old.shape)
-            self.model.weight(name).copy_(changed)
-            results[name], results[f"{name}|weight"] = pack_bits(mask), changed
-        return results
+            masks[name], weights[name] = kept.reshape(old.shape), new.reshape(old.shape).to(old.dtype)
+        return masks, weights
 
-    def _factor(
-        self, watch: InputWatch, name: str, expert: int | None, columns: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        hessian = watch.hessian(name, expert)
-        where = name if expert is None else f"{name}[{expert}]"
-        if hessian is None:
-            self.state.note(f"{where}: no calibration token came here; pruned by magnitude, without weight update")
-            return torch.eye(columns, device=self.model.device), torch.zeros(
-                columns, dtype=torch.bool, device=self.model.device
-            )
-        factor, dead, damping = inverse_factor(hessian)
-        if damping > 0.011:
-            self.state.note(f"{where}: Cholesky failed with damping 0.01 and passed with {damping:g}")
-        return factor, dead
+    def _updated(self, name: str, mask: torch.Tensor, inputs: Mapping[tuple[str, int | None], Inputs]) -> torch.Tensor:
+        """The weights of a tensor under its mask, in the checkpoint's dtype."""
+        (stack, old), update = self._stack(name), load(self.settings.updating.function)
+        kept = mask.reshape(stack.shape).to(self.model.device)
+        experts = _experts(old.shape)
+        new = [update(stack[index], kept[index], inputs[name, expert]) for index, expert in enumerate(experts)]
+        return torch.stack(new).reshape(old.shape).to(old.dtype)
+
+    def _stack(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """A tensor in float32 on the device, ``[experts or 1, R, C]``, and as the checkpoint has it."""
+        old = self.model.checkpoint.tensor(name)
+        return old.float().to(self.model.device).reshape(-1, *old.shape[-2:]), old
 
     def _expert_counts(self, name: str, experts: int, before: torch.Tensor | None, level: int) -> list[int]:
         if self._pattern is not None:
@@ -245,18 +269,20 @@ class BlockPruner:
         return self.model.checkpoint.shape(name)
 
 
+def _experts(shape: Sequence[int]) -> Sequence[int | None]:
+    """The experts of a tensor of that shape: [None] of a matrix."""
+    return range(shape[0]) if len(shape) == 3 else [None]
+
+
 def _statistics(watch: InputWatch, name: str, weight: torch.Tensor) -> Statistics:
-    experts = range(len(weight)) if weight.ndim == 3 else [None]
     return Statistics(
         name=name,
         input_norm=watch.input_norm(name, tuple(weight.shape)),
-        tokens=sum(watch.tokens(name, expert) for expert in experts),
+        tokens=sum(watch.tokens(name, expert) for expert in _experts(weight.shape)),
     )
 
 
-def _scores(
-    model: BlockModel, watch: InputWatch, name: str, importance: str | Callable, state: BlockState
-) -> torch.Tensor:
+def _scores(model: BlockModel, watch: InputWatch, name: str, importance: Importance, state: BlockState) -> torch.Tensor:
     weight = model.checkpoint.tensor(name).to(model.device)
     scores, floored = with_floor(score(importance, weight, _statistics(watch, name, weight)), weight)
     if floored:

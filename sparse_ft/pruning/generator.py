@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -24,11 +24,13 @@ from sparse_ft.progress import SILENT, Progress
 from sparse_ft.pruning.coverage import coverage_report
 from sparse_ft.pruning.histogram import exact_count
 from sparse_ft.pruning.output import LevelFiles, MaskFile
+from sparse_ft.pruning.rules import load
 from sparse_ft.pruning.sources import KeySource, MagnitudeSource, RandomSource, ScoreSource
 from sparse_ft.pruning.streaming import MaskSink, Pool, write_global, write_groups, write_layers, write_rows
 from sparse_ft.pruning.structure import choose_units, families, family_scores, write_units
 from sparse_ft.settings.field import part_of
 from sparse_ft.settings.pruning import PruningSettings
+from sparse_ft.settings.rules import ACTIVATIONS, GRADIENTS, HESSIANS, MAGNITUDE, NOTHING, RANDOM
 
 # What looks at text computes with torch, and is imported where it is needed: magnitudes and random masks need none.
 if TYPE_CHECKING:
@@ -110,7 +112,7 @@ class MaskGenerator:
         if self.settings.needs_calibration:
             if self.calibration is None:
                 raise UserError(
-                    f"importance {self.settings.importance_name}, allocation {self.settings.allocation}: calibration"
+                    f"importance {self.settings.rule.name}, allocation {self.settings.allocation}: calibration"
                     " text is needed. Name a task (and data_dir) to take it from."
                 )
             self.calibration.check()
@@ -123,16 +125,14 @@ class MaskGenerator:
                     )
 
     def _write(self, files: LevelFiles, folder: Path) -> list[Path | None]:
-        """Makes the masks; returns each level's pruned checkpoint, where the importance changes weights."""
-        if self.settings.statistics_needed == "activations" and not self._one_ranking:
+        """Makes the masks; returns each level's pruned checkpoint, where the weights that stay are updated."""
+        if self.settings.rule.needs in (ACTIVATIONS, HESSIANS) and self.settings.scope != "global":
             return self._write_blockwise(files, folder)
         with self._source(folder) as source:
             self._write_from(source, self._counts(folder), files)
+        if self.settings.updating.changes_weights:
+            return self._write_blockwise(files, folder, given=files.packed)
         return [None] * len(self.settings.levels)
-
-    @property
-    def _one_ranking(self) -> bool:
-        return self.settings.scope == "global"
 
     def _write_from(self, source: KeySource, counts: Counts, sink: MaskSink) -> None:
         settings = self.settings
@@ -150,21 +150,23 @@ class MaskGenerator:
         else:
             write_rows(source, counts, sink, **common)
 
-    def _write_blockwise(self, files: LevelFiles, folder: Path) -> list[Path | None]:
+    def _write_blockwise(
+        self, files: LevelFiles, folder: Path, given: Callable[[int, str], np.ndarray] | None = None
+    ) -> list[Path | None]:
         from sparse_ft.pruning.blockwise import BlockPruner
 
         self._check_finite()
         model = self._block_model()
         state = self._state(folder, "prune")
-        pruner = BlockPruner(model, self.settings, self._counts(folder), state)
+        pruner = BlockPruner(model, self.settings, self._counts(folder) if given is None else {}, state, given)
         pruner.run(self._tokens, self.progress)
         levels = range(len(self.settings.levels))
-        for level in levels:
+        for level in levels if given is None else ():
             for block in range(model.count):
                 for name, packed in pruner.packed(level, block).items():
                     files.append(level, name, packed)
         checkpoints: list[Path | None] = [None for _ in levels]
-        if self.settings.importance == "sparsegpt":
+        if self.settings.updating.changes_weights:
             checkpoints = [
                 copy_checkpoint(
                     self.checkpoint,
@@ -181,19 +183,18 @@ class MaskGenerator:
 
     @contextmanager
     def _source(self, folder: Path) -> Iterator[KeySource]:
-        """Scores of every weight, in whatever way the importance has them."""
-        settings = self.settings
-        needed = settings.statistics_needed
-        if settings.method == "random":
+        """Scores of every weight, in whatever way the rule has them."""
+        settings, rule = self.settings, self.settings.rule
+        if rule is RANDOM:
             yield RandomSource(self.shapes, settings.seed)
-        elif settings.importance == "magnitude":
+        elif rule is MAGNITUDE:
             yield MagnitudeSource(self.checkpoint, list(self.shapes))
-        elif needed == "none":
+        elif rule.needs == NOTHING:
             from sparse_ft.pruning.importance import Statistics
 
             self._check_finite()
             yield ScoreSource(self.shapes, lambda name: self._score(name, Statistics(name)))
-        elif needed == "gradients":
+        elif rule.needs == GRADIENTS:
             self._check_finite()
             yield self._gradient_source()
         else:
@@ -201,7 +202,7 @@ class MaskGenerator:
 
             self._check_finite()
             state = self._state(folder, "scores")
-            yield dense_scores(self._block_model(), self._tokens, settings.importance, state, self.progress)
+            yield dense_scores(self._block_model(), self._tokens, load(rule.function), state, self.progress)
             self._finish_state(state)
 
     def _gradient_source(self) -> ScoreSource:
@@ -209,10 +210,8 @@ class MaskGenerator:
         from sparse_ft.pruning.importance import Statistics
 
         settings = self.settings
-        wanted = {"gradient": ["gradient"], "taylor": ["product"]}
-        kinds = ["gradient", "product"] if callable(settings.importance) else wanted[settings.importance]
         means = gradient_statistics(
-            self.checkpoint.folder, self._tokens, kinds, settings.dtype, settings.device, self.progress
+            self.checkpoint.folder, self._tokens, settings.rule.sums, settings.dtype, settings.device, self.progress
         )
 
         def load(name: str) -> np.ndarray:
@@ -230,7 +229,7 @@ class MaskGenerator:
         from sparse_ft.pruning.importance import score, with_floor
 
         weight = self.checkpoint.tensor(name)
-        scores, floored = with_floor(score(self.settings.importance, weight, statistics), weight)
+        scores, floored = with_floor(score(load(self.settings.rule.function), weight, statistics), weight)
         if floored:
             self._note(f"{name}: scores were all zero; ordered by magnitude")
         return scores.contiguous().numpy()
@@ -300,7 +299,7 @@ class MaskGenerator:
         }
         identity = {
             "purpose": purpose,
-            "settings": settings | {"importance": self.settings.importance_name},
+            "settings": settings | {"importance": self.settings.rule.name},
             "fingerprint": self.checkpoint.fingerprint,
             "tokens": hashlib.sha256(self._tokens.numpy().tobytes()).hexdigest(),
             "version": sparse_ft.__version__,
@@ -322,7 +321,7 @@ class MaskGenerator:
         settings = self.settings
         about: dict[str, Any] = {
             "method": settings.method,
-            "importance": settings.importance_name,
+            "importance": settings.rule.name,
             "scope": settings.scope,
             "sparsity": settings.levels[level],
             "model": self.model_name,
@@ -338,6 +337,8 @@ class MaskGenerator:
             about["pattern"] = f"{settings.n}:{settings.m}"
         if settings.allocation != "uniform":
             about["allocation"] = settings.allocation
+        if settings.other_update is not None:
+            about["update"] = settings.other_update
         if checkpoint is not None:  # the masks belong to the updated weights
             about["source_fingerprint"] = about["fingerprint"]
             about["fingerprint"] = open_checkpoint(checkpoint).fingerprint

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Importance", "Statistics", "gradient", "magnitude", "score", "sparsegpt", "taylor", "wanda", "with_floor"]
+__all__ = ["Importance", "Statistics", "gradient", "magnitude", "score", "taylor", "wanda", "with_floor"]
 
 _FLOOR = 1e-30  # scales magnitudes below every score that a float32 sum of activations can give
 
@@ -64,26 +64,12 @@ def wanda(weight: torch.Tensor, statistics: Statistics) -> torch.Tensor:
     return weight.float().abs() * statistics.input_norm.to(weight.device)
 
 
-def sparsegpt(weight: torch.Tensor, factor_diagonal: torch.Tensor) -> torch.Tensor:
-    """w^2 / d^2: the error of removing w when the weights after it may answer. Frantar & Alistarh 2023.
-
-    Args:
-        weight: float32 ``[R, C]``.
-        factor_diagonal: float32 ``[C]``, the diagonal of the upper Cholesky factor of the inverse Hessian.
-    """
-    return (weight / factor_diagonal).square()
-
-
-_BY_NAME: dict[str, Importance] = {"magnitude": magnitude, "gradient": gradient, "taylor": taylor, "wanda": wanda}
-
-
-def score(importance: str | Importance, weight: torch.Tensor, statistics: Statistics) -> torch.Tensor:
-    """Scores of one tensor by a named importance or a user's callable, as float32 of the weight's shape.
+def score(function: Importance, weight: torch.Tensor, statistics: Statistics) -> torch.Tensor:
+    """Scores of one tensor by a rule's function or a user's own, as float32 of the weight's shape.
 
     Raises:
-        ValueError: a callable that returned something else than float scores of that shape.
+        ValueError: the function returned something else than float scores of that shape.
     """
-    function = importance if callable(importance) else _BY_NAME[importance]
     scores = function(weight, statistics)
     if not isinstance(scores, torch.Tensor) or scores.shape != weight.shape or not scores.is_floating_point():
         raise ValueError(

@@ -34,7 +34,7 @@ class MaskFile:
         statistics, histogram, heatmap: the files beside it (pictures None where not asked for).
         summary: the picture of all levels of the set; None where not asked for.
         metadata: as in the mask file.
-        checkpoint: for importances that change weights (SparseGPT), the folder of the pruned checkpoint that
+        checkpoint: where the weights that stay are updated, the folder of the pruned checkpoint that
             the masks belong to; else None, and they belong to the checkpoint they were made from.
     """
 
@@ -103,6 +103,10 @@ class LevelFiles:
             self._open()
         self._writers[level].append(name, packed)
         self._kept[level][name] += count_kept(packed)
+
+    def packed(self, level: int, name: str) -> np.ndarray:
+        """A mask that was written to its end, ``uint8 [..., ceil(C/8)]``."""
+        return self._writers[level].read(name)
 
     def finish(
         self,

@@ -78,11 +78,12 @@ class CellConfig(
     def canonical(self) -> dict[str, Any]:
         """Everything that the result depends on, by the names it was asked for with. Fields that cannot matter under
         the others (the pruning of a dense cell, the pattern of masks that have none) are none or their default, so
-        that two cells which compute the same say the same."""
-        values: dict[str, Any] = {}
+        that two cells which compute the same say the same. An update stands there only where it is not the
+        importance's own."""
+        values: dict[str, Any] = {"update": self.other_update}
         blank = []
         if not self.pruned:
-            values.update(masks=None, method=None, importance=None, scope=None, sparsity=0.0)
+            values.update(masks=None, method=None, importance=None, update=None, scope=None, sparsity=0.0)
             blank += ["pattern", "allocation", "calibration_samples", "calibration_seq_len", "force"]
         elif self.method == "random":
             values.update(importance=None, scope=None)
@@ -99,10 +100,9 @@ class CellConfig(
             values.update(rounding="nearest")  # whatever was asked
         values |= {name: value for name, value in defaults(CellConfig).items() if name in blank}
         said = plain_values(replace(self, **values))
-        told = {name: said[name] for name in named(CellConfig, result=True, flag=True)}
-        if self.include_path is None:  # so that keys are those of versions that had no such field
-            told.pop("include_path")
-        return told
+        later = {"include_path": self.include_path, "update": values["update"]}  # keys of versions without them stay
+        names = named(CellConfig, result=True, flag=True)
+        return {name: said[name] for name in names if later.get(name, "") is not None}
 
     def key(self) -> str:
         """What the cell asks for, by name: SHA-256 (16 hex digits) of its canonical form. What it computes also
@@ -117,6 +117,7 @@ class CellConfig(
         if not self.pruned:
             return f"dense · {self.task} · {model}"
         kind = self.method if self.method == "random" or not self.importance else f"{self.method} {self.importance}"
+        kind += f"+{self.other_update}" if self.other_update else ""
         return f"{level_label(self.sparsity)} % {MODES[self.mode].short} {kind} · {self.task} · {model}"
 
     def problems(self) -> Iterator[str]:
@@ -157,6 +158,7 @@ def mask_set_of(cell: CellConfig) -> MaskConfig | None:
     kind = replace(kind, scope="layer") if kind.method in ("random", "semi_structured") else kind
     kind = replace(kind, pattern=MaskConfig.pattern) if kind.method != "semi_structured" else kind
     kind = replace(kind, importance="magnitude") if kind.method == "random" else kind
+    kind = replace(kind, update=kind.other_update or MaskConfig.update)
     if cell.needs_calibration:
         return kind
     kind = replace(

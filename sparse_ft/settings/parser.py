@@ -60,7 +60,7 @@ class Parser(Generic[T]):
         try:
             for word in words:
                 _check_text("a parameter", word)
-            values = vars(self._parser.parse_args(words))
+            values = self._parser.parse_args(words).as_dict()
             return self._made(values)
         except _REFUSALS as error:
             raise UserError(_explain(error)) from None
@@ -155,7 +155,7 @@ class Parser(Generic[T]):
             raise UserError(f"{where}: there is no field '{unknown[0]}'. Fields: {', '.join(sorted(self._fields))}.")
         try:
             given = {name: self._given(name, value) for name, value in values.items() if value is not None}
-            parsed = vars(self._parser.parse_object(given))
+            parsed = self._parser.parse_object(given).as_dict()
             return self._made(parsed | dict.fromkeys(set(values) - set(given)))
         except _REFUSALS as error:
             raise UserError(f"{where}: {_explain(error)}") from None

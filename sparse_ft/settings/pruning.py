@@ -11,14 +11,23 @@ from sparse_ft.errors import UserError
 from sparse_ft.levels import level_label, levels_text, parse_levels
 from sparse_ft.settings import shared
 from sparse_ft.settings.field import Settings, setting
+from sparse_ft.settings.rules import (
+    ACTIVATIONS,
+    AUTO,
+    GRADIENTS,
+    METHODS,
+    NOTHING,
+    RANDOM,
+    RULES,
+    SCOPES,
+    UPDATES,
+    Rule,
+    Update,
+)
 
-__all__ = ["ALLOCATIONS", "IMPORTANCES", "METHODS", "SCOPES", "PruningSettings", "RecipeSettings"]
+__all__ = ["ALLOCATIONS", "PruningSettings", "RecipeSettings"]
 
-METHODS = ("unstructured", "structured", "random", "semi_structured")
-IMPORTANCES = ("magnitude", "gradient", "taylor", "wanda", "sparsegpt")
-SCOPES = ("global", "layer", "row")
 ALLOCATIONS = ("uniform", "owl")
-STATISTICS = ("none", "gradients", "activations")
 
 
 _rule = partial(setting, masks=True, needed=True, time=False)
@@ -34,8 +43,11 @@ class RecipeSettings(Settings):
         "which weights may go: single ones, whole channels and heads, at random, or N of M.",
         choices=METHODS,
     )
-    importance: str | None = _rule(
-        "magnitude", "what decides which weights go (random needs none).", choices=IMPORTANCES
+    importance: str | None = _rule("magnitude", "what decides which weights go (random needs none).", choices=RULES)
+    update: str = _rule(
+        AUTO,
+        "what becomes of the weights that stay: none, sparsegpt, or auto, the importance's own.",
+        choices=(AUTO, *UPDATES),
     )
     scope: str | None = _rule(
         "layer",
@@ -69,16 +81,29 @@ class RecipeSettings(Settings):
         return kept, group
 
     @property
-    def statistics_needed(self) -> str:
-        """``none``, ``gradients`` or ``activations``: what the importance looks at besides the weight."""
-        if self.method == "random" or self.importance in ("magnitude", None):
-            return "none"
-        return "gradients" if self.importance in ("gradient", "taylor") else "activations"
+    def rule(self) -> Rule:
+        """What decides which weights go."""
+        if self.method == "random" or self.importance is None:
+            return RANDOM
+        # What a mask file says of itself may be an importance of one's own, whose scores looked at who knows what.
+        return RULES.get(self.importance) or Rule(self.importance, self.importance, ACTIVATIONS, "")
+
+    @property
+    def updating(self) -> Update:
+        """What becomes of the weights that stay."""
+        return UPDATES.get(self.update) or UPDATES[self.rule.update]
+
+    @property
+    def other_update(self) -> str | None:
+        """The update where it is not the importance's own: names and identities speak of no other."""
+        return None if self.updating.name == self.rule.update else self.updating.name
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether the masks depend on text."""
-        return self.method != "random" and (self.statistics_needed != "none" or self.allocation == "owl")
+        """Whether the masks, or the weights that stay, depend on text."""
+        if self.updating.needs != NOTHING:
+            return True
+        return self.method != "random" and (self.rule.needs != NOTHING or self.allocation == "owl")
 
     @property
     def label(self) -> str:
@@ -107,22 +132,19 @@ class PruningSettings(RecipeSettings):
     threads: int | None = setting(
         None, "for streaming; None takes all cores that this process may use.", least=1, flag=False
     )
-    statistics: str = setting("none", "what a callable importance is given.", choices=STATISTICS, flag=False)
+    statistics: str = setting(
+        NOTHING, "what a callable importance is given.", choices=(NOTHING, GRADIENTS, ACTIVATIONS), flag=False
+    )
     owl_outlier: float = setting(5.0, "OWL's M: an outlier is M times the mean.", flag=False)
     owl_range: float = setting(0.08, "OWL's lambda: the largest deviation.", flag=False)
 
     @property
-    def statistics_needed(self) -> str:
-        """``none``, ``gradients`` or ``activations``: what the importance looks at besides the weight."""
-        own = callable(self.importance) and self.method != "random"
-        return self.statistics if own else super().statistics_needed
-
-    @property
-    def importance_name(self) -> str:
-        """For metadata: the callable's own name; random masks have no importance."""
-        if self.method == "random":
-            return "random"
-        return getattr(self.importance, "__name__", "custom") if callable(self.importance) else self.importance
+    def rule(self) -> Rule:
+        """What decides which weights go."""
+        if not callable(self.importance) or self.method == "random":
+            return super().rule
+        name = getattr(self.importance, "__name__", "custom")
+        return Rule(name, name, self.statistics, self.importance)
 
     @property
     def levels(self) -> tuple[float, ...]:
@@ -156,26 +178,22 @@ class PruningSettings(RecipeSettings):
             yield str(error)
 
     def _refusals(self) -> list[tuple[bool, str]]:
-        n, m = self.n, self.m
+        n, m, rule = self.n, self.m, self.rule
         grouped = self.method == "semi_structured"
         return [
             (
                 self.method == "random" and self.importance not in ("magnitude", None),
                 f"method random looks at no weight, so importance {self.importance} means nothing. Leave it out.",
             ),
+            (self.scope in rule.collapses and not self.force, rule.collapses.get(self.scope, "")),
             (
-                self.importance == "wanda" and self.scope == "global" and not self.force,
-                "Wanda's scores do not compare across layers: one global threshold is known to collapse the model"
-                " (perplexity 15,093 against 19.66 on a 3B model). Take scope row, or force it.",
+                self.method not in rule.methods,
+                f"{rule.title} prunes {' or '.join(rule.methods)}, not {self.method}. Take another importance.",
             ),
             (
-                self.importance == "sparsegpt" and self.method not in ("unstructured", "semi_structured"),
-                f"SparseGPT prunes unstructured or semi_structured, not {self.method}. Take another importance.",
-            ),
-            (
-                self.importance == "sparsegpt" and self.scope != "layer",
-                f"SparseGPT chooses within blocks of columns of each tensor; scope {self.scope} is not its own."
-                " Take scope layer.",
+                self.scope not in rule.scopes,
+                f"{rule.title} chooses within scope {' or '.join(rule.scopes)}; scope {self.scope} is not its own."
+                f" Take scope {rule.scopes[0]}.",
             ),
             (
                 self.method == "structured" and self.scope == "row",

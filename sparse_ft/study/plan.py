@@ -81,6 +81,7 @@ class MaskSetPlan:
         parts = [config.model.rstrip("/").split("/")[-1], config.label]
         if config.method != "random":
             parts += [config.importance, config.scope]
+        parts += [f"{config.other_update}-update"] if config.other_update else []
         parts += [config.allocation] if config.allocation != "uniform" else []
         parts += [config.task] if config.needs_calibration else []
         parts += [f"seed{config.seed}"] if config.seed != 0 else []
@@ -101,7 +102,7 @@ class Plan:
     @cached_property
     def titles(self) -> tuple[str, ...]:
         """A name for every cell: its title, and the study's axes of which a title does not speak."""
-        shown = ("model", "task", "method", "importance", "sparsity", "mode")
+        shown = ("model", "task", "method", "importance", "update", "sparsity", "mode")
         axes = [axis for axis, values in self.study.grid.items() if len(values) > 1 and axis not in shown]
         names = []
         for cell in self.cells:

@@ -171,6 +171,20 @@ def test_scope_and_importance_name_the_line_where_they_tell_apart():
                                                "random"}  # fmt: skip
 
 
+def test_an_update_besides_names_the_line_and_the_importance():
+    update = {"cfg/update": "sparsegpt"}
+    rows = [cell(importance="wanda"), cell(importance="wanda", params=update, tags={"cell_key": "u"})]
+    rows += [cell(method="random", importance="none", params=update), cell(importance="sparsegpt")]
+    table = cell_table(rows)
+    assert dict(zip(table["series"], table["importance"], strict=True)) == {
+        "unstructured wanda": "wanda",
+        "unstructured wanda+sparsegpt": "wanda+sparsegpt",
+        "random+sparsegpt": "none+sparsegpt",
+        "unstructured sparsegpt": "sparsegpt",
+    }
+    assert set(table["variant"]) == {""} and len(grouped_table(table)) == 4
+
+
 def test_mean_deviation_and_error_over_seeds():
     scores = [0.5, 0.6, 0.7]
     metrics = ("accuracy", "loss", "perplexity")

@@ -29,6 +29,7 @@ AXES = {
     "mode": dict(zip(modes := ("dense", "sparse_to_dense", "sparse_to_sparse", "full"), modes, strict=True)),
     "method": dict(zip(methods := ("unstructured", "random", "semi_structured"), methods, strict=True)),
     "importance": {"magnitude": 0, "wanda": 1},
+    "update": {"auto": 0, "none": 0, "sparsegpt": 1},  # none is the importances' own
     "pattern": {"2:4": 0, "1:2": 1},
     "calibration_samples": {4: 0, 8: 1},
     "seed": {0: 0, 1: 1},
@@ -100,14 +101,13 @@ def _masks_mean(meaning):
     """An oracle of its own for what masks depend on; None where there are none."""
     if meaning["mode"] == "dense":
         return None
-    model, method, seed = meaning["model"], meaning["method"], meaning["seed"]
-    if method == "random":
-        return model, method, seed
+    model, method, seed, update = (meaning[name] for name in ("model", "method", "seed", "update"))
+    ranked = None if method == "random" else meaning["importance"]
     grouped = meaning["pattern"] if method == "semi_structured" else None
-    if meaning["importance"] == 0:
-        return model, method, grouped
+    if not ranked and not update:
+        return (model, method, seed) if method == "random" else (model, method, grouped)
     text = meaning["data_dir"] == 2  # calibration reads the training split
-    return model, method, grouped, text, meaning["calibration_samples"], meaning["dtype"], seed
+    return model, method, grouped, ranked, update, text, meaning["calibration_samples"], meaning["dtype"], seed
 
 
 def _result_means(meaning):

@@ -75,3 +75,21 @@ def lowest(scores, k):
 @pytest.fixture(name="lowest")
 def _lowest():
     return lowest
+
+
+def eliminated(weight, kept, hessian, damping=0.01):
+    """Optimal brain surgeon: every pruned weight is taken out by the exact solution for the columns after it."""
+    weight, size = weight.double().clone(), weight.shape[1]
+    damped = hessian.double() + damping * hessian.diagonal().mean().double() * torch.eye(size, dtype=torch.float64)
+    for j in range(size):
+        # minimise d H d^T over the changes d of the columns from j on, with w_j + d_j = 0
+        answer = torch.linalg.solve(damped[j + 1 :, j + 1 :], damped[j + 1 :, j])
+        gone = torch.where(kept[:, j], 0, weight[:, j])
+        weight[:, j + 1 :] += gone[:, None] * answer
+        weight[:, j] -= gone
+    return weight
+
+
+@pytest.fixture(name="eliminated")
+def _eliminated():
+    return eliminated

@@ -2,6 +2,8 @@ import pytest
 import torch
 
 from sparse_ft.pruning.importance import Statistics, score, with_floor
+from sparse_ft.pruning.rules import load
+from sparse_ft.settings.rules import HESSIANS, RULES, UPDATES
 
 
 @pytest.fixture
@@ -12,10 +14,18 @@ def weight():
 def test_named_importances(weight):
     norm = torch.tensor([2.0, 1.0, 0.0])
     about = Statistics("w", input_norm=norm, mean_abs_gradient=weight + 5, mean_abs_product=weight + 7)
-    assert torch.equal(score("magnitude", weight, about), weight.abs())
-    assert torch.equal(score("wanda", weight, about), weight.abs() * norm)
-    assert torch.equal(score("gradient", weight, about), weight + 5)
-    assert torch.equal(score("taylor", weight, about), weight + 7)
+    expected = {
+        "magnitude": weight.abs(), "wanda": weight.abs() * norm, "gradient": weight + 5, "taylor": weight + 7,
+    }  # fmt: skip
+    assert set(expected) == {name for name, rule in RULES.items() if rule.needs != HESSIANS}
+    for name, scores in expected.items():
+        assert torch.equal(score(load(RULES[name].function), weight, about), scores)
+
+
+def test_every_row_names_a_function_and_an_update():
+    for rule in RULES.values():
+        assert callable(load(rule.function)) and rule.update in UPDATES
+    assert all(callable(load(update.function)) for update in UPDATES.values() if update.changes_weights)
 
 
 def test_a_users_own_importance(weight):

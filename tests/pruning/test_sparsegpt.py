@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sparse_ft.pruning.sparsegpt import inverse_factor, prune_columns
+from sparse_ft.pruning.sparsegpt import inverse_factor, prune_columns, update_columns
 
 
 def problem(rows=12, columns=20, tokens=60, seed=0, dtype=torch.float64):
@@ -111,3 +111,35 @@ def test_a_failed_factorisation_is_tried_again_with_more_damping():
 def test_a_hessian_that_is_no_number_is_an_error():
     with pytest.raises(RuntimeError, match="cannot be factorised"):
         inverse_factor(torch.full((3, 3), float("nan")))
+
+
+@pytest.mark.parametrize("block", [1, 7, 128])
+@pytest.mark.parametrize("share", [0.0, 0.4, 0.8, 1.0])
+def test_under_a_given_mask_every_column_answers_as_the_surgeon_says(eliminated, block, share):
+    weight, x = problem()
+    kept = torch.rand(weight.shape, generator=torch.Generator().manual_seed(3)) >= share
+    factor, _, _ = inverse_factor(x.T @ x)
+    new = update_columns(weight, factor, kept, block)
+    torch.testing.assert_close(new, eliminated(weight, kept, x.T @ x), rtol=1e-8, atol=1e-8)
+    assert (new[~kept] == 0).all()
+
+
+@pytest.mark.parametrize("pattern", [None, (2, 4)])
+def test_under_its_own_mask_it_is_sparsegpt(pattern):
+    weight, x = problem(rows=30, columns=40, tokens=200, dtype=torch.float32)
+    factor, dead, _ = inverse_factor(x.T @ x)
+    new, kept = prune_columns(weight, factor, dead, k=600, pattern=pattern)
+    assert torch.equal(update_columns(weight, factor, kept), new)
+
+
+@pytest.mark.parametrize("mask", ["magnitude", "wanda", "random"])
+def test_under_a_given_mask_the_output_is_nearer_than_without_update(mask):
+    """No theorem: a column also answers through weights that a later column loses, and of matrices of 24 inputs one in
+    a hundred comes out worse (by 15 % at most in 600 of them). Of 40 inputs none in 600 did."""
+    for seed in range(20):
+        weight, x = problem(rows=30, columns=40, tokens=200, seed=seed, dtype=torch.float32)
+        noise = torch.rand(weight.shape, generator=torch.Generator().manual_seed(seed))
+        scores = {"magnitude": weight.abs(), "wanda": weight.abs() * x.norm(dim=0), "random": noise}[mask]
+        kept = scores.argsort(dim=1).argsort(dim=1) >= 20
+        new = update_columns(weight, inverse_factor(x.T @ x)[0], kept)
+        assert (x @ (new - weight).T).norm() < (x @ (weight * kept - weight).T).norm()

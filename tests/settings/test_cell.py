@@ -37,6 +37,28 @@ def test_fields_that_cannot_matter_make_no_other_cell(values, changes):
         assert replace(cell, **{name: value}).key() == cell.key(), name
 
 
+@pytest.mark.parametrize(
+    ("values", "own", "other"),
+    [
+        ({"importance": "wanda", "scope": "row"}, "none", "sparsegpt"),
+        ({"importance": "sparsegpt"}, "sparsegpt", "none"),
+        ({"method": "random"}, "none", "sparsegpt"),
+    ],
+)
+def test_an_update_is_spoken_of_where_it_is_not_the_importances_own(values, own, other):
+    plain, same, apart = (CellConfig(**values, update=update) for update in ("auto", own, other))
+    assert plain.canonical() == same.canonical() and "update" not in plain.canonical()
+    assert mask_set_of(plain) == mask_set_of(same) != mask_set_of(apart)
+    assert apart.canonical()["update"] == other and apart.key() != plain.key()
+    assert Parser(CellConfig).values(apart.canonical(), "its config.yaml").key() == apart.key()
+    assert replace(plain, mode="dense").canonical() == replace(apart, mode="dense").canonical()
+
+
+def test_an_update_reads_text_whatever_the_masks_do():
+    kind = mask_set_of(CellConfig(update="sparsegpt", calibration_samples=8, seed=3, task="gsm8k"))
+    assert (kind.task, kind.calibration_samples, kind.seed) == ("gsm8k", 8, 3)
+
+
 def test_the_same_fields_tell_cells_apart_where_they_matter():
     for values, changes in [
         ({"importance": "wanda"}, {"calibration_samples": 8, "scope": "row", "allocation": "owl"}),
@@ -55,6 +77,12 @@ def test_the_same_fields_tell_cells_apart_where_they_matter():
         (CellConfig(model="a/b-7b", sparsity=0.125), "12.5 % s2s unstructured magnitude · boolq · b-7b"),
         (CellConfig(mode="sparse_to_dense", sparsity=0.7), "70 % s2d unstructured magnitude · boolq · smollm2-135m"),
         (CellConfig(method="random"), "50 % s2s random · boolq · smollm2-135m"),
+        (CellConfig(importance="wanda", update="none"), "50 % s2s unstructured wanda · boolq · smollm2-135m"),
+        (
+            CellConfig(importance="wanda", update="sparsegpt"),
+            "50 % s2s unstructured wanda+sparsegpt · boolq · smollm2-135m",
+        ),
+        (CellConfig(method="random", update="sparsegpt"), "50 % s2s random+sparsegpt · boolq · smollm2-135m"),
     ],
 )
 def test_titles(cell, title):

@@ -2,6 +2,7 @@ import pytest
 
 from sparse_ft.errors import UserError
 from sparse_ft.settings.pruning import PruningSettings
+from sparse_ft.settings.rules import RULES
 
 
 @pytest.mark.parametrize(
@@ -70,6 +71,9 @@ def test_what_needs_text():
     assert not PruningSettings().needs_calibration
     assert not PruningSettings(method="random").needs_calibration
     assert PruningSettings(allocation="owl").needs_calibration
-    assert {PruningSettings(importance=i).statistics_needed for i in ("gradient", "taylor")} == {"gradients"}
-    assert {PruningSettings(importance=i).statistics_needed for i in ("wanda", "sparsegpt")} == {"activations"}
-    assert PruningSettings(importance=lambda w, s: w).statistics_needed == "none"
+    needs = {name: PruningSettings(importance=name).rule.needs for name in RULES}
+    assert needs == {
+        "magnitude": "none", "gradient": "gradients", "taylor": "gradients", "wanda": "activations",
+        "sparsegpt": "hessians",
+    }  # fmt: skip
+    assert PruningSettings(importance=lambda w, s: w).rule.needs == "none"
