@@ -100,8 +100,7 @@ def run_cell(
         with clock("save"):
             result.tags["merged_fingerprint"] = Checkpoint(training.target).fingerprint
         with clock("validate"):
-            report, violations = folder / "validation.json", trained.base_violations
-            check_promise(cell, training.target, start, masks, violations, result, report, bench.progress)
+            check_promise(training, trained)
 
         with clock("eval"):
             scored = scores(trained.model, "score").metrics
