@@ -18,6 +18,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from sparse_ft.cores import cores
 from sparse_ft.files import atomic_path
 from sparse_ft.levels import LevelPaths
 from sparse_ft.masks.mask_set import MaskSet
@@ -136,7 +137,7 @@ def draw_levels(statistics: Sequence[Path], processes: int | None = None) -> Non
     Raises:
         OSError: a picture could not be drawn; what its process said went to stderr.
     """
-    many = min(len(statistics), processes or len(os.sched_getaffinity(0)))
+    many = min(len(statistics), processes or cores())
     shares = [[str(path) for path in statistics[share::many]] for share in range(many)]
     found = {"PYTHONPATH": os.pathsep.join(sys.path)}  # where this interpreter finds its modules
     drawing = [

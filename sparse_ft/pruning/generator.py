@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import sparse_ft
+from sparse_ft.cores import cores
 from sparse_ft.errors import UserError
 from sparse_ft.files import write_json
 from sparse_ft.models.checkpoint import copy_checkpoint
@@ -77,7 +77,7 @@ class MaskGenerator:
         self.calibration = calibration
         self.model_name = model_name or self.checkpoint.folder.name
         self.progress = progress
-        self.threads = settings.threads or len(os.sched_getaffinity(0))
+        self.threads = settings.threads or cores()
         self.notes: list[str] = []
         self._finished: list[BlockState] = []
         self._check_inputs()

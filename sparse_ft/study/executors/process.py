@@ -15,6 +15,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 from sparse_ft.cell.failures import CellTimeoutError, WorkerLostError, classify
+from sparse_ft.cores import cores
 from sparse_ft.errors import masked
 from sparse_ft.progress import Progress
 from sparse_ft.study.queue import Listener, MaskJob, Queue, Work, breaks_worker
@@ -40,11 +41,6 @@ def visible_gpus() -> list[str]:
     count = torch.cuda.device_count()
     given = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
     return (given or [str(index) for index in range(count)])[:count]
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class ProcessExecutor:
