@@ -29,6 +29,8 @@ RUN = {
     r"\. \.venv/bin/activate": CLEAN,
     r"conda env create --file conda(\.cerebras)?\.yaml": CONDA,
     r"conda activate sparse_ft": CONDA,
+    r"pip install \.": "tests/test_cli.py::test_an_install_into_an_empty_environment_gives_the_command",
+    r"sparse-ft --help": "tests/test_cli.py::test_help_lists_every_command",
     r"pip install 'sparse_ft\[.*\]'": CLEAN,
     r"mlflow server .*": TEAM,
     r"export MLFLOW_TRACKING_URI=.*": TEAM,
