@@ -38,7 +38,8 @@ def setting(
         default: left out, the flag is required.
         help: of the flag.
         choices: the words that it may be.
-        least, most: the smallest and the largest number that it may be.
+        least: the smallest number that it may be.
+        most: the largest.
         path: it holds a path, or one of these words.
         read: from the text of a flag or a file to the value; ``write`` is the way back.
         flag: whether it is a flag and a key in files, or set in Python alone.
