@@ -17,7 +17,7 @@ from documents import PAGES, ROOT, SHELL_WORDS, Command, anchors, blocks, comman
 
 from sparse_ft import cli
 from sparse_ft.settings.parser import Parser
-from sparse_ft.study.plan import load_study
+from sparse_ft.study.study_file import load_study
 
 MLPROJECT = yaml.safe_load((ROOT / "MLproject").read_text())["entry_points"]
 STEPS = {name: command.parameters for name, command in cli.COMMANDS.items()}

@@ -23,7 +23,8 @@ from sparse_ft.settings.cell import CellConfig
 from sparse_ft.settings.commands import CerebrasConfigsConfig
 from sparse_ft.settings.field import plain_values
 from sparse_ft.settings.modes import MODES
-from sparse_ft.study.plan import Plan, load_study, make_plan
+from sparse_ft.study.plan import Plan, PlannedCell, make_plan
+from sparse_ft.study.study_file import load_study
 
 __all__ = ["write_configs", "write_study_configs"]
 
@@ -54,17 +55,18 @@ def write_study_configs(study: str | Path, output_dir: str | Path, settings: Cer
         UserError: a cell that ModelZoo cannot take (the message names it), or a model whose configuration is missing.
     """
     plan, root = make_plan(load_study(study)), Path(output_dir).absolute()
-    for cell in plan.cells:  # all of them, before the first is written
+    for cell in plan.configs:  # all of them, before the first is written
         with _named(cell):
             cell.check()
             check_trainable(cell, _model_config(cell.model), settings)
     files, index = [], []
-    for number, cell in enumerate(plan.cells):
+    for planned in plan.cells:
+        cell = planned.config
         with _named(cell):
-            masks = _masks(cell, plan, number, root)
+            masks = _masks(planned, plan, root)
             path = _write(cell, masks, root, settings)
         files.append(path)
-        entry = {"title": plan.titles[number], "config": str(path), "masks": str(masks) if masks else None}
+        entry = {"title": planned.title, "config": str(path), "masks": str(masks) if masks else None}
         index.append({**entry, "key": cell.key()})
     write_json(root / "index.json", index)
     return files
@@ -103,14 +105,14 @@ def _write(cell: CellConfig, masks: Path | None, root: Path, settings: CerebrasS
     return write_config(folder / "fit.yaml", written)
 
 
-def _masks(cell: CellConfig, plan: Plan, number: int, root: Path) -> Path | None:
+def _masks(planned: PlannedCell, plan: Plan, root: Path) -> Path | None:
     """Where a cell's masks are or will be: a given file's place, or one that no other mask set of the study has."""
+    cell = planned.config
     if cell.pruned and cell.masks is not None:
         return Path(mask_file(cell.masks).file.path).absolute()
-    which = plan.mask_set_of[number]
-    if which is None:
+    if planned.masks is None:
         return None
-    made = plan.mask_sets[which]
+    made = plan.mask_sets[planned.masks]
     values = {name: value for name, value in plain_values(made.config).items() if name != "figures"}
     folder = f"{made.name}-{hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]}"
     return LevelPaths.of(root / "masks" / folder, cell.sparsity, made.config.label).masks

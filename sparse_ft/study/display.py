@@ -18,7 +18,8 @@ from rich.text import Text
 from sparse_ft.levels import level_label
 from sparse_ft.progress import duration, standing
 from sparse_ft.settings.cell import CellConfig
-from sparse_ft.study.queue import Listener, MaskJob, Outcome, Work
+from sparse_ft.study.jobs import Job, Outcome
+from sparse_ft.study.queue import Listener
 
 __all__ = ["Display", "LiveDisplay", "shown_display"]
 
@@ -29,7 +30,7 @@ _LONG = 60  # seconds after which a stage is worth a line of its own where nothi
 class _WorkerState:
     """What one worker is at."""
 
-    job: Work
+    job: Job
     stage: str = ""
     done: float = 0.0
     total: float = 0.0
@@ -74,7 +75,7 @@ class Display(Listener):
 
     # -- what the workers report
 
-    def started(self, worker: int, job: Work) -> None:
+    def started(self, worker: int, job: Job) -> None:
         self._states[worker] = _WorkerState(job, began=time.monotonic(), told=time.monotonic())
 
     def stage(self, worker: int, stage: str, total: float, unit: str) -> None:
@@ -101,7 +102,7 @@ class Display(Listener):
     def ended(self, worker: int, outcome: Outcome, over: bool = True) -> None:
         self._states.pop(worker, None)
         job = outcome.job
-        if not isinstance(job, MaskJob) and over:
+        if job.is_cell and over:
             self._count(job.cell, outcome)
         self.say(self._line(outcome, over))
 
@@ -157,7 +158,7 @@ class Display(Listener):
     def _line(self, outcome: Outcome, over: bool) -> str:
         job = outcome.job
         width = len(str(self.total))
-        number = f"[{self.finished + self.failed:{width}d}/{self.total}]" if not isinstance(job, MaskJob) else "[masks]"
+        number = f"[{self.finished + self.failed:{width}d}/{self.total}]" if job.is_cell else "[masks]"
         facts = []
         if outcome.failure is not None:
             facts.append(f"{outcome.failure.kind}: {outcome.failure.message}")
@@ -166,7 +167,7 @@ class Display(Listener):
                 facts.append(form.format(outcome.metrics[name]))
         facts.append(duration(outcome.seconds))
         left = self.seconds_left
-        rest = f"; {duration(left)} left" if left and not isinstance(job, MaskJob) else ""
+        rest = f"; {duration(left)} left" if left and job.is_cell else ""
         bad = "" if over else "; it will be tried again"
         bad += f"; {self.failed} failed" if self.failed else ""
         return f"{number} {outcome.status} {job.title}: {', '.join(facts)}{bad}{rest}"
@@ -193,7 +194,7 @@ class LiveDisplay(Display):
 
     def ended(self, worker: int, outcome: Outcome, over: bool = True) -> None:
         self._states.pop(worker, None)
-        if not isinstance(outcome.job, MaskJob) and over:
+        if outcome.job.is_cell and over:
             self._count(outcome.job.cell, outcome)
         if outcome.failure is not None:  # what went well is in the counts
             self.say(self._line(outcome, over))
@@ -204,7 +205,7 @@ class LiveDisplay(Display):
     _in_long_stage = _long_stage
 
     def _draw(self) -> RenderableType:
-        running = sum(not isinstance(state.job, MaskJob) for state in list(self._states.values()))
+        running = sum(state.job.is_cell for state in list(self._states.values()))
         left = max(0, self.total - self.finished - self.failed - running)
         counts = Text.assemble(
             (f"{self.finished} done", "green"),

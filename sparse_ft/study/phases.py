@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from sparse_ft.cell.failures import Failure, classify
+from sparse_ft.cell.failures import RETRIED, Failure, classify
 from sparse_ft.cell.identity import cell_key
 from sparse_ft.cell.masks import mask_file, read_manifest
-from sparse_ft.cell.record import log_cell_inputs
 from sparse_ft.errors import UserError
 from sparse_ft.pruning.output import MaskFile
-from sparse_ft.settings.cell import CellConfig
 from sparse_ft.study.display import Display
-from sparse_ft.study.ledger import Ledger
-from sparse_ft.study.plan import Plan
-from sparse_ft.study.queue import Job, MaskJob, Outcome, Queue, halved
+from sparse_ft.study.jobs import CellJob, Job, MaskJob, Outcome
+from sparse_ft.study.ledger import Run
+from sparse_ft.study.plan import Plan, PlannedCell
+from sparse_ft.study.queue import Queue
+from sparse_ft.study.start import Start
 from sparse_ft.tracking.parameters import flatten_config
 from sparse_ft.tracking.runs import Tracker
 
@@ -50,31 +49,36 @@ class Hole:
     message: str
     run_id: str
 
+    @classmethod
+    def of_outcome(cls, outcome: Outcome) -> Hole:
+        """From how its job ended just now."""
+        return cls(outcome.job.title, outcome.failure.kind, outcome.failure.message, outcome.run_id)
+
+    @classmethod
+    def of_run(cls, run: Run) -> Hole:
+        """From a run of an earlier start."""
+        tags = run["tags"]
+        return cls(run["name"], tags.get("failure_class", "unknown"), tags.get("failure_message", ""), run["run_id"])
+
 
 @dataclass
 class Phases:
     """What has come out so far.
 
     Attributes:
-        plan: what is to be run.
-        identities: of each cell, what its names stand for; see `sparse_ft.cell.identity.cell_identity`.
-        mask_keys: of each mask set, its identity.
-        ledger: what was done before this start.
-        folder: the study's.
-        tracker, parent: where it is logged.
+        plan: what is to be run, with its identities.
+        start: the study's run and folder, and what was done before.
+        tracker: where it is logged.
         max_retries: see `Queue`.
-        outcomes: of this start, in the order they ended.
+        outcomes: of this start's cells, in the order they ended.
         holes: filled as cells end without a result.
+        masks: of each mask set of the plan, sparsity -> file, or why there are none.
         stopped: why cells were left that nobody ran; empty where none were.
     """
 
     plan: Plan
-    identities: list[dict[str, str]]
-    mask_keys: list[str]
-    ledger: Ledger
-    folder: Path
+    start: Start
     tracker: Tracker
-    parent: str
     max_retries: int = 1
     outcomes: list[Outcome] = field(default_factory=list)
     holes: list[Hole] = field(default_factory=list)
@@ -84,92 +88,104 @@ class Phases:
     def make_masks(self, executor: Executor) -> None:
         """Makes the mask sets that are not there yet, each once for all its cells."""
         jobs = []
-        for item, key in zip(self.plan.mask_sets, self.mask_keys, strict=True):
-            name = f"{item.name}-{key}"  # the identity in the folder's name: no two sets share one
-            jobs.append(MaskJob(item.config, name, self.folder / "masks" / name, key))
+        for item in self.plan.mask_sets:
+            name = f"{item.name}-{item.key}"  # the identity in the folder's name: no two sets share one
+            jobs.append(MaskJob(item.config, name, self.start.folder / "masks" / name, item.key))
         found = {job.key: self._found(job) for job in jobs}
         wanted = {job.key: job for job in jobs if found[job.key] is None}  # two names may stand for one set
         queue = Queue(wanted.values(), self.max_retries)
         executor.run(queue)
         for outcome in queue.outcomes:
             found[outcome.job.key] = outcome.failure or _by_level(outcome.masks)
-        if queue.stopped:
-            self.stopped = queue.stopped
-            return
-        self.masks = [found[job.key] for job in jobs]
+        self.stopped = queue.stopped
+        self.masks = [] if self.stopped else [found[job.key] for job in jobs]
+
+    def masks_of(self, cell: PlannedCell) -> MaskFile | Failure | None:
+        """A cell's masks, or why they could not be made; None: it needs none."""
+        if cell.masks is not None:
+            made = self.masks[cell.masks]
+            return made if isinstance(made, Failure) else made[cell.config.sparsity]
+        if not cell.config.pruned:
+            return None
+        try:
+            return mask_file(cell.config.masks).file
+        except UserError as error:
+            return classify(error)
 
     def run_cells(self, executor: Executor, display: Display) -> None:
         """Runs every cell that has no result and may get one."""
-        if self.stopped:
-            return
-        jobs = [self._job(number) for number in range(len(self.plan.cells))]
+        ledger = self.start.ledger
+        jobs = [self._job(cell) for cell in self.plan.cells]
         self._supersede(jobs)
         same_as = self._same_as(jobs)
-        first = [job for job, same in zip(jobs, same_as, strict=True) if same is None]
-        display.finished = sum(job.key in self.ledger.finished for job in jobs)
+        display.finished = sum(job.key in ledger.finished for job in jobs)
         waiting = []
-        for job in first:
-            if job.key in self.ledger.finished:
+        for job, same in zip(jobs, same_as, strict=True):
+            if same is not None or job.key in ledger.finished:
                 continue
-            again = self._again(job)
-            if again is not None:
+            if (again := self._again(job)) is not None:
                 waiting.append(again)
             else:
-                self.holes.append(_hole_of(self.ledger.failed[job.key][-1]))
-                display.recorded(failed=True)
+                self._add_hole(Hole.of_run(ledger.failed[job.key][-1]), display)
         # Those that are tried again only because somebody asks come last: where they fail again, and stop the worker,
         # the others have been run.
-        waiting.sort(key=lambda job: self.ledger.failure_class(job.key) in self.ledger.asked)
-        queue = Queue(waiting, self.max_retries)
+        waiting.sort(key=lambda job: ledger.is_asked(job.key))
         display.awaits(job.cell for job in waiting)
+        self.run_jobs(executor, waiting)
+        self._record_same(jobs, same_as, display)
+
+    def run_jobs(self, executor: Executor, jobs: Iterable[Job]) -> None:
+        """Runs jobs, and takes note of how they ended."""
+        queue = Queue(jobs, self.max_retries)
         try:
             executor.run(queue)
         finally:
             self.outcomes += queue.outcomes
-        self.holes += [_hole(outcome) for outcome in queue.outcomes if outcome.failure is not None]
+        self.holes += [Hole.of_outcome(outcome) for outcome in queue.outcomes if outcome.failure is not None]
         self.stopped = queue.stopped
-        self._record_same(jobs, same_as, display)
 
-    def _same_as(self, jobs: list[Job]) -> list[int | None]:
+    def _add_hole(self, hole: Hole, display: Display) -> None:
+        self.holes.append(hole)
+        display.recorded(failed=True)
+
+    def _same_as(self, jobs: list[CellJob]) -> list[int | None]:
         """The plan's twins, and the cells under two names (``auto`` and the device it is) that are one computation."""
         first: dict[str, int] = {}
         return [
-            same if same is not None else (first[job.key] if first.setdefault(job.key, number) != number else None)
-            for number, (job, same) in enumerate(zip(jobs, self.plan.same_as, strict=True))
+            cell.same_as if cell.same_as is not None or first.setdefault(job.key, number) == number else first[job.key]
+            for number, (job, cell) in enumerate(zip(jobs, self.plan.cells, strict=True))
         ]
 
-    def _supersede(self, jobs: list[Job]) -> None:
+    def _supersede(self, jobs: list[CellJob]) -> None:
         """Marks the runs of earlier starts whose names are those of a cell of this plan, and whose weights, rows or
         program were others: they stay to be read, and are no part of this study's results any more. A run of an older
         version has fewer names."""
         planned = [(_named(flatten_config(job.cell.canonical())), job.key) for job in jobs
                    if not isinstance(job.masks, Failure)]  # fmt: skip
         keys = {key for _, key in planned}
-        for run in self.ledger.cells:
+        for run in self.start.ledger.cells:
             if run["tags"].get("cell_key") in keys or not (names := _named(run["params"])):
                 continue
             if wanted := {key for cell, key in planned if names <= cell}:
                 self.tracker.log(run["run_id"], tags={"superseded": ",".join(sorted(wanted))})
 
-    def _again(self, job: Job) -> Job | None:
+    def _again(self, job: CellJob) -> CellJob | None:
         """The job as it is to be run after what earlier starts say of it; None: it is not tried again.
 
         Each start tries a failed cell again up to ``max_retries`` times: whoever resumes has put something right.
         """
-        failed = self.ledger.failed.get(job.key)
+        ledger = self.start.ledger
+        failed, asked = ledger.failed.get(job.key), ledger.is_asked(job.key)
         if not failed:
             return job
-        asked = self.ledger.failure_class(job.key) in self.ledger.asked
-        if self.ledger.hopeless(job.key) is not None or (self.max_retries < 1 and not asked):
+        if not asked and (ledger.failure_class(job.key) not in RETRIED or self.max_retries < 1):
             return None
         job = replace(job, attempt=len(failed), allowed=len(failed) + max(self.max_retries, int(asked)))
-        if self.ledger.ran_out_of_memory(job.key):
-            return halved(job)
-        return replace(job, attempt=job.attempt + 1)
+        return job.halved() if ledger.ran_out_of_memory(job.key) else job.again()
 
     def _found(self, job: MaskJob) -> Masks | None:
         """The mask set of an earlier start: in the study's folder, else among the artifacts of its run."""
-        run = self.ledger.masks.get(job.key)
+        run = self.start.ledger.masks.get(job.key)
         if run is None:
             return None
         files = read_manifest(job.folder)
@@ -182,44 +198,35 @@ class Phases:
                 return None
         return _by_level(files) if files else None
 
-    def _job(self, number: int) -> Job:
-        cell, made = self.plan.cells[number], self.plan.mask_set_of[number]
-        masks: MaskFile | Failure | None = None
-        if made is not None:
-            of_set = self.masks[made]
-            masks = of_set[cell.sparsity] if isinstance(of_set, dict) else of_set
-        elif cell.pruned and cell.masks is not None:
-            masks = _given(cell)
-        identity = self.identities[number]
-        key = cell_key(cell, identity, masks.checksum if isinstance(masks, MaskFile) else "")
-        folder = self.folder / "cells" / key
-        return Job(cell, masks, folder, key, name=self.plan.titles[number], identity=identity)
+    def _job(self, cell: PlannedCell) -> CellJob:
+        masks = self.masks_of(cell)
+        key = cell_key(cell.config, cell.identity, masks.checksum if isinstance(masks, MaskFile) else "")
+        folder = self.start.folder / "cells" / key
+        return CellJob(cell.config, masks, folder, key, name=cell.title, identity=cell.identity)
 
-    def _record_same(self, jobs: list[Job], same_as: list[int | None], display: Display) -> None:
+    def _record_same(self, jobs: list[CellJob], same_as: list[int | None], display: Display) -> None:
         """Runs of the cells that compute the same as another, tagged with its run: nothing is measured twice."""
-        ended = {outcome.job.key: outcome for outcome in self.outcomes}
+        ledger, ended = self.start.ledger, {outcome.job.key: outcome for outcome in self.outcomes}
         for job, same in zip(jobs, same_as, strict=True):
-            if same is None or self.ledger.has(job.key, flatten_config(job.cell.canonical())):
+            if same is None or ledger.has(job.key, flatten_config(job.cell.canonical())):
                 continue
-            outcome, before = ended.get(jobs[same].key), self.ledger.finished.get(jobs[same].key)
+            outcome, before = ended.get(jobs[same].key), ledger.finished.get(jobs[same].key)
             if outcome is None and before is None:  # not run now, not finished then
-                if job.key in self.ledger.failed:
-                    self.holes.append(_hole_of(self.ledger.failed[job.key][-1]))
-                    display.recorded(failed=True)
+                if job.key in ledger.failed:
+                    self._add_hole(Hole.of_run(ledger.failed[job.key][-1]), display)
                 continue
-            twin = outcome.run_id if outcome is not None else before["run_id"]
             failure = outcome.failure if outcome is not None else None
-            tags = {"kind": "cell", "cell_key": job.key, "same_as": twin}
-            if isinstance(job.masks, MaskFile):
-                tags["mask_checksum"] = job.masks.checksum
+            tags = {"kind": job.kind, job.key_tag: job.key}
+            tags |= {"same_as": before["run_id"] if outcome is None else outcome.run_id, "mask_checksum": job.checksum}
             if failure is not None:
                 tags |= {"failure_class": failure.kind, "failure_message": failure.message}
-            run_id = self.tracker.start_child(self.parent, job.title, tags)
-            log_cell_inputs(self.tracker, run_id, job.cell, job.identity)
+            run_id = self.tracker.start_child(self.start.parent, job.title, tags)
+            job.log_inputs(self.tracker, run_id)
             self.tracker.finish(run_id, "FINISHED" if failure is None else "FAILED")
-            display.recorded(failed=failure is not None)
-            if failure is not None:
-                self.holes.append(Hole(job.title, failure.kind, failure.message, run_id))
+            if failure is None:
+                display.recorded(failed=False)
+            else:
+                self._add_hole(Hole(job.title, failure.kind, failure.message, run_id), display)
 
 
 def holes_table(holes: list[Hole]) -> Table:
@@ -237,19 +244,3 @@ def _named(params: Mapping[str, str]) -> frozenset:
 
 def _by_level(files) -> dict[float, MaskFile]:
     return {file.sparsity: file for file in files}
-
-
-def _given(cell: CellConfig) -> MaskFile | Failure:
-    try:
-        return mask_file(cell.masks).file
-    except UserError as error:
-        return classify(error)
-
-
-def _hole(outcome: Outcome) -> Hole:
-    return Hole(outcome.job.title, outcome.failure.kind, outcome.failure.message, outcome.run_id)
-
-
-def _hole_of(run: dict[str, Any]) -> Hole:
-    tags = run["tags"]
-    return Hole(run["name"], tags.get("failure_class", "unknown"), tags.get("failure_message", ""), run["run_id"])

@@ -1,78 +1,41 @@
-"""From a study's YAML to its cells, and to the mask sets that they share."""
+"""From a study to its cells, and to the mask sets that they share."""
 
 from __future__ import annotations
 
+import hashlib
 import itertools
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
-from functools import cache, cached_property
-from pathlib import Path
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
-from sparse_ft.cell.failures import parse_retry
+from sparse_ft.cell.identity import cell_identity, mask_key
 from sparse_ft.cell.masks import mask_file
-from sparse_ft.errors import UserError
-from sparse_ft.levels import parse_levels
+from sparse_ft.cell.workbench import Workbench
+from sparse_ft.errors import UserError, masked
 from sparse_ft.settings.cell import CellConfig, mask_set_of
-from sparse_ft.settings.commands import FIGURES, TRAINERS, MaskConfig
+from sparse_ft.settings.commands import MaskConfig
 from sparse_ft.settings.field import defaults
 from sparse_ft.settings.modes import DENSE, MODES
 from sparse_ft.settings.parser import Parser
 from sparse_ft.settings.pruning import RecipeSettings
-from sparse_ft.settings.yaml_file import read_yaml
-from sparse_ft.study.study_file import check_study
+from sparse_ft.study.study_file import Study
 
-KEEP = ("none", "adapter", "pareto", "all")
-
-__all__ = ["KEEP", "MaskSetPlan", "Plan", "Study", "load_study", "make_plan"]
+__all__ = ["Plan", "PlannedCell", "PlannedMasks", "make_plan"]
 
 
 @dataclass(frozen=True)
-class Study:
-    """A study as its YAML file says it.
+class PlannedMasks:
+    """One run of the mask engine: all levels that some cells need of the same kind of mask.
 
     Attributes:
-        name: of the parent run and of the output folder.
-        grid: values of any cell fields; the cells are their product.
-        cell: values of cell fields that are the same everywhere.
-        dense_baseline: add one dense cell for every (model, task, seed).
-        keep: what of the models stays: none, adapter, pareto (adapters of all cells and whole models of the
-            Pareto front of accuracy and sparsity) or all. Where the file does not say, pareto, or what ``cell``
-            says.
-        register: put the whole models that are kept into the model registry too.
-        search: an Optuna search over some fields, instead of trying every point; see `sparse_ft.study.search.session`.
-        figures: of the mask sets, as ``compute_masks`` takes it: all, summary or none.
-        retry: failure classes that are tried again on resuming beside those that always are.
-        trainer: how cells are trained, one of `TRAINERS`.
+        config: what masks.
+        key: identity of what they are made from; empty until `Plan.identified`.
     """
 
-    name: str
-    grid: Mapping[str, list[Any]]
-    cell: Mapping[str, Any] = field(default_factory=dict)
-    dense_baseline: bool = True
-    keep: str = ""
-    register: bool = False
-    search: Mapping[str, Any] | None = None
-    retry: frozenset[str] = frozenset()
-    trainer: str = "local"
-    figures: str = MaskConfig.figures
-
-    @property
-    def kept(self) -> str:
-        """The disk policy that holds."""
-        return self.keep or self.cell.get("keep") or "pareto"
-
-    @property
-    def registers(self) -> bool:
-        """Whether models that are kept go into the registry."""
-        return self.register or self.cell.get("register_as", "none") != "none"
-
-
-@dataclass(frozen=True)
-class MaskSetPlan:
-    """One run of the mask engine: all levels that some cells need of the same kind of mask."""
-
     config: MaskConfig
+    key: str = ""
 
     @property
     def name(self) -> str:
@@ -89,56 +52,58 @@ class MaskSetPlan:
 
 
 @dataclass(frozen=True)
+class PlannedCell:
+    """One cell of a plan.
+
+    Attributes:
+        config: what it computes, by name.
+        title: its name in this study: the cell's own, and the study's axes of which that does not speak.
+        masks: number of its mask set in the plan; None: it needs none, or a file is given.
+        same_as: number of the cell in the plan that computes the same; None: it runs itself.
+        identity: what its names stand for; empty until `Plan.identified`.
+    """
+
+    config: CellConfig
+    title: str
+    masks: int | None = None
+    same_as: int | None = None
+    identity: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Plan:
-    """All work of a study. ``mask_sets[i]`` serves the cells whose entry in ``mask_set_of`` is i (None: no masks);
-    ``same_as[i]`` is the number of the cell that computes the same as cell i (None: it runs itself)."""
+    """All work of a study: its cells in the order they run, and the mask sets that they share."""
 
     study: Study
-    cells: tuple[CellConfig, ...]
-    mask_sets: tuple[MaskSetPlan, ...]
-    mask_set_of: tuple[int | None, ...]
-    same_as: tuple[int | None, ...]
+    cells: tuple[PlannedCell, ...]
+    mask_sets: tuple[PlannedMasks, ...]
 
-    @cached_property
-    def titles(self) -> tuple[str, ...]:
-        """A name for every cell: its title, and the study's axes of which a title does not speak."""
-        shown = ("model", "task", "method", "importance", "update", "sparsity", "mode")
-        axes = [axis for axis, values in self.study.grid.items() if len(values) > 1 and axis not in shown]
-        names = []
-        for cell in self.cells:
-            values = cell.canonical()
-            rest = [f"{axis} {values[axis]}" for axis in axes if values.get(axis, "none") != "none"]
-            names.append(" · ".join([cell.title, *([", ".join(rest)] if rest else [])]))
-        return tuple(names)
+    @property
+    def configs(self) -> tuple[CellConfig, ...]:
+        """What each cell computes."""
+        return tuple(cell.config for cell in self.cells)
 
+    @property
+    def computed(self) -> tuple[CellConfig, ...]:
+        """The cells that run themselves."""
+        return tuple(cell.config for cell in self.cells if cell.same_as is None)
 
-def load_study(path: str | Path) -> Study:
-    """Reads a study's YAML.
+    @property
+    def key(self) -> str:
+        """SHA-256 (16 hex digits) over the cells, by name, so that the same study is known again."""
+        search = masked(json.dumps(self.study.search, sort_keys=True))  # a changed password is no other study
+        text = json.dumps([self.study.name, search, sorted(config.key() for config in self.configs)])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    Raises:
-        UserError: the file is missing, not YAML, or has keys or values that no study has.
-    """
-    path = Path(path)
-    content = read_yaml(path)
-    if isinstance(content, dict) and content.get("search"):
-        content = {"grid": {}, "dense_baseline": False, **content}
-    elif not isinstance(content, dict) or not isinstance(content.get("grid"), dict) or not content["grid"]:
-        raise UserError(f"Study {path} has no 'grid:' with lists of values; configs/ holds examples.")
-    known = {entry.name for entry in fields(Study)}
-    unknown = sorted(map(str, set(content) - known))
-    if unknown:
-        raise UserError(f"Study {path}: unknown key '{unknown[0]}'; a study has {', '.join(sorted(known))}.")
-    for key, words in (("keep", KEEP), ("trainer", TRAINERS), ("figures", FIGURES)):
-        if content.get(key, words[0]) not in words:
-            raise UserError(f"Study {path}: {key} is '{content[key]}'; it must be {' | '.join(words)}.")
-    for switch in ("dense_baseline", "register"):
-        if not isinstance(content.get(switch, False), bool):
-            raise UserError(f"Study {path}: {switch} is '{content[switch]}'; it must be true or false.")
-    content = check_study(path, content)
-    grid = {axis: _axis(path, axis, values) for axis, values in content["grid"].items()}
-    classes = content.get("retry") or "none"
-    retry = parse_retry(",".join(map(str, classes)) if isinstance(classes, list) else str(classes))
-    return Study(**{**content, "grid": grid, "cell": content.get("cell") or {}, "retry": retry})
+    def identified(self, bench: Workbench) -> Plan:
+        """The plan with what the names of its cells and mask sets stand for on this machine.
+
+        Raises:
+            UserError: a model, a task, a mask file or a text that cannot be had.
+        """
+        cells = [replace(cell, identity=cell_identity(cell.config, bench)) for cell in self.cells]
+        mask_sets = [replace(item, key=mask_key(item.config, bench)) for item in self.mask_sets]
+        return replace(self, cells=tuple(cells), mask_sets=tuple(mask_sets))
 
 
 def make_plan(study: Study) -> Plan:
@@ -164,22 +129,31 @@ def make_plan(study: Study) -> Plan:
             cell = replace(cell, **described(cell.masks))
         cells.setdefault(cell.key(), replace(cell, keep=kept, register_as=None))
 
-    sets: dict[MaskConfig, list[float]] = {}
-    kinds = []
-    for cell in cells.values():
-        kind = mask_set_of(cell)
-        kinds.append(kind)
+    configs = list(cells.values())
+    kinds = [mask_set_of(cell) for cell in configs]
+    levels: dict[MaskConfig, list[float]] = {}
+    for cell, kind in zip(configs, kinds, strict=True):
         if kind is not None:
-            sets.setdefault(kind, []).append(cell.sparsity)
-    order = list(sets)
-    plans = []
-    for kind, levels in sets.items():
-        plans.append(MaskSetPlan(replace(kind, sparsities=tuple(sorted(set(levels))), figures=study.figures)))
-    numbers = tuple(None if kind is None else order.index(kind) for kind in kinds)
-    return Plan(study, tuple(cells.values()), tuple(plans), numbers, _same_as(list(cells.values())))
+            levels.setdefault(kind, []).append(cell.sparsity)
+    numbers = {kind: number for number, kind in enumerate(levels)}
+    planned = zip(configs, _titles(configs, study.grid), map(numbers.get, kinds), _same_as(configs), strict=True)
+    sets = [
+        PlannedMasks(replace(kind, sparsities=tuple(sorted(set(asked))), figures=study.figures))
+        for kind, asked in levels.items()
+    ]
+    return Plan(study, tuple(PlannedCell(*values) for values in planned), tuple(sets))
 
 
-def _same_as(cells: list[CellConfig]) -> tuple[int | None, ...]:
+def _titles(cells: Sequence[CellConfig], grid: Mapping[str, list[Any]]) -> Iterator[str]:
+    shown = ("model", "task", "method", "importance", "update", "sparsity", "mode")
+    axes = [axis for axis, values in grid.items() if len(values) > 1 and axis not in shown]
+    for cell in cells:
+        values = cell.canonical()
+        rest = [f"{axis} {values[axis]}" for axis in axes if values.get(axis, "none") != "none"]
+        yield " · ".join([cell.title, *([", ".join(rest)] if rest else [])])
+
+
+def _same_as(cells: Sequence[CellConfig]) -> list[int | None]:
     """At 0 % every mask keeps all weights, so method and importance make no difference, nor does it matter
     whether an adapter over a base without zeros is called sparse: such cells are one computation."""
     seen: dict[str, list[int]] = {}
@@ -193,13 +167,4 @@ def _same_as(cells: list[CellConfig]) -> tuple[int | None, ...]:
         first = min(numbers, key=lambda number: (not MODES[cells[number].mode].keeps_zeros, number))
         for number in numbers:
             result[number] = None if number == first else first
-    return tuple(result)
-
-
-def _axis(path: Path, axis: str, values: Any) -> list[Any]:
-    if axis == "sparsity" and isinstance(values, str):
-        return list(parse_levels(values))
-    values = values if isinstance(values, list) else [values]
-    if not values:
-        raise UserError(f"Study {path}: the axis '{axis}' of the grid is empty.")
-    return values
+    return result

@@ -1,23 +1,108 @@
-"""The parts of a study's YAML: every value of its type."""
+"""A study as its YAML file says it, every value of its type."""
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from sparse_ft.errors import UserError
-from sparse_ft.settings.yaml_file import LARGEST_STUDY
+from sparse_ft.cell.failures import parse_retry
+from sparse_ft.errors import UserError, masked
+from sparse_ft.levels import parse_levels
+from sparse_ft.settings.commands import FIGURES, TRAINERS, MaskConfig
+from sparse_ft.settings.yaml_file import LARGEST_STUDY, read_yaml
 
-__all__ = ["check_study"]
+__all__ = ["KEEP", "Study", "load_study"]
+
+KEEP = ("none", "adapter", "pareto", "all")
 
 _NAME = re.compile(r"\w([^/\\]{0,98}[^/\\ .])?")
 _LONGEST_NAME = 200  # bytes; file systems take 255, and the folder's own files put theirs around it
 
 
-def check_study(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Study:
+    """A study as its YAML file says it.
+
+    Attributes:
+        name: of the parent run and of the output folder.
+        grid: values of any cell fields; the cells are their product.
+        cell: values of cell fields that are the same everywhere.
+        dense_baseline: add one dense cell for every (model, task, seed).
+        keep: what of the models stays: none, adapter, pareto (adapters of all cells and whole models of the
+            Pareto front of accuracy and sparsity) or all. Where the file does not say, pareto, or what ``cell``
+            says.
+        register: put the whole models that are kept into the model registry too.
+        search: an Optuna search over some fields, instead of trying every point; see `sparse_ft.study.search.session`.
+        retry: failure classes that are tried again on resuming beside those that always are.
+        trainer: how cells are trained, one of `TRAINERS`.
+        figures: of the mask sets, as ``compute_masks`` takes it: all, summary or none.
+    """
+
+    name: str
+    grid: Mapping[str, list[Any]]
+    cell: Mapping[str, Any] = field(default_factory=dict)
+    dense_baseline: bool = True
+    keep: str = ""
+    register: bool = False
+    search: Mapping[str, Any] | None = None
+    retry: frozenset[str] = frozenset()
+    trainer: str = "local"
+    figures: str = MaskConfig.figures
+
+    @property
+    def kept(self) -> str:
+        """The disk policy that holds."""
+        return self.keep or self.cell.get("keep") or "pareto"
+
+    @property
+    def registers(self) -> bool:
+        """Whether models that are kept go into the registry."""
+        return self.register or self.cell.get("register_as", "none") != "none"
+
+    def plain(self) -> dict[str, Any]:
+        """The study as plain data without passwords, for its run's ``study.yaml``."""
+        values = {"name": self.name, "grid": dict(self.grid), "cell": dict(self.cell), "keep": self.kept}
+        values |= {"dense_baseline": self.dense_baseline, "register": self.register, "search": self.search}
+        if self.trainer != "local":  # what older versions' files do not say
+            values["trainer"] = self.trainer
+        return json.loads(json.dumps(values), object_hook=_masked)
+
+
+def load_study(path: str | Path) -> Study:
+    """Reads a study's YAML.
+
+    Raises:
+        UserError: the file is missing, not YAML, or has keys or values that no study has.
+    """
+    path = Path(path)
+    content = read_yaml(path)
+    if isinstance(content, dict) and content.get("search"):
+        content = {"grid": {}, "dense_baseline": False, **content}
+    elif not isinstance(content, dict) or not isinstance(content.get("grid"), dict) or not content["grid"]:
+        raise UserError(f"Study {path} has no 'grid:' with lists of values; configs/ holds examples.")
+    known = {entry.name for entry in fields(Study)}
+    unknown = sorted(map(str, set(content) - known))
+    if unknown:
+        raise UserError(f"Study {path}: unknown key '{unknown[0]}'; a study has {', '.join(sorted(known))}.")
+    for key, words in (("keep", KEEP), ("trainer", TRAINERS), ("figures", FIGURES)):
+        if content.get(key, words[0]) not in words:
+            raise UserError(f"Study {path}: {key} is '{content[key]}'; it must be {' | '.join(words)}.")
+    for switch in ("dense_baseline", "register"):
+        if not isinstance(content.get(switch, False), bool):
+            raise UserError(f"Study {path}: {switch} is '{content[switch]}'; it must be true or false.")
+    content = _checked(path, content)
+    grid = {axis: _axis(path, axis, values) for axis, values in content["grid"].items()}
+    classes = content.get("retry") or "none"
+    retry = parse_retry(",".join(map(str, classes)) if isinstance(classes, list) else str(classes))
+    return Study(**{**content, "grid": grid, "cell": content.get("cell") or {}, "retry": retry})
+
+
+def _checked(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
     """The content with a name that is text, every part of its type; the grid's values are lists of plain values.
 
     Raises:
@@ -45,5 +130,18 @@ def check_study(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
     return {**content, "name": str(name), "grid": grid}
 
 
+def _masked(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: masked(value) if isinstance(value, str) else value for name, value in values.items()}
+
+
 def _names_a_folder(name: str) -> bool:
     return bool(_NAME.fullmatch(name)) and name.isprintable() and len(name.encode()) <= _LONGEST_NAME
+
+
+def _axis(path: Path, axis: str, values: Any) -> list[Any]:
+    if axis == "sparsity" and isinstance(values, str):
+        return list(parse_levels(values))
+    values = values if isinstance(values, list) else [values]
+    if not values:
+        raise UserError(f"Study {path}: the axis '{axis}' of the grid is empty.")
+    return values

@@ -9,25 +9,18 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparse_ft.cell.early_stopping import Judge, StoppedEarly
+from sparse_ft.cell.early_stopping import StoppedEarly
 from sparse_ft.cell.failures import CellTimeoutError, Failure, classify
 from sparse_ft.cell.identity import cell_identity, check_identity
 from sparse_ft.cell.masks import make_masks, write_manifest
-from sparse_ft.cell.record import (
-    log_cell_inputs,
-    log_cell_result,
-    log_failure,
-    log_mask_inputs,
-    log_masks,
-)
+from sparse_ft.cell.record import log_cell_result, log_failure, log_masks
 from sparse_ft.cell.run import run_cell
 from sparse_ft.cell.trainer import LOCAL, Trainer, Watch
 from sparse_ft.cell.workbench import Workbench
 from sparse_ft.memory import release_memory
 from sparse_ft.progress import SILENT, Progress
-from sparse_ft.study.holder import process_name
-from sparse_ft.study.queue import Job, MaskJob, Outcome, Work
-from sparse_ft.study.search.trials import TrialJob, run_trial
+from sparse_ft.study.jobs import CellJob, Job, MaskJob, Outcome
+from sparse_ft.study.processes import process_name
 from sparse_ft.tracking.runs import Tracker
 
 __all__ = ["Worker", "WorkerSetup", "beyond_work", "close_lost"]
@@ -67,44 +60,37 @@ class Worker:
 
     def __init__(self, setup: WorkerSetup, bench: Workbench):
         self._tracker = Tracker(setup.tracking_uri)
-        self._parent = setup.parent_run_id
-        self._trainer = setup.trainer
+        self._parent, self._trainer = setup.parent_run_id, setup.trainer
         self._bench = bench
         self._name = process_name()
 
     def run(
-        self, job: Work, progress: Progress = SILENT, opened: Callable[[str], None] = lambda run_id: None
+        self, job: Job, progress: Progress = SILENT, opened: Callable[[str], None] = lambda run_id: None
     ) -> Outcome:
         """Runs one job. A failure is logged and returned; Ctrl-C closes the run as KILLED and goes on up.
 
         Args:
-            job: a cell or a mask set.
+            job: of any kind.
             progress: told its stages.
             opened: told the run's id, at once.
         """
-        if isinstance(job, TrialJob):
-            done = run_trial(job, lambda cell, judge: self._run(cell, progress, opened, judge))
-        else:
-            done = self._run(job, progress, opened)
+        done = job.run(lambda work: self._run(work, progress, opened))
         if done.failure is not None and done.failure.kind == "infrastructure":
             time.sleep(_PAUSE)
         return done
 
-    def _run(
-        self, job: Job | MaskJob, progress: Progress, opened: Callable[[str], None], judge: Judge | None = None
-    ) -> Outcome:
+    def _run(self, job: Job, progress: Progress, opened: Callable[[str], None]) -> Outcome:
         self._bench.progress = progress
         began = time.monotonic()
         if job.attempt > 1:
             release_memory()  # what failed before may hold its tensors still, in the frames of its traceback
         try:
-            run_id = self._tracker.start_child(self._parent, job.title, self._tags(job))
+            run_id = self._tracker.start_child(self._parent, job.title, {**job.run_tags, "worker": self._name})
         except Exception as error:  # the store is full or gone
             return Outcome(job, "", "FAILED", time.monotonic() - began, failure=classify(error))
         opened(run_id)
         try:
-            cell = isinstance(job, Job)
-            done = self._cell(job, run_id, began, judge) if cell else self._masks(job, run_id, began)
+            done = self._cell(job, run_id, began) if job.is_cell else self._masks(job, run_id, began)
             if done.failure is None:
                 self._tracker.finish(run_id)
             return done
@@ -118,12 +104,10 @@ class Worker:
         finally:
             progress.stop()
 
-    def _cell(self, job: Job, run_id: str, began: float, judge: Judge | None) -> Outcome:
+    def _cell(self, job: CellJob, run_id: str, began: float) -> Outcome:
         if (failed := self._begin(job, run_id, began)) is not None:
             return failed
-        watch = Watch(
-            run_id, lambda curves: self._tracker.log(run_id, curves=curves), judge, "reduced_batch" in job.tags
-        )  # fmt: skip
+        watch = Watch(run_id, lambda curves: self._tracker.log(run_id, curves=curves), job.judge, job.is_reduced)
         result = run_cell(job.cell, job.masks, self._bench, job.folder, self._trainer, watch, job.title)
         log_cell_result(self._tracker, run_id, result)
         _clear(job.folder, result.merged)
@@ -133,66 +117,53 @@ class Worker:
         metrics = result.metrics | overhead
         return Outcome(job, run_id, "FINISHED", time.monotonic() - began, metrics)
 
-    def _begin(self, job: Job, run_id: str, began: float) -> Outcome | None:
+    def _begin(self, job: CellJob, run_id: str, began: float) -> Outcome | None:
         """Logs what the cell is given, under its names and behind them; the outcome where that is not to be run."""
         identity, masks = job.identity, job.masks
         try:
             if not isinstance(masks, Failure):
                 identity = cell_identity(job.cell, self._bench)
         finally:
-            log_cell_inputs(self._tracker, run_id, job.cell, identity, job.planned)
+            job.log_inputs(self._tracker, run_id, identity)
         if isinstance(masks, Failure):
             return self._failed(job, run_id, began, masks)
         check_identity(job.identity, identity, job.title)
         return None
 
     def _masks(self, job: MaskJob, run_id: str, began: float) -> Outcome:
-        log_mask_inputs(self._tracker, run_id, job.config)
+        job.log_inputs(self._tracker, run_id)
         files = make_masks(job.config, self._bench, job.folder)
         write_manifest(job.folder, files)
         log_masks(self._tracker, run_id, files)
         return Outcome(job, run_id, "FINISHED", time.monotonic() - began, masks=tuple(files))
 
-    def _stopped(self, job: Job, run_id: str, began: float, stop: StoppedEarly) -> Outcome:
+    def _stopped(self, job: CellJob, run_id: str, began: float, stop: StoppedEarly) -> Outcome:
         """A trial that was stopped has no scores and is no cell of any table."""
         tags = {"kind": "stopped trial", "stopped": stop}
         self._tracker.log(run_id, tags=tags, curves={"eval/loss_while_training": stop.losses})
         self._tracker.finish(run_id)
-        shutil.rmtree(job.folder, ignore_errors=True)
+        job.discard()
         return Outcome(job, run_id, "PRUNED", time.monotonic() - began)
 
-    def _failed(self, job: Work, run_id: str, began: float, failure: Failure) -> Outcome:
+    def _failed(self, job: Job, run_id: str, began: float, failure: Failure) -> Outcome:
         _close(self._tracker, run_id, failure)
-        if isinstance(job, Job):
-            shutil.rmtree(job.folder, ignore_errors=True)
+        job.discard()
         return Outcome(job, run_id, "FAILED", time.monotonic() - began, failure=failure)
 
-    def _tags(self, job: Work) -> dict[str, object]:
-        kind = {"kind": "cell", "cell_key": job.key} if isinstance(job, Job) else {"kind": "masks", "mask_key": job.key}
-        more = job.tags if isinstance(job, Job) else {}
-        return {**kind, "attempt": job.attempt, "worker": self._name, **more}
 
-
-def close_lost(tracker: Tracker, parent: str, job: Work, run_id: str, failure: Failure, seconds: float) -> Outcome:
+def close_lost(tracker: Tracker, parent: str, job: Job, run_id: str, failure: Failure, seconds: float) -> Outcome:
     """Ends, from the driver, the run of a job whose worker is gone; a run is made where it came to none.
 
-    A worker that was lost after it had ended the run has done its work: the run stays FINISHED. (Of a mask job
-    the files are not known then, so it counts as failed.)
+    A worker that was lost after it had ended the run of a cell has done its work: the run stays FINISHED.
     """
-    if run_id and isinstance(job, Job):
-        found = tracker.run(run_id)
-        if found["status"] == "FINISHED":
-            return Outcome(job, run_id, "FINISHED", seconds, found["metrics"])
-    if isinstance(job, TrialJob) and not run_id:
-        return Outcome(job, "", "FAILED", seconds, failure=failure)  # what cell it would have been nobody knows
-    if not run_id:
-        kind = {"kind": "cell", "cell_key": job.key} if isinstance(job, Job) else {"kind": "masks", "mask_key": job.key}
-        run_id = tracker.start_child(parent, job.title, {**kind, "attempt": job.attempt})
-        if isinstance(job, Job):
-            log_cell_inputs(tracker, run_id, job.cell, job.identity, job.planned)
-    _close(tracker, run_id, failure)
-    if isinstance(job, Job):
-        shutil.rmtree(job.folder, ignore_errors=True)
+    if run_id and job.results_in_run and (found := tracker.run(run_id))["status"] == "FINISHED":
+        return Outcome(job, run_id, "FINISHED", seconds, found["metrics"])
+    if not run_id and job.key_tag:
+        run_id = tracker.start_child(parent, job.title, job.run_tags)
+        job.log_inputs(tracker, run_id)
+    if run_id:
+        _close(tracker, run_id, failure)
+    job.discard()
     return Outcome(job, run_id, "FAILED", seconds, failure=failure)
 
 

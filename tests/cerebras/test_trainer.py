@@ -23,8 +23,8 @@ from sparse_ft.errors import UserError
 from sparse_ft.settings.cell import CellConfig, TrainConfig
 from sparse_ft.settings.commands import SweepConfig
 from sparse_ft.study.driver import sweep
-from sparse_ft.study.life import resume_command
-from sparse_ft.study.queue import Job, halved
+from sparse_ft.study.jobs import CellJob
+from sparse_ft.study.session import resume_command
 from sparse_ft.tracking.runs import Tracker
 
 MODELZOO = os.environ.get("SPARSE_FT_CEREBRAS_PYTHON")
@@ -79,9 +79,9 @@ def test_the_trainers_failures_keep_their_class(kind):
 
 
 def test_after_running_out_of_memory_fewer_sequences_are_computed_at_a_time():
-    job = Job(CellConfig(batch_size=8, gradient_accumulation=2), None, Path(), key="key")
+    job = CellJob(CellConfig(batch_size=8, gradient_accumulation=2), None, Path(), key="key")
     assert settings_of_try(CerebrasSettings(), job.cell, Watch()).cluster.micro_batch_size is None
-    again = halved(job)
+    again = job.halved()
     assert again.cell.batch_size * again.cell.gradient_accumulation == 16  # the same step
     assert settings_of_try(CerebrasSettings(), again.cell, Watch(reduced=True)).cluster.micro_batch_size == 4
 

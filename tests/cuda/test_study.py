@@ -17,7 +17,8 @@ from sparse_ft.settings.cell import CellConfig, mask_set_of
 from sparse_ft.settings.commands import SweepConfig
 from sparse_ft.study.driver import sweep
 from sparse_ft.study.executors.serial import SerialExecutor
-from sparse_ft.study.queue import Job, Listener, Queue
+from sparse_ft.study.jobs import CellJob
+from sparse_ft.study.queue import Listener, Queue
 from sparse_ft.study.worker import WorkerSetup
 from sparse_ft.tracking.runs import Tracker
 
@@ -74,7 +75,7 @@ def test_a_training_batch_that_does_not_fit_is_halved_and_the_step_stays_the_sam
 
     def run(name, **changed):
         cell = CellConfig(**values | changed, model="tiny-llama", mode="dense")
-        queue = Queue([Job(cell, None, tmp_path / name, key=name)], 0)
+        queue = Queue([CellJob(cell, None, tmp_path / name, key=name)], 0)
         executor.run(queue)
         return queue.outcomes[-1]
 

@@ -11,7 +11,8 @@ from sparse_ft.settings.cell import CellConfig
 from sparse_ft.settings.commands import SweepConfig, ValidateConfig
 from sparse_ft.settings.field import is_optional
 from sparse_ft.settings.parser import Parser
-from sparse_ft.study.plan import load_study, make_plan
+from sparse_ft.study.plan import make_plan
+from sparse_ft.study.study_file import load_study
 
 KINDS = [command.parameters for command in COMMANDS.values()]
 REQUIRED = {"checkpoint": "c", "masks": "m", "config": "c", "run_id": "r"}

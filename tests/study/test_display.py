@@ -7,11 +7,11 @@ from sparse_ft.cell.failures import Failure
 from sparse_ft.settings.cell import CellConfig
 from sparse_ft.settings.commands import MaskConfig
 from sparse_ft.study.display import Display, LiveDisplay
-from sparse_ft.study.queue import Job, MaskJob, Outcome
+from sparse_ft.study.jobs import CellJob, MaskJob, Outcome
 
 
 def _job(**values):
-    return Job(CellConfig(model="tiny-llama", mode="dense", **values), None, Path(), key="key")
+    return CellJob(CellConfig(model="tiny-llama", mode="dense", **values), None, Path(), key="key")
 
 
 def _done(job, accuracy, seconds=10.0, level=0.0):

@@ -11,9 +11,9 @@ from sparse_ft import __version__
 from sparse_ft.cell.identity import versions
 from sparse_ft.errors import UserError
 from sparse_ft.settings.commands import SweepConfig
-from sparse_ft.study import holder, life
+from sparse_ft.study import heartbeat
 from sparse_ft.study.driver import sweep
-from sparse_ft.study.holder import process_name
+from sparse_ft.study.processes import process_name
 from sparse_ft.tracking.runs import Tracker
 
 
@@ -176,20 +176,20 @@ def test_a_driver_of_the_same_host_name_in_another_boot_is_believed_by_its_heart
     host, number, began, _ = process_name().split(" ")
     elsewhere = {"kind": "study", "driver": f"{host} {number} {began} 000000000000 t", "heartbeat": time.time()}
     run = tracker.run(tracker.start("study", elsewhere))
-    assert f"process {number} on {host}" in holder.living_driver(tracker, run)
-    monkeypatch.setattr(holder, "HEARTBEAT_SECONDS", 0.2)
+    assert f"process {number} on {host}" in heartbeat.living_driver(tracker, run)
+    monkeypatch.setattr(heartbeat, "HEARTBEAT_SECONDS", 0.2)
     tracker.log(run["run_id"], tags={"heartbeat": 1.0})
-    assert holder.living_driver(tracker, tracker.run(run["run_id"])) is None
+    assert heartbeat.living_driver(tracker, tracker.run(run["run_id"])) is None
 
 
 def test_a_driver_whose_study_was_taken_over_ends_and_leaves_the_run_alone(monkeypatch):
-    monkeypatch.setattr(life, "HEARTBEAT_SECONDS", 0.1)
+    monkeypatch.setattr(heartbeat, "HEARTBEAT_SECONDS", 0.1)
     tracker = Tracker()
     parent = tracker.start("study", {"kind": "study", "driver": "mine"})
     with (
-        pytest.raises(life.TakenOverError, match="was taken over by another driver"),
-        life.interruptible(),
-        life.driving(tracker, parent, "mine") as lost,
+        pytest.raises(heartbeat.TakenOverError, match="was taken over by another driver"),
+        heartbeat.interruptible(),
+        heartbeat.driving(tracker, parent, "mine") as lost,
     ):
         assert not lost()
         tracker.log(parent, tags={"driver": "another"})

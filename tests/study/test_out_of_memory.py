@@ -19,7 +19,8 @@ import json, resource, sys
 from pathlib import Path
 from sparse_ft.settings.cell import CellConfig
 from sparse_ft.study.executors.serial import SerialExecutor
-from sparse_ft.study.queue import Job, Listener, Queue
+from sparse_ft.study.jobs import CellJob
+from sparse_ft.study.queue import Listener, Queue
 from sparse_ft.study.worker import WorkerSetup
 from sparse_ft.tracking.runs import Tracker
 
@@ -35,7 +36,7 @@ executor = SerialExecutor(WorkerSetup(tracker.uri, parent, folder / "untuned"), 
 
 def run(name, **values):
     cell = CellConfig(**{"model": "tiny-llama", "mode": "dense", **small, **values})
-    queue = Queue([Job(cell, None, folder / name, key=name)], max_retries=0)
+    queue = Queue([CellJob(cell, None, folder / name, key=name)], max_retries=0)
     executor.run(queue)
     return queue.outcomes[-1]
 

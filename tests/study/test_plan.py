@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 
 from sparse_ft.errors import UserError
-from sparse_ft.study.plan import Study, load_study, make_plan
+from sparse_ft.study.plan import make_plan
+from sparse_ft.study.study_file import Study, load_study
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -22,16 +23,16 @@ def grid():
 
 def test_the_grid_is_a_product_with_a_dense_baseline_per_model_and_task(grid):
     plan = make_plan(Study("full", grid))
-    modes = Counter(cell.mode for cell in plan.cells)
+    modes = Counter(cell.mode for cell in plan.configs)
     assert modes == {"sparse_to_dense": 180, "sparse_to_sparse": 180, "dense": 6}
-    assert len({cell.key() for cell in plan.cells}) == len(plan.cells)
-    assert [cell.mode for cell in plan.cells[:6]] == ["dense"] * 6
+    assert len({cell.key() for cell in plan.configs}) == len(plan.cells)
+    assert [cell.mode for cell in plan.configs[:6]] == ["dense"] * 6
 
 
 def test_every_cell_has_a_name_of_its_own():
     grid = {"model": ["tiny-llama"], "sparsity": [0.5], "seed": [0, 1], "scope": ["layer", "global"], "lora_r": [8]}
     plan = make_plan(Study("s", grid, {}))
-    assert plan.titles == (
+    assert tuple(cell.title for cell in plan.cells) == (
         "dense · boolq · tiny-llama · seed 0",
         "dense · boolq · tiny-llama · seed 1",
         "50 % s2s unstructured magnitude · boolq · tiny-llama · seed 0, scope layer",
@@ -40,7 +41,7 @@ def test_every_cell_has_a_name_of_its_own():
         "50 % s2s unstructured magnitude · boolq · tiny-llama · seed 1, scope global",
     )
     plain = make_plan(Study("s", {"model": ["tiny-llama"], "sparsity": [0.5]}, {}))
-    assert plain.titles == tuple(cell.title for cell in plain.cells)
+    assert [cell.title for cell in plain.cells] == [cell.title for cell in plain.configs]
 
 
 def test_without_a_baseline_there_is_none(grid):
@@ -50,7 +51,8 @@ def test_without_a_baseline_there_is_none(grid):
 def test_masks_are_shared_by_all_cells_that_need_the_same(grid):
     plan = make_plan(Study("full", grid))
     assert len(plan.mask_sets) == 6  # 2 models x 3 methods: data-free masks do not depend on the task
-    for cell, number in zip(plan.cells, plan.mask_set_of, strict=True):
+    for planned in plan.cells:
+        cell, number = planned.config, planned.masks
         if cell.mode == "dense":
             assert number is None
         else:
@@ -72,7 +74,7 @@ def test_seeds_make_random_masks_anew_and_magnitude_masks_not(grid):
 
 def test_cell_values_apply_everywhere():
     plan = make_plan(Study("s", {"sparsity": [0.5]}, {"max_steps": 3, "lora_r": 2}))
-    assert {(cell.max_steps, cell.lora_r) for cell in plan.cells} == {(3, 2)}
+    assert {(cell.max_steps, cell.lora_r) for cell in plan.configs} == {(3, 2)}
 
 
 @pytest.mark.parametrize(

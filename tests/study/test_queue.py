@@ -5,7 +5,8 @@ import pytest
 from sparse_ft.cell.failures import Failure
 from sparse_ft.pruning.output import MaskFile
 from sparse_ft.settings.cell import CellConfig
-from sparse_ft.study.queue import Job, Outcome, Queue, halved
+from sparse_ft.study.jobs import CellJob, Outcome
+from sparse_ft.study.queue import Queue
 
 
 def _masks(checksum):
@@ -14,7 +15,7 @@ def _masks(checksum):
 
 
 def _job(model="a", checksum="m", **cell):
-    return Job(CellConfig(model=model, **cell), _masks(checksum), Path(), key="key")
+    return CellJob(CellConfig(model=model, **cell), _masks(checksum), Path(), key="key")
 
 
 def _failed(job, kind):
@@ -71,7 +72,7 @@ def test_out_of_memory_is_tried_again_with_a_smaller_batch_and_the_same_step(bef
 
 
 def test_a_batch_of_one_cannot_be_halved():
-    assert halved(_job(batch_size=1)) is None
+    assert _job(batch_size=1).halved() is None
 
 
 def test_a_worker_whose_cells_fail_alike_in_a_row_gets_no_more_and_another_goes_on():

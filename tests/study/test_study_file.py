@@ -4,7 +4,8 @@ import pytest
 import yaml
 
 from sparse_ft.errors import UserError
-from sparse_ft.study.plan import load_study, make_plan
+from sparse_ft.study.plan import make_plan
+from sparse_ft.study.study_file import load_study
 
 
 @pytest.fixture
@@ -155,9 +156,9 @@ def test_what_yaml_offers_still_works(plan_of):
         + b"dense_baseline: false\n"
     )
     assert len(plan.cells) == 3 * 2 * 2
-    assert {(cell.seed, cell.max_steps, cell.lora_r) for cell in plan.cells} == {(3, 7, 2)}
-    assert {cell.sparsity for cell in plan.cells} == {0.2, 0.4, 0.6}
+    assert {(cell.seed, cell.max_steps, cell.lora_r) for cell in plan.configs} == {(3, 7, 2)}
+    assert {cell.sparsity for cell in plan.configs} == {0.2, 0.4, 0.6}
 
 
 def test_a_right_study_is_planned(plan_of):
-    assert {cell.sparsity for cell in plan_of(study()).cells} == {0.5, 0.6}
+    assert {cell.sparsity for cell in plan_of(study()).configs} == {0.5, 0.6}

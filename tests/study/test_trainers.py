@@ -10,9 +10,8 @@ from sparse_ft.errors import UserError
 from sparse_ft.settings.cell import CellConfig
 from sparse_ft.settings.commands import SweepConfig
 from sparse_ft.study.driver import sweep
-from sparse_ft.study.ledger import describe
-from sparse_ft.study.plan import Study, load_study
-from sparse_ft.study.queue import Job
+from sparse_ft.study.jobs import CellJob
+from sparse_ft.study.study_file import Study, load_study
 from sparse_ft.study.trainers import study_trainer
 from sparse_ft.study.worker import WorkerSetup
 from sparse_ft.tracking.runs import Tracker
@@ -42,7 +41,7 @@ def run(tmp_path, small):
     def run(trainer, **tags):
         cell = CellConfig(model="tiny-llama", mode="dense", score_untuned=False, **small)
         setup = WorkerSetup(tracker.uri, parent, tmp_path / "untuned", trainer)
-        outcome = setup.build().run(Job(cell, None, tmp_path / "cell", key="key", tags=tags))
+        outcome = setup.build().run(CellJob(cell, None, tmp_path / "cell", key="key", tags=tags))
         return tracker.run(outcome.run_id)
 
     return run
@@ -84,5 +83,5 @@ def test_a_trainer_that_takes_the_whole_cluster_runs_one_cell_at_a_time(study_fi
 
 def test_a_resumed_study_says_that_its_trainer_was_another():
     study = Study("s", {"sparsity": [0.5]})
-    assert "trainer" not in describe(study)  # as in the files of older versions
-    assert describe(replace(study, trainer="cerebras"))["trainer"] == "cerebras"
+    assert "trainer" not in study.plain()  # as in the files of older versions
+    assert replace(study, trainer="cerebras").plain()["trainer"] == "cerebras"

@@ -23,7 +23,8 @@ from sparse_ft.errors import UserError
 from sparse_ft.masks.files import load_masks, make_header
 from sparse_ft.masks.mask_set import MaskSet
 from sparse_ft.masks.readers import HEADER_KEY
-from sparse_ft.study.plan import load_study, make_plan
+from sparse_ft.study.plan import make_plan
+from sparse_ft.study.study_file import load_study
 
 ROOM = 512 << 20  # bytes that the process may take above what it has once everything is imported
 SECONDS = 20  # for one file

@@ -70,9 +70,7 @@ def estimate_time(plan: Plan, runs: Sequence[Mapping[str, Any]], workers: int) -
         alike[_kind(values)].append(seconds)
         roughly[_kind(values, "mode")].append(seconds)
     total, known, unknown = 0.0, 0, 0
-    for cell, same in zip(plan.cells, plan.same_as, strict=True):
-        if same is not None:
-            continue
+    for cell in plan.computed:
         exact, near = _of(cell), _of(cell, "mode")
         seconds = alike.get(exact) or roughly.get(near)
         if seconds is None:

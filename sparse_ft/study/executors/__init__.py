@@ -38,7 +38,7 @@ def executor_problems(config: SweepConfig, plan: Plan) -> list[str]:
     """What an executor cannot run, one line each; empty where it can start."""
     if config.executor not in ("process", "ray"):
         return []
-    named = dict.fromkeys(cell.device for cell in plan.cells if re.fullmatch(r"cuda:0*[1-9]\d*", cell.device))
+    named = dict.fromkeys(cell.device for cell in plan.configs if re.fullmatch(r"cuda:0*[1-9]\d*", cell.device))
     return [
         f"device is {device}, but a worker of executor {config.executor} sees one GPU alone, and calls it cuda:0; "
         "leave device at auto, and name the GPUs to use in CUDA_VISIBLE_DEVICES"

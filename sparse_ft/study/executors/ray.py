@@ -10,34 +10,29 @@ import os
 import signal
 import socket
 import threading
-import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparse_ft.cell.failures import CellTimeoutError, WorkerLostError, classify
+from sparse_ft.cell.failures import WorkerLostError
 from sparse_ft.errors import UserError
-from sparse_ft.study.executors.process import Reporter
-from sparse_ft.study.queue import Job, Listener, MaskJob, Queue, Work, breaks_worker
-from sparse_ft.study.worker import WorkerSetup, close_lost
-from sparse_ft.tracking.runs import Tracker
+from sparse_ft.study.executors.pool import ProgressMessages, WorkerHandle, WorkerPool
+from sparse_ft.study.jobs import Job, Outcome
+from sparse_ft.study.queue import Listener
+from sparse_ft.study.worker import WorkerSetup
 
 __all__ = ["RayExecutor", "cores_each"]
 
-_EVERY = 0.5  # seconds between two looks at what the workers say
+_EVERY = 0.5  # seconds between two requests for the workers' messages
 
 
-class RayExecutor:
-    """Starts an actor per worker, gives each one job at a time, and replaces those that are lost with their node.
+class RayExecutor(WorkerPool):
+    """Workers that are Ray actors, which may be lost with their node.
 
     Args:
-        setup: of every worker.
-        listen: told what happens, in this process.
-        workers: how many.
-        cell_seconds: longest time for a cell; None for no limit.
+        setup, listen, workers, cell_seconds: see `WorkerPool`.
         address: of a running cluster (``auto`` finds the one this machine belongs to); ``none`` starts one here.
 
     Raises:
@@ -52,111 +47,34 @@ class RayExecutor:
         cell_seconds: float | None = None,
         address: str | None = None,
     ):
+        super().__init__(setup, listen, workers, cell_seconds)
         self._ray = _ray()
-        self._setup, self._listen, self._limit = setup, listen, cell_seconds
-        self.workers = workers
         self._ours = not self._ray.is_initialized()
         if self._ours:
             self._connect(address)
-        self._hands: list[_Hand | None] = [None] * workers
-        self._tracker = Tracker(setup.tracking_uri)
         self._actor = self._remote()
-
-    def run(self, queue: Queue) -> None:
-        """Runs the queue empty."""
-        while True:
-            for number, hand in enumerate(self._hands):
-                if hand is not None and hand.job is not None:
-                    continue
-                job = queue.take(number)
-                if job is None:
-                    continue
-                hand = hand or _Hand(self._actor.remote(self._setup))
-                self._hands[number] = hand
-                hand.give(job)
-                self._listen.started(number, job)
-            busy = {number: hand for number, hand in enumerate(self._hands) if hand is not None and hand.job}
-            if not busy:
-                return
-            self._make_room(busy)
-            self._ray.wait([hand.result for hand in busy.values()], timeout=_EVERY)
-            for number, hand in busy.items():
-                self._look(queue, number, hand)
 
     def close(self) -> None:
         """Kills the actors, and leaves the cluster as it was."""
-        for hand in self._hands:
-            if hand is not None:
-                self._ray.kill(hand.actor)
-        self._hands = [None] * self.workers
+        super().close()
         if self._ours:
             self._ray.shutdown()
 
-    def _make_room(self, busy: Mapping[int, _Hand]) -> None:
+    def _start(self, number: int) -> ActorHandle:
+        return ActorHandle(self._ray, self._actor.remote(self._setup), number)
+
+    def _wait(self, busy: Mapping[int, ActorHandle]) -> None:
+        self._make_room(busy)
+        self._ray.wait([handle.result for handle in busy.values()], timeout=_EVERY)
+
+    def _make_room(self, busy: Mapping[int, ActorHandle]) -> None:
         """Ends the workers that have nothing to do where others wait for a place: after a node was lost there may
         be fewer places than workers, and an idle one would keep its own until the study ends."""
-        if all(hand.placed for hand in busy.values()):
+        if all(handle.placed for handle in busy.values()):
             return
-        for number, hand in enumerate(self._hands):
-            if hand is not None and number not in busy:
-                self._ray.kill(hand.actor)
-                self._hands[number] = None
-
-    def _look(self, queue: Queue, number: int, hand: _Hand) -> None:
-        errors = self._ray.exceptions
-        try:
-            if self._ray.wait([hand.result], timeout=0)[0]:
-                outcome = self._ray.get(hand.result)
-                hand.job = None
-                if breaks_worker(outcome):  # its context on the device is lost: the next cell gets a new actor
-                    self._ray.kill(hand.actor)
-                    self._hands[number] = None
-                self._listen.ended(number, outcome, queue.settle(number, outcome))
-                return
-            self._hear(number, hand)
-        except errors.RayError as error:
-            # The job's own errors are outcomes: what is raised here is the worker's end.
-            lost = MemoryError if isinstance(error, errors.OutOfMemoryError) else WorkerLostError
-            self._lose(queue, number, hand, lost(f"worker {number} is gone: {str(error).splitlines()[0]}"))
-            return
-        over = hand.deadline is not None and time.monotonic() >= hand.deadline
-        if over:
-            self._lose(queue, number, hand, CellTimeoutError(f"the cell took longer than {self._limit:g} s"))
-
-    def _hear(self, number: int, hand: _Hand) -> None:
-        """What the actor has to say since the last look; it may be busy starting up."""
-        if hand.news is None:
-            hand.news = hand.actor.news.remote()
-        if not self._ray.wait([hand.news], timeout=0)[0]:
-            return
-        messages, hand.news = self._ray.get(hand.news), None
-        hand.placed = True
-        for kind, *values in messages:
-            if kind == "opened":
-                hand.run_id = values[0]
-                if self._limit is not None and not isinstance(hand.job, MaskJob):
-                    hand.deadline = time.monotonic() + self._limit
-            elif kind == "stage":
-                self._listen.stage(number, *values)
-            else:
-                self._listen.advanced(number, *values)
-
-    def _lose(self, queue: Queue, number: int, hand: _Hand, error: Exception) -> None:
-        self._ray.kill(hand.actor)
-        self._hands[number] = None
-        run_id = hand.run_id or self._open_run(hand.job)
-        seconds = time.monotonic() - hand.began
-        failure = classify(error)
-        outcome = close_lost(self._tracker, self._setup.parent_run_id, hand.job, run_id, failure, seconds)
-        self._listen.ended(number, outcome, queue.settle(number, outcome))
-
-    def _open_run(self, job: Work) -> str:
-        """The run of a job whose worker was lost before it could say which: no two workers have the same job."""
-        tag = "cell_key" if isinstance(job, Job) else "mask_key"
-        for run in self._tracker.children(self._setup.parent_run_id, "RUNNING"):
-            if run["tags"].get(tag) == job.key:
-                return run["run_id"]
-        return ""
+        for number, handle in enumerate(self._handles):
+            if handle is not None and number not in busy:
+                self._drop(number)
 
     def _connect(self, address: str) -> None:
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": "warning"}
@@ -221,23 +139,49 @@ def _listens(address: str) -> bool:
     return True
 
 
-@dataclass
-class _Hand:
-    """The driver's end of one actor."""
+class ActorHandle(WorkerHandle):
+    """The driver's end of one actor, which is asked for its messages.
 
-    actor: Any
-    job: Work | None = None
-    run_id: str = ""
-    began: float = 0.0
-    deadline: float | None = None
-    result: Any = None
-    news: Any = None
-    placed: bool = False  # whether it has answered yet: Ray may still be looking for a place
+    Attributes:
+        result: reference to the outcome of its job.
+        placed: whether it has answered yet: Ray may still be looking for a place.
+    """
 
-    def give(self, job: Work) -> None:
-        self.job, self.run_id, self.began, self.deadline = job, "", time.monotonic(), None
-        self.news = None
-        self.result = self.actor.run.remote(job)
+    def __init__(self, ray: Any, actor: Any, number: int):
+        super().__init__()
+        self._ray, self._actor, self._number = ray, actor, number
+        self._asked: Any = None
+        self.result: Any = None
+        self.placed = False
+
+    @property
+    def connection_errors(self) -> tuple[type[Exception], ...]:
+        return (self._ray.exceptions.RayError,)  # the job's own errors are outcomes
+
+    def send(self, job: Job) -> None:
+        self._asked, self.result = None, self._actor.run.remote(job)
+
+    def messages(self) -> Iterator[tuple]:
+        if self._is_ready(self.result):
+            yield "ended", self._ray.get(self.result)
+            return
+        self._asked = self._asked or self._actor.messages.remote()
+        if self._is_ready(self._asked):  # it may be busy starting up
+            messages, self._asked, self.placed = self._ray.get(self._asked), None, True
+            yield from messages
+
+    def reason(self, error: Exception) -> Exception:
+        kind = MemoryError if isinstance(error, self._ray.exceptions.OutOfMemoryError) else WorkerLostError
+        return kind(f"worker {self._number} is gone: {str(error).splitlines()[0]}")
+
+    def dismiss(self) -> None:
+        """It is killed."""
+
+    def kill(self, after: float = 0) -> None:
+        self._ray.kill(self._actor)
+
+    def _is_ready(self, reference: Any) -> bool:
+        return bool(self._ray.wait([reference], timeout=0)[0])
 
 
 class _Actor:
@@ -248,14 +192,14 @@ class _Actor:
         self._worker = None
         self._messages: deque[tuple] = deque()
 
-    def run(self, job: Work) -> Any:
+    def run(self, job: Job) -> Outcome:
         """Runs one job; its failure is an outcome, not an error."""
         self._messages.clear()
         self._worker = self._worker or self._setup.build()
-        say = self._messages.append
-        return self._worker.run(job, Reporter(say), lambda run_id: say(("opened", run_id)))
+        send = self._messages.append
+        return self._worker.run(job, ProgressMessages(send), lambda run_id: send(("opened", run_id)))
 
-    def news(self) -> list[tuple]:
+    def messages(self) -> list[tuple]:
         """What has happened since the last call."""
         return [self._messages.popleft() for _ in range(len(self._messages))]
 

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 
 from sparse_ft.cell.failures import CellTimeoutError, classify
 from sparse_ft.progress import Progress
-from sparse_ft.study.queue import Listener, MaskJob, Outcome, Queue, Work, breaks_worker
+from sparse_ft.study.jobs import Job, Outcome
+from sparse_ft.study.queue import Listener, Queue
 from sparse_ft.study.worker import WorkerSetup, close_lost
 from sparse_ft.tracking.runs import Tracker
 
@@ -38,14 +39,14 @@ class SerialExecutor:
         while (job := queue.take(0)) is not None:
             self._listen.started(0, job)
             outcome = self._run(job)
-            if breaks_worker(outcome):  # this process is the driver's: there is none to put in its place
+            if outcome.breaks_worker:  # this process is the driver's: there is none to put in its place
                 queue.retire(0, f"the device failed ({outcome.failure.message}), and this process can use it no more")
             self._listen.ended(0, outcome, queue.settle(0, outcome))
 
-    def _run(self, job: Work) -> Outcome:
+    def _run(self, job: Job) -> Outcome:
         began, run_ids = time.monotonic(), [""]
         try:
-            with _limited(None if isinstance(job, MaskJob) else self._limit) as start:
+            with _limited(self._limit if job.is_cell else None) as start:
 
                 def opened(run_id: str) -> None:  # what comes before is not the cell's fault
                     run_ids.append(run_id)

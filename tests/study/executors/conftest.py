@@ -3,7 +3,7 @@
 import pytest
 
 from sparse_ft.settings.cell import CellConfig
-from sparse_ft.study.queue import Job
+from sparse_ft.study.jobs import CellJob
 from sparse_ft.study.worker import WorkerSetup
 from sparse_ft.tracking.runs import Tracker
 
@@ -19,6 +19,6 @@ def study(tmp_path, small):
             CellConfig(**{"model": "tiny-llama", "mode": "dense", **small, "seed": n, **values}) for n in range(count)
         ]
         folder = tmp_path / "cells"
-        return [Job(cell, None, folder / str(cell.seed), key=f"cell {cell.seed}") for cell in cells]
+        return [CellJob(cell, None, folder / str(cell.seed), key=f"cell {cell.seed}") for cell in cells]
 
     return tracker, parent, setup, jobs

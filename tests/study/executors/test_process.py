@@ -65,7 +65,7 @@ def test_progress_comes_from_the_workers_and_base_models_stay(study, tmp_path):
     try:
         queue = Queue(jobs(2))
         executor.run(queue)
-        process = executor._hands[0].process
+        process = executor._handles[0].process
     finally:
         executor.close()
     assert process.exitcode == 0  # it ended by itself: a killed one leaves semaphores behind, and a warning of them
@@ -87,8 +87,7 @@ def test_every_worker_sees_one_gpu_and_its_share_of_the_threads(study, tmp_path)
     before = os.environ.get("CUDA_VISIBLE_DEVICES")
     try:
         executor.run(Queue(jobs(2, model="tiny-llama", device="cpu", max_steps=1)))
-        hands = [executor._hands[number].process.pid for number in range(2)]
-        seen = [psutil.Process(pid).environ() for pid in hands]
+        seen = [psutil.Process(handle.process.pid).environ() for handle in executor._handles]
     finally:
         executor.close()
     assert [surroundings["CUDA_VISIBLE_DEVICES"] for surroundings in seen] == ["3", "GPU-7a"]

@@ -1,4 +1,5 @@
 import json
+import sqlite3
 from pathlib import Path
 
 import optuna
@@ -10,9 +11,10 @@ from sparse_ft.files import load_yaml
 from sparse_ft.settings.cell import CellConfig
 from sparse_ft.settings.commands import SweepConfig
 from sparse_ft.study.driver import sweep
-from sparse_ft.study.plan import load_study
-from sparse_ft.study.search.session import _front, _plan
-from sparse_ft.study.search.trials import Judge, SearchSettings, open_search, propose
+from sparse_ft.study.search.session import best_trials, plan_search
+from sparse_ft.study.search.settings import SearchSettings
+from sparse_ft.study.search.trials import Judge, open_search, propose
+from sparse_ft.study.study_file import load_study
 from sparse_ft.tracking.runs import Tracker
 
 RATE = {"low": 1e-5, "high": 1e-2, "log": True}
@@ -88,11 +90,10 @@ def test_a_trial_whose_worker_is_gone_is_proposed_again(tmp_path):
     lost = study.ask()
     rank = lost.suggest_categorical("lora_r", [2, 4, 8])
     # What a worker that was killed leaves behind: RUNNING, with a heartbeat of long ago.
-    study._storage.record_heartbeat(lost._trial_id)
-    import sqlite3
-
     with sqlite3.connect(tmp_path / "optuna.db") as database:
-        database.execute("UPDATE trial_heartbeats SET heartbeat = '2020-01-01 00:00:00'")
+        database.execute(
+            "INSERT INTO trial_heartbeats (trial_id, heartbeat) SELECT trial_id, '2020-01-01 00:00:00' FROM trials"
+        )
     again = open_search(storage, "s", settings)
     values = []
     again.optimize(lambda trial: values.append(propose(trial, settings, CellConfig()).lora_r) or 0.0, n_trials=1)
@@ -182,18 +183,17 @@ def test_the_judge_stops_the_worse_half():
 
 
 def test_the_front_of_two_objectives_and_the_best_of_one():
-    def trial(*values):
-        return optuna.trial.create_trial(values=list(values))
+    def best(directions, *points):
+        study = optuna.create_study(directions=directions)
+        study.add_trials([optuna.trial.create_trial(values=list(point)) for point in points])
+        return [tuple(trial.values) for trial in best_trials(study)]
 
-    points = [(0.9, 0.1), (0.8, 0.5), (0.7, 0.4), (0.8, 0.5)]
-    front = _front([trial(*point) for point in points], ["maximize", "maximize"])
-    assert [tuple(item.values) for item in front] == [(0.9, 0.1), (0.8, 0.5)]
-    assert _front([trial(3.0), trial(1.0), trial(2.0)], ["minimize"])[0].values == [1.0]
+    assert best(["maximize"] * 2, (0.8, 0.5), (0.7, 0.4), (0.9, 0.1)) == [(0.9, 0.1), (0.8, 0.5)]
+    assert best(["minimize"], (3.0,), (1.0,), (2.0,), (1.0,)) == [(1.0,)]
+    assert best(["minimize"]) == []
 
 
 def test_the_searches_of_the_repository_are_sound():
-    from sparse_ft.study.plan import load_study
-
     for name in ("search", "search_front"):
         study = load_study(Path(__file__).resolve().parents[3] / "configs" / f"{name}.yaml")
         SearchSettings.parse(study.search, name)
@@ -244,9 +244,9 @@ def test_a_range_over_what_decides_masks_is_refused_before_any_run(study_file, n
     settings = SearchSettings.parse(study.search, "Study x")
     if refused:
         with pytest.raises(UserError, match=f"space.{name} must be a list"):
-            _plan(study, settings)
+            plan_search(study, settings)
     else:
-        assert len(_plan(study, settings).cells) == 1
+        assert len(plan_search(study, settings).cells) == 1
 
 
 def test_a_search_is_not_resumed_under_other_choices(study_file, tmp_path):

@@ -1,22 +1,23 @@
-"""A driver's life: signs that it lives, signals that end it, and what it leaves in order when it goes."""
+"""Who drives a study: a driver's heartbeat on the study's run, the signals that end it, and what it leaves behind."""
 
 from __future__ import annotations
 
-import shlex
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import datetime
+from typing import Any
 
-from sparse_ft.cell.failures import parse_retry
 from sparse_ft.errors import UserError
-from sparse_ft.settings.commands import SweepConfig
-from sparse_ft.settings.field import plain_values
-from sparse_ft.study.holder import HEARTBEAT_SECONDS
+from sparse_ft.study.processes import is_alive, is_here
 from sparse_ft.tracking.runs import Tracker
 
-__all__ = ["TakenOverError", "close_open_runs", "driving", "interruptible", "resume_command"]
+__all__ = ["HEARTBEAT_SECONDS", "TakenOverError", "close_open_runs", "driving", "interruptible", "living_driver"]
+
+HEARTBEAT_SECONDS = 30  # how often a driver says on its run that it lives
+_MISSED_BEATS = 3  # so many intervals without a heartbeat, and a driver counts as dead
 
 
 @contextmanager
@@ -98,14 +99,32 @@ def _interrupt() -> None:
         signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
 
 
-def resume_command(config: SweepConfig, parent: str, failed: Iterable[str] = ()) -> str:
-    """The command that resumes a study; with the failure classes of its holes that must be asked for."""
-    said = plain_values(config)
-    values = {name: said[name] for name in ("config", "executor", "max_workers")}
-    values |= {"resume": parent, "output_dir": config.output_dir}
-    elsewhere = ("ray_address", "trainer", "cerebras")
-    values |= {name: said[name] for name in elsewhere if getattr(config, name) is not None}
-    if asked := parse_retry(config.retry) | ({"bug"} & set(failed)):
-        values["retry"] = ",".join(sorted(asked))
-    flags = " ".join(f"-P {name}={shlex.quote(str(value))}" for name, value in values.items())
-    return f"mlflow run . -e sweep --env-manager local {flags}"
+def living_driver(tracker: Tracker, run: dict[str, Any]) -> str | None:
+    """Who drives a study now, in words; None: nobody.
+
+    Of another place only the heartbeat tells. One that seems to have stopped is watched for more than an interval
+    before it is believed: the clocks of two machines may differ.
+    """
+    if run["status"] != "RUNNING":
+        return None
+    name, beat = run["tags"].get("driver", ""), _beat(run)
+    since = datetime.fromtimestamp(run["start_time"]).strftime("%Y-%m-%d %H:%M:%S")
+    host, number = (name.split(" ") + ["?", "?"])[:2]
+    words = f"process {number} on {host}, since {since}"
+    if is_here(name):
+        return words if is_alive(name) else None
+    if abs(time.time() - beat) < _MISSED_BEATS * HEARTBEAT_SECONDS:
+        return words
+    give_up = time.monotonic() + (1.5 * HEARTBEAT_SECONDS if beat else 0)
+    while time.monotonic() < give_up:
+        time.sleep(HEARTBEAT_SECONDS / 10)
+        if _beat(tracker.run(run["run_id"])) != beat:
+            return words
+    return None
+
+
+def _beat(run: dict[str, Any]) -> float:
+    try:
+        return float(run["tags"].get("heartbeat", 0))
+    except ValueError:
+        return 0.0

@@ -1,24 +1,17 @@
-"""Who works at a study: a process named so that no other machine, container or start can be taken for it."""
+"""Names of processes: no other machine, container or start of a driver has the same."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import platform
-import time
 import uuid
-from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import psutil
 
-from sparse_ft.tracking.runs import Tracker
+__all__ = ["driver_name", "is_alive", "is_here", "process_name"]
 
-__all__ = ["HEARTBEAT_SECONDS", "driver_name", "is_alive", "is_here", "living_driver", "process_name"]
-
-HEARTBEAT_SECONDS = 30  # how often a driver says on its run that it lives
-_MISSED_BEATS = 3  # so many intervals without a heartbeat, and a driver counts as dead
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -47,37 +40,6 @@ def is_alive(name: str) -> bool:
         return same and process.status() != psutil.STATUS_ZOMBIE
     except (ValueError, psutil.Error):
         return False
-
-
-def living_driver(tracker: Tracker, run: dict[str, Any]) -> str | None:
-    """Who drives a study now, in words; None: nobody.
-
-    Of another place only the heartbeat tells. One that seems to have stopped is watched for more than an interval
-    before it is believed: the clocks of two machines may differ.
-    """
-    if run["status"] != "RUNNING":
-        return None
-    name, beat = run["tags"].get("driver", ""), _beat(run)
-    since = datetime.fromtimestamp(run["start_time"]).strftime("%Y-%m-%d %H:%M:%S")
-    host, number = (name.split(" ") + ["?", "?"])[:2]
-    words = f"process {number} on {host}, since {since}"
-    if is_here(name):
-        return words if is_alive(name) else None
-    if abs(time.time() - beat) < _MISSED_BEATS * HEARTBEAT_SECONDS:
-        return words
-    give_up = time.monotonic() + (1.5 * HEARTBEAT_SECONDS if beat else 0)
-    while time.monotonic() < give_up:
-        time.sleep(HEARTBEAT_SECONDS / 10)
-        if _beat(tracker.run(run["run_id"])) != beat:
-            return words
-    return None
-
-
-def _beat(run: dict[str, Any]) -> float:
-    try:
-        return float(run["tags"].get("heartbeat", 0))
-    except ValueError:
-        return 0.0
 
 
 def _place() -> str:

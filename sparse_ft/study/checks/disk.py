@@ -1,0 +1,138 @@
+"""How much a study may write, from the shapes of its models, and whether the disks have room for it."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+from sparse_ft.cell.workbench import Workbench
+from sparse_ft.masks.files import HEADER_ROOM
+from sparse_ft.models.checkpoint import Checkpoint
+from sparse_ft.models.devices import resolve_device, resolve_dtype
+from sparse_ft.models.names import role
+from sparse_ft.settings.cell import CellConfig
+from sparse_ft.settings.modes import MODES
+from sparse_ft.study.plan import Plan
+
+__all__ = ["Disk", "disk_problems", "estimate_disk", "gigabytes", "model_bytes"]
+
+_RUN_BYTES = 60_000  # configuration, validation report and database rows of a run
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes that a study writes: ``artifacts`` into the tracking store, ``output`` into its own folder (among
+    them ``passing`` ones, gone when it ends)."""
+
+    masks: int
+    adapters: int
+    models: int
+    passing: int
+    registered: int
+    runs: int
+
+    @property
+    def output(self) -> int:
+        return self.masks + self.models + self.passing
+
+    @property
+    def artifacts(self) -> int:
+        return self.masks + self.adapters + self.registered + self.runs
+
+    def lines(self) -> Iterator[str]:
+        """For the plan."""
+        yield f"disk: at most {gigabytes(self.output)} in the output folder, {gigabytes(self.artifacts)} of artifacts"
+        yield (
+            f"  masks {gigabytes(self.masks)} in each, adapters {gigabytes(self.adapters)}, whole models "
+            f"{gigabytes(self.models + self.registered)}, and {gigabytes(self.passing)} while cells run"
+        )
+
+
+def estimate_disk(plan: Plan, bench: Workbench, workers: int) -> Disk:
+    """The most that the plan can write under its keep policy, computed from the models' shapes.
+
+    Of the Pareto front it is not known beforehand how many models it has: one per sparsity is the most.
+    """
+    masks = adapters = models = 0
+    biggest = 0
+    fronts: dict[tuple[str, str], set[float]] = {}
+    for item in plan.mask_sets:
+        shapes = bench.checkpoint(item.config.model).prunable_shapes().values()
+        packed = sum(math.prod(shape[:-1]) * math.ceil(shape[-1] / 8) for shape in shapes)
+        masks += (packed + HEADER_ROOM) * len(item.config.levels)
+    for cell in plan.computed:
+        checkpoint = bench.checkpoint(cell.model)
+        size = model_bytes(cell, bench)
+        biggest = max(biggest, size)
+        if cell.keep != "none" and MODES[cell.mode].lora:
+            adapters += _adapter_bytes(checkpoint, cell.lora_r, cell.target_modules)
+        if cell.keep == "all":
+            models += size
+        elif plan.study.kept == "pareto":
+            levels = fronts.setdefault((cell.model, cell.task), set())
+            level = cell.sparsity if MODES[cell.mode].keeps_zeros else 0.0
+            models += size if level not in levels else 0
+            levels.add(level)
+    registered = 0
+    if plan.study.registers:
+        models, registered = 0, models
+    return Disk(masks, adapters, models, biggest * workers, registered, _RUN_BYTES * len(plan.cells))
+
+
+def disk_problems(plan: Plan, bench: Workbench, folder: Path, artifacts: str | None, workers: int) -> list[str]:
+    """Whether the disks can hold the study. One line a disk that cannot.
+
+    Args:
+        plan: a plan that `check_plan` has nothing against.
+        bench: finds the models.
+        folder: where the study writes.
+        artifacts: URI of the tracking store's artifacts, where they are counted too if they are local.
+        workers: how many work at once.
+    """
+    disk, problems = estimate_disk(plan, bench, workers), []
+    wanted: dict[Path, int] = {_existing(folder): disk.output}
+    if artifacts and urlsplit(artifacts).scheme == "file":
+        place = _existing(Path(url2pathname(urlsplit(artifacts).path)))
+        same = [known for known in wanted if os.stat(known).st_dev == os.stat(place).st_dev]
+        place = same[0] if same else place
+        wanted[place] = wanted.get(place, 0) + disk.artifacts
+    for place, size in wanted.items():
+        free = shutil.disk_usage(place).free
+        if size > free:
+            problems.append(
+                f"The study may write {gigabytes(size)} to the disk of {place}, which has {gigabytes(free)} left; "
+                f"keep fewer models (keep: adapter or none), or choose another output_dir."
+            )
+    return problems
+
+
+def model_bytes(cell: CellConfig, bench: Workbench) -> int:
+    """Size of the cell's whole model in its dtype."""
+    checkpoint = bench.checkpoint(cell.model)
+    itemsize = resolve_dtype(cell.dtype, resolve_device(cell.device)).itemsize
+    return itemsize * sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names)
+
+
+def gigabytes(size: int) -> str:
+    """Bytes for people."""
+    return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"
+
+
+def _adapter_bytes(checkpoint: Checkpoint, rank: int, chosen: tuple[str, ...] | None) -> int:
+    """Adapters are saved in float32: A is [r, in], B is [out, r]."""
+    shapes = [s for n, s in checkpoint.prunable_shapes().items() if role(checkpoint.config, n).is_adapted(chosen)]
+    return 4 * rank * sum(math.prod(shape[:-2]) * (shape[-2] + shape[-1]) for shape in shapes)
+
+
+def _existing(path: Path) -> Path:
+    """The nearest folder above that is there already."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
