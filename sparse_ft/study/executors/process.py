@@ -50,7 +50,7 @@ class ProcessExecutor(WorkerPool):
         gpus: to be given out in turn, one to a worker; by default `visible_gpus`.
     """
 
-    exit_seconds = 10.0
+    exit_seconds = 30.0  # a busy machine takes its time to end a process with torch in it
 
     def __init__(
         self,
