@@ -4,9 +4,21 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
-__all__ = ["SILENT", "BarProgress", "LineProgress", "Progress", "duration", "shown_progress", "standing"]
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = [
+    "SILENT",
+    "BarProgress",
+    "LineProgress",
+    "Progress",
+    "duration",
+    "shown_progress",
+    "standing",
+    "wide_console",
+]
 
 
 class Progress:
@@ -154,3 +166,11 @@ def _rate(per_second: float, unit: str) -> str:
     if unit == "B":
         return f"{per_second / 1e9:.2f} GB/s" if per_second >= 1e9 else f"{per_second / 1e6:.1f} MB/s"
     return f"{per_second:.3g}/s"
+
+
+def wide_console() -> Console:
+    """A console for long lines and tables; rich gives a pipe 80 columns, too few for them."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=132)

@@ -7,12 +7,12 @@ from pathlib import Path
 from sparse_ft.analysis.terminal import print_table, terminal_table
 from sparse_ft.analysis.write import write_analysis
 from sparse_ft.errors import UserError
-from sparse_ft.progress import shown_progress
+from sparse_ft.progress import shown_progress, wide_console
 from sparse_ft.settings.commands import AnalyzeConfig
 from sparse_ft.settings.field import plain_values
-from sparse_ft.study.report import in_milliseconds, study_console, write_curve_runs
+from sparse_ft.tracking.curves import write_curve_runs
 from sparse_ft.tracking.parameters import flatten_config
-from sparse_ft.tracking.runs import Tracker
+from sparse_ft.tracking.runs import Tracker, in_milliseconds
 
 __all__ = ["analyze"]
 
@@ -45,7 +45,7 @@ def analyze(config: AnalyzeConfig) -> int:
         )
         tracker.log_folder(run_id, folder, "report")
         write_curve_runs(tracker, parent, result.curves)
-    console = study_console()
+    console = wide_console()
     print_table(console, terminal_table(rows))
     for path in result.files:
         console.print(f"  {path}", highlight=False, soft_wrap=True)

@@ -16,12 +16,12 @@ from sparse_ft.cell.trainer import Watch
 from sparse_ft.cell.workbench import Workbench
 from sparse_ft.errors import UserError
 from sparse_ft.models.devices import check_device
-from sparse_ft.progress import shown_progress
+from sparse_ft.progress import shown_progress, wide_console
 from sparse_ft.settings.cell import TrainConfig, mask_set_of
 from sparse_ft.study.checks.preflight import check_examples
-from sparse_ft.study.report import in_milliseconds, study_console, ui_command
 from sparse_ft.study.trainers import make_trainer
-from sparse_ft.tracking.runs import Tracker
+from sparse_ft.tracking.runs import Tracker, in_milliseconds
+from sparse_ft.tracking.stores import ui_command
 
 __all__ = ["train"]
 
@@ -72,9 +72,9 @@ def train(config: TrainConfig) -> int:
             address = register_cell(tracker, run_id, config, result, bench.progress)
     if "warning" in result.tags:
         print(f"train: warning: {result.tags['warning']}", file=sys.stderr)
-    console = study_console()
+    console = wide_console()
     print_table(console, terminal_table(in_milliseconds([tracker.run(run_id)])))
     if address:
         console.print(f"registered: {address}", highlight=False, soft_wrap=True)
-    console.print(f"everything, in a browser: {ui_command(tracker)}", highlight=False, soft_wrap=True)
+    console.print(f"everything, in a browser: {ui_command(tracker.uri)}", highlight=False, soft_wrap=True)
     return 0

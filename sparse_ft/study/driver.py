@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from sparse_ft.analysis.terminal import print_table, table_text, terminal_table
+from sparse_ft.analysis.write import write_analysis
 from sparse_ft.files import write_text
 from sparse_ft.levels import level_label
 from sparse_ft.settings.commands import SweepConfig
@@ -13,9 +14,10 @@ from sparse_ft.study.display import Display
 from sparse_ft.study.keep import keep_models
 from sparse_ft.study.phases import Executor
 from sparse_ft.study.plan import make_plan
-from sparse_ft.study.report import in_milliseconds, report_study
 from sparse_ft.study.session import Session
 from sparse_ft.study.study_file import load_study
+from sparse_ft.tracking.curves import write_curve_runs
+from sparse_ft.tracking.runs import in_milliseconds
 
 __all__ = ["sweep"]
 
@@ -64,9 +66,12 @@ class Grid(Session):
                 lambda text: self._print(text, style="red"),
             )  # fmt: skip
         expected = [config.canonical() for config in self.plan.configs]
-        report = report_study(tracker, parent, folder / "report", study.name, progress, expected)
-        table = terminal_table(in_milliseconds(tracker.children(parent)))
-        tracker.log_file(parent, write_text(folder / "report" / "table.txt", table_text(table)), "report")
+        runs = in_milliseconds(tracker.children(parent))
+        report = write_analysis(runs, folder / "report", title=study.name, progress=progress, expected=expected)
+        table = terminal_table(runs)
+        write_text(folder / "report" / "table.txt", table_text(table))
+        tracker.log_folder(parent, folder / "report", "report")
+        write_curve_runs(tracker, parent, report.curves)
         if self.total <= _SHOWN:
             print_table(self.console, table)
         for figure in report.figures.values():

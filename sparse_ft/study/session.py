@@ -12,7 +12,7 @@ from typing import ClassVar
 from sparse_ft.cell.failures import RETRIED, classify, parse_retry
 from sparse_ft.cell.workbench import Workbench
 from sparse_ft.errors import UserError
-from sparse_ft.progress import duration, shown_progress
+from sparse_ft.progress import duration, shown_progress, wide_console
 from sparse_ft.settings.commands import SweepConfig
 from sparse_ft.settings.field import plain_values
 from sparse_ft.study.checks.disk import estimate_disk
@@ -23,12 +23,11 @@ from sparse_ft.study.executors import executor_problems, make_executor, worker_c
 from sparse_ft.study.heartbeat import close_open_runs, driving, interruptible
 from sparse_ft.study.phases import Executor, Hole, Phases, holes_table
 from sparse_ft.study.plan import Plan
-from sparse_ft.study.report import study_console, ui_command
 from sparse_ft.study.start import Start, start_study
 from sparse_ft.study.trainers import study_trainer
 from sparse_ft.study.worker import WorkerSetup
 from sparse_ft.tracking.runs import Tracker
-from sparse_ft.tracking.stores import artifact_location, tracking_uri
+from sparse_ft.tracking.stores import artifact_location, tracking_uri, ui_command
 
 __all__ = ["Session", "resume_command"]
 
@@ -54,7 +53,7 @@ class Session(ABC):
     def __init__(self, config: SweepConfig, plan: Plan):
         self.config, self.plan, self.total = config, plan, len(plan.cells)
         self.trainer = study_trainer(plan.study.trainer, config)
-        self.console, self.workers, self.bench = study_console(), worker_count(config), Workbench(shown_progress())
+        self.console, self.workers, self.bench = wide_console(), worker_count(config), Workbench(shown_progress())
 
     # -- what a kind of study says
 
@@ -169,7 +168,7 @@ class Session(ABC):
                 f"{len(measured)} {self.unit} run in {duration(seconds)} with {self.workers} worker(s); beyond "
                 f"training and scoring a cell took {mean:.2f} s on average, {worst:.2f} s at most"
             )
-        self._print(f"everything, in a browser: {ui_command(self.tracker)}")
+        self._print(f"everything, in a browser: {ui_command(self.tracker.uri)}")
         again = resume_command(self.config, self.start.parent, (hole.kind for hole in phases.holes))
         if phases.holes:
             self.console.print(holes_table(phases.holes))

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from sparse_ft.tracking.stores import (
     unusable,
 )
 
-__all__ = ["Tracker"]
+__all__ = ["Tracker", "in_milliseconds"]
 
 _BATCH = {"params": 100, "metrics": 1000, "tags": 100}  # what one log_batch takes
 _BATCH_TOTAL = 1000
@@ -293,6 +293,12 @@ class Tracker(Reader):
                 f"{found.experiment_id}) or choose another name"
             )
         return found.experiment_id
+
+
+def in_milliseconds(runs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Runs with their times as the analysis reads them: in milliseconds, as MLflow has them."""
+    times = ("start_time", "end_time")
+    return [run | {key: run[key] and run[key] * 1000 for key in times} for run in runs]
 
 
 def _cut(text: str, length: int) -> str:

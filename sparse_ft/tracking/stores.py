@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from filelock import FileLock
 
-from sparse_ft.errors import UserError
+from sparse_ft.errors import UserError, masked
 
 __all__ = [
     "artifact_location",
@@ -25,6 +25,7 @@ __all__ = [
     "reachable",
     "store_lock",
     "tracking_uri",
+    "ui_command",
     "unusable",
 ]
 
@@ -162,3 +163,11 @@ def quiet_mlflow() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+def ui_command(uri: str) -> str:
+    """The command that shows the runs in a browser; an address with a password is left to the environment."""
+    shown = masked(uri)
+    if uri.startswith("http"):
+        return f"open {shown}"
+    return "mlflow ui --backend-store-uri " + (shown if shown == uri else '"$MLFLOW_TRACKING_URI"')

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from typing import ClassVar
 
-from sparse_ft.cell.failures import CellTimeoutError, classify
+from sparse_ft.cell.failures import CellTimeoutError, WorkerLostError, classify
 from sparse_ft.progress import Progress
 from sparse_ft.study.jobs import Job, Outcome
 from sparse_ft.study.queue import Listener, Queue
@@ -33,8 +33,6 @@ class WorkerHandle(ABC):
         deadline: when it must have ended it; None for no limit.
     """
 
-    connection_errors: ClassVar[tuple[type[Exception], ...]]  # of `messages`, where the worker is gone
-
     def __init__(self) -> None:
         self.job: Job | None = None
         self.run_id, self.began = "", 0.0
@@ -51,11 +49,7 @@ class WorkerHandle(ABC):
 
     @abstractmethod
     def messages(self) -> Iterator[tuple]:
-        """What has come from the worker by now."""
-
-    @abstractmethod
-    def reason(self, error: Exception) -> Exception:
-        """Why the worker is gone, from one of its ``connection_errors``."""
+        """What has come from the worker by now; raises WorkerLostError when it is gone and all was read."""
 
     @abstractmethod
     def kill(self, after: float = 0) -> None:
@@ -137,15 +131,13 @@ class WorkerPool(ABC):
                     (handle.run_id,) = values
                     if self._limit is not None and handle.job.is_cell:
                         handle.deadline = time.monotonic() + self._limit  # its start-up is not the cell's fault
-                elif kind == "stage":
-                    self._listen.stage(number, *values)
-                elif kind == "advanced":
-                    self._listen.advanced(number, *values)
-                else:
+                elif kind == "ended":
                     self._on_ended(queue, number, *values)
                     return
-        except handle.connection_errors as error:  # all that it had sent is read
-            self._on_lost(queue, number, handle, handle.reason(error))
+                else:
+                    getattr(self._listen, kind)(number, *values)  # stage, advanced
+        except WorkerLostError as error:
+            self._on_lost(queue, number, handle, error)
             return
         if handle.deadline is not None and time.monotonic() >= handle.deadline:
             self._on_lost(queue, number, handle, CellTimeoutError(f"the cell took longer than {self._limit:g} s"))

@@ -70,7 +70,7 @@ class ProcessExecutor(WorkerPool):
         here, there = spawn.Pipe()
         threads, log = max(1, cores() // self.workers), self._logs / f"worker-{number}.log"
         process = spawn.Process(
-            target=_serve, args=(there, self._setup, threads, log), name=f"worker-{number}", daemon=True
+            target=_serve, args=(there, self._setup, threads, log), name=f"worker {number}", daemon=True
         )
         with _environment(_surroundings(number, threads, self._gpus)):  # torch reads these when it is imported
             process.start()
@@ -88,8 +88,6 @@ class ProcessExecutor(WorkerPool):
 class ProcessHandle(WorkerHandle):
     """The driver's end of one worker process: jobs and messages go through a pipe."""
 
-    connection_errors = (EOFError, OSError)
-
     def __init__(self, process: multiprocessing.process.BaseProcess, pipe: Connection, log: Path):
         super().__init__()
         self.process, self.pipe, self._log = process, pipe, log
@@ -99,14 +97,14 @@ class ProcessHandle(WorkerHandle):
             self.pipe.send(job)
 
     def messages(self) -> Iterator[tuple]:
-        while self.pipe.poll():
-            yield self.pipe.recv()
-
-    def reason(self, error: Exception) -> WorkerLostError:
-        self.process.join(10)
-        code = self.process.exitcode
-        how = f"signal {-code}" if code is not None and code < 0 else f"exit status {code}"
-        return WorkerLostError(f"{self.process.name.replace('-', ' ')} is gone ({how}), see {self._log}")
+        try:
+            while self.pipe.poll():
+                yield self.pipe.recv()
+        except (EOFError, OSError):
+            self.process.join(10)
+            code = self.process.exitcode
+            how = f"signal {-code}" if code is not None and code < 0 else f"exit status {code}"
+            raise WorkerLostError(f"{self.process.name} is gone ({how}), see {self._log}") from None
 
     def is_alive(self) -> bool:
         return self.process.is_alive()

@@ -154,14 +154,19 @@ class ActorHandle(WorkerHandle):
         self.result: Any = None
         self.placed = False
 
-    @property
-    def connection_errors(self) -> tuple[type[Exception], ...]:
-        return (self._ray.exceptions.RayError,)  # the job's own errors are outcomes
-
     def send(self, job: Job) -> None:
         self._asked, self.result = None, self._actor.run.remote(job)
 
     def messages(self) -> Iterator[tuple]:
+        try:
+            yield from self._received()
+        except self._ray.exceptions.RayError as error:  # the job's own errors are outcomes
+            lost = WorkerLostError(f"worker {self._number} is gone: {str(error).splitlines()[0]}")
+            if isinstance(error, self._ray.exceptions.OutOfMemoryError):
+                lost.failure_class = "out_of_memory"
+            raise lost from None
+
+    def _received(self) -> Iterator[tuple]:
         if self._is_ready(self.result):
             yield "ended", self._ray.get(self.result)
             return
@@ -169,10 +174,6 @@ class ActorHandle(WorkerHandle):
         if self._is_ready(self._asked):  # it may be busy starting up
             messages, self._asked, self.placed = self._ray.get(self._asked), None, True
             yield from messages
-
-    def reason(self, error: Exception) -> Exception:
-        kind = MemoryError if isinstance(error, self._ray.exceptions.OutOfMemoryError) else WorkerLostError
-        return kind(f"worker {self._number} is gone: {str(error).splitlines()[0]}")
 
     def dismiss(self) -> None:
         """It is killed."""

@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from sparse_ft.cell.failures import CellTimeoutError, classify
-from sparse_ft.progress import Progress
+from sparse_ft.study.executors.pool import ProgressMessages
 from sparse_ft.study.jobs import Job, Outcome
 from sparse_ft.study.queue import Listener, Queue
 from sparse_ft.study.worker import WorkerSetup, close_lost
 from sparse_ft.tracking.runs import Tracker
 
-__all__ = ["Reporting", "SerialExecutor"]
+__all__ = ["SerialExecutor"]
 
 _AGAIN_SECONDS = 5.0  # long enough to log a failure in between
 
@@ -52,29 +52,17 @@ class SerialExecutor:
                     run_ids.append(run_id)
                     start()
 
-                return self._worker.run(job, Reporting(self._listen), opened)
+                return self._worker.run(job, ProgressMessages(self._told), opened)
         except CellTimeoutError as error:  # in the very moment in which the worker had done with the cell
             seconds, parent = time.monotonic() - began, self._setup.parent_run_id
             return close_lost(self._tracker, parent, job, run_ids[-1], classify(error), seconds)
 
+    def _told(self, message: tuple) -> None:
+        kind, *values = message
+        getattr(self._listen, kind)(0, *values)
+
     def close(self) -> None:
         """Nothing is left running."""
-
-
-class Reporting(Progress):
-    """Hands a worker's progress to a listener in the same process."""
-
-    def __init__(self, listen: Listener, worker: int = 0):
-        self._listen, self._worker = listen, worker
-
-    def start(self, stage: str, total: float, unit: str = "") -> None:
-        self._listen.stage(self._worker, stage, total, unit)
-
-    def advance(self, amount: float = 1, note: str = "") -> None:
-        self._listen.advanced(self._worker, amount, note)
-
-    def stop(self) -> None:
-        self._listen.stage(self._worker, "", 0, "")
 
 
 @contextmanager
