@@ -133,7 +133,7 @@ class Session(ABC):
             return
         yield from estimate_disk(self.expected, self.bench, self.workers).lines()
         tracker = Tracker.of_existing()
-        yield from estimate_time(self.expected, tracker.search() if tracker else (), self.workers).lines()
+        yield from estimate_time(self.expected, tracker.search() if tracker else (), self.workers)
 
     def _drive(self) -> None:
         start, tracker = self.start, self.tracker

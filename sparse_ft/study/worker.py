@@ -105,8 +105,15 @@ class Worker:
             progress.stop()
 
     def _cell(self, job: CellJob, run_id: str, began: float) -> Outcome:
-        if (failed := self._begin(job, run_id, began)) is not None:
-            return failed
+        identity = job.identity
+        try:
+            if not isinstance(job.masks, Failure):
+                identity = cell_identity(job.cell, self._bench)
+        finally:
+            job.log_inputs(self._tracker, run_id, identity)
+        if isinstance(job.masks, Failure):
+            return self._failed(job, run_id, began, job.masks)
+        check_identity(job.identity, identity, job.title)
         watch = Watch(run_id, lambda curves: self._tracker.log(run_id, curves=curves), job.judge, job.is_reduced)
         result = run_cell(job.cell, job.masks, self._bench, job.folder, self._trainer, watch, job.title)
         log_cell_result(self._tracker, run_id, result)
@@ -116,19 +123,6 @@ class Worker:
         self._tracker.log(run_id, metrics=overhead)
         metrics = result.metrics | overhead
         return Outcome(job, run_id, "FINISHED", time.monotonic() - began, metrics)
-
-    def _begin(self, job: CellJob, run_id: str, began: float) -> Outcome | None:
-        """Logs what the cell is given, under its names and behind them; the outcome where that is not to be run."""
-        identity, masks = job.identity, job.masks
-        try:
-            if not isinstance(masks, Failure):
-                identity = cell_identity(job.cell, self._bench)
-        finally:
-            job.log_inputs(self._tracker, run_id, identity)
-        if isinstance(masks, Failure):
-            return self._failed(job, run_id, began, masks)
-        check_identity(job.identity, identity, job.title)
-        return None
 
     def _masks(self, job: MaskJob, run_id: str, began: float) -> Outcome:
         job.log_inputs(self._tracker, run_id)
