@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sparse_ft.settings.commands import SweepConfig
-from sparse_ft.study.plan import load_study
+from sparse_ft.study.study_file import load_study
 
 __all__ = ["sweep"]
 
