@@ -1,30 +1,28 @@
-"""A family is a row: these tests add one in exactly the way that CONTRIBUTING.md describes, and use it throughout."""
+"""A family is a row: the one that CONTRIBUTING.md adds is added here, and used throughout."""
 
 import pytest
 import torch
+from documents import FENCE, section
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sparse_ft.errors import UserError
 from sparse_ft.lora import LoraSettings
 from sparse_ft.lora.merge import merge_all_lora_weights
 from sparse_ft.lora.model import apply_sparse_lora
+from sparse_ft.models import families
 from sparse_ft.models.checkpoint import Checkpoint
-from sparse_ft.models.families import ARCHITECTURES, CHANNELS, GROUPS, HEADS, Architecture, Projection
 from sparse_ft.models.loading import apply_masks, load_model, save_model
 from sparse_ft.pruning import Calibration, MaskGenerator, PruningSettings
 from sparse_ft.pruning.shrink import shrink_checkpoint
 from sparse_ft.validation import validate_checkpoint
 
-# What a contributor adds to the table: Phi-3, whose query, key and value maps are one, as are gate and up.
-PHI3 = Architecture(
-    "phi3",
-    (
-        Projection("self_attn.qkv_proj", (HEADS, GROUPS, GROUPS)),
-        Projection("self_attn.o_proj", (HEADS,), "column"),
-        Projection("mlp.gate_up_proj", (CHANNELS, CHANNELS)),
-        Projection("mlp.down_proj", (CHANNELS,), "column"),
-    ),
-)
+
+def row():
+    """The row that the page adds."""
+    (body,) = (body for _, body in FENCE.findall(section("CONTRIBUTING.md", "How to add an architecture")))
+    names = dict(vars(families))
+    exec(body, names)
+    return names["PHI3"]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +38,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def phi3(folder, monkeypatch):
-    monkeypatch.setitem(ARCHITECTURES, "phi3", PHI3)
+    monkeypatch.setitem(families.ARCHITECTURES, "phi3", row())
     return folder
 
 

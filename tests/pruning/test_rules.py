@@ -1,37 +1,30 @@
-"""A pruning rule is a row and its arithmetic: one is added here in exactly the way that CONTRIBUTING.md describes."""
+"""A pruning rule is a row and its arithmetic: those that CONTRIBUTING.md adds are added here."""
 
 import sys
 from types import ModuleType
 
 import pytest
+from documents import FENCE, section
 
 from sparse_ft.cell.masks import check_mask_set, make_masks
 from sparse_ft.cell.workbench import Workbench
 from sparse_ft.errors import UserError
 from sparse_ft.masks.checks import check_masks
+from sparse_ft.settings import rules
 from sparse_ft.settings.commands import MaskConfig
 from sparse_ft.settings.parser import Parser
-from sparse_ft.settings.rules import ACTIVATIONS, RULES, Rule
 from sparse_ft.validation import validate_checkpoint
-
-# What a contributor adds to the table: relative importance and activations (Zhang et al., ICLR 2024).
-ALLOWED = {"methods": ("unstructured", "semi_structured"), "scopes": ("layer", "row")}
-RIA = Rule("ria", "RIA", ACTIVATIONS, "ria:scores", **ALLOWED)
-
-
-def scores(weight, statistics):
-    """What a contributor writes into sparse_ft/pruning/ria.py."""
-    size = weight.float().abs()
-    relative = size / size.sum(dim=-1, keepdim=True) + size / size.sum(dim=-2, keepdim=True)
-    return relative * statistics.input_norm.sqrt()
 
 
 @pytest.fixture
 def ria(monkeypatch):
-    file = ModuleType("sparse_ft.pruning.ria")
-    file.scores = scores
+    """The file and the row that the page adds."""
+    arithmetic, row = (body for _, body in FENCE.findall(section("CONTRIBUTING.md", "How to add a pruning rule")))
+    file, names = ModuleType("sparse_ft.pruning.ria"), dict(vars(rules))
+    exec(arithmetic, vars(file))
+    exec(row, names)
     monkeypatch.setitem(sys.modules, file.__name__, file)
-    monkeypatch.setitem(RULES, RIA.name, RIA)
+    monkeypatch.setitem(rules.RULES, "ria", names["RIA"])
 
 
 def asked(folder, *words):
