@@ -46,7 +46,7 @@ class RecipeSettings(Settings):
     importance: str | None = _rule("magnitude", "what decides which weights go (random needs none).", choices=RULES)
     update: str = _rule(
         AUTO,
-        "what becomes of the weights that stay: none, sparsegpt, or auto, the importance's own.",
+        "what becomes of the weights that stay; auto is the importance's own update.",
         choices=(AUTO, *UPDATES),
     )
     scope: str | None = _rule(
