@@ -43,13 +43,13 @@ class IdentityError(ModelUnavailableError):
     """What a name stands for here is not what it stood for where the study was planned."""
 
 
-def cell_identity(cell: CellConfig, bench: Workbench) -> dict[str, str]:
+def cell_identity(cell: CellConfig, bench: Workbench, trainer: str = "local") -> dict[str, str]:
     """What a cell's names stand for on this machine, name -> digest or value.
 
     ``weights``, ``model_config`` and ``tokenizer`` of the base model; ``training_data``, ``scored_data`` and
     ``fewshot_data`` (where there are any); ``task_definition`` (of a task of one's own); ``num_fewshot``;
     ``perplexity_text`` (of a file of one's own); ``masks`` (of a given file); ``dtype`` and ``device`` as resolved;
-    ``versions`` of this program and of the libraries that compute.
+    ``versions`` of this program and of the libraries that compute; ``trainer``, where it is not the local one.
 
     Raises:
         UserError: a model, a task, a mask file or a text that cannot be had.
@@ -63,7 +63,8 @@ def cell_identity(cell: CellConfig, bench: Workbench) -> dict[str, str]:
     if cell.pruned and cell.masks is not None:
         found["masks"] = bench.given_masks(cell.masks)
     found |= {"dtype": str(resolve_dtype(cell.dtype, device)).removeprefix("torch."), "device": device.type}
-    return found | {"versions": versions()}
+    found |= {"versions": versions()}
+    return found if trainer == "local" else found | {"trainer": trainer}
 
 
 def check_identity(planned: Mapping[str, str], here: Mapping[str, str], where: str) -> None:

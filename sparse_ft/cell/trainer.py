@@ -113,10 +113,12 @@ class Trainer(Protocol):
     """Trains cells and merges what it trained. Workers get it by pickle.
 
     Attributes:
+        name: as settings spell it.
         can_stop: a `Judge` can end a training midway.
         takes_all: a training needs all that there is, so cells run one after another in the driver's process.
     """
 
+    name: str
     can_stop: bool
     takes_all: bool
 
@@ -137,7 +139,7 @@ class Trainer(Protocol):
 class LocalTrainer:
     """Trains in this process, on the cell's device. Model, adapter and merged model share their memory."""
 
-    can_stop, takes_all = True, False
+    name, can_stop, takes_all = "local", True, False
 
     def check(self, cell: CellConfig, checkpoint: Checkpoint) -> None:
         """Refuses projections that the model does not have, and adapters that experts cannot take."""

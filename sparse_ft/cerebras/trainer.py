@@ -117,7 +117,7 @@ class CerebrasTrainer:
 
     settings: CerebrasSettings
 
-    can_stop, takes_all = False, True
+    name, can_stop, takes_all = "cerebras", False, True
 
     def check(self, cell: CellConfig, checkpoint: Checkpoint) -> None:
         """Refuses what ModelZoo cannot train: some models, single projections, dropout under a mask."""

@@ -53,7 +53,7 @@ def train(config: TrainConfig) -> int:
         kind = replace(kind, sparsities=(config.sparsity,))
         check_mask_set(kind, bench)
 
-    identity = cell_identity(config, bench)
+    identity = cell_identity(config, bench, trainer.name)
     tracker, folder = Tracker(), Path(config.output_dir)
     run_id = tracker.start(config.title, {"kind": "cell"})
     with recorded(tracker, run_id):

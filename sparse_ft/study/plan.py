@@ -101,7 +101,7 @@ class Plan:
         Raises:
             UserError: a model, a task, a mask file or a text that cannot be had.
         """
-        cells = [replace(cell, identity=cell_identity(cell.config, bench)) for cell in self.cells]
+        cells = [replace(cell, identity=cell_identity(cell.config, bench, self.study.trainer)) for cell in self.cells]
         mask_sets = [replace(item, key=mask_key(item.config, bench)) for item in self.mask_sets]
         return replace(self, cells=tuple(cells), mask_sets=tuple(mask_sets))
 

@@ -108,7 +108,7 @@ class Worker:
         identity = job.identity
         try:
             if not isinstance(job.masks, Failure):
-                identity = cell_identity(job.cell, self._bench)
+                identity = cell_identity(job.cell, self._bench, self._trainer.name)
         finally:
             job.log_inputs(self._tracker, run_id, identity)
         if isinstance(job.masks, Failure):

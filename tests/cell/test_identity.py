@@ -148,6 +148,21 @@ def test_keys_of_cells(cells, bench):
     )
 
 
+def test_a_result_of_another_trainer_is_another_result(cells, bench):
+    cell = cells[0][0]
+    here, there = cell_identity(cell, bench), cell_identity(cell, bench, "cerebras")
+    assert there == here | {"trainer": "cerebras"}
+    assert cell_key(cell, here) != cell_key(cell, there)
+    runs = []
+    for number, identity in enumerate((here, there)):
+        params = flatten_config(cell.canonical()) | flatten_config(identity, "identity")
+        tags = {"kind": "cell", "cell_key": cell_key(cell, identity)}
+        runs.append({"run_id": str(number), "status": "FINISHED", "start_time": 1, "end_time": 2, "tags": tags,
+                     "params": params, "metrics": {"eval/accuracy": 0.5}})  # fmt: skip
+    rows = cell_table(runs).to_dict("records")
+    assert len({tuple(str(row[name]) for name in (*GROUP, "seed")) for row in rows}) == 2
+
+
 def test_keys_of_scores_before_fine_tuning(cells, bench):
     def key(cell):
         settings = part_of(ScoringSettings, cell)
