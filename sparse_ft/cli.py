@@ -60,7 +60,7 @@ COMMANDS = {
     "analyze": Command(AnalyzeConfig, "sparse_ft.commands.analyze:analyze"),
     "sweep": Command(SweepConfig, "sparse_ft.commands.sweep:sweep"),
     "rebuild": Command(RebuildConfig, "sparse_ft.commands.rebuild:rebuild"),
-    "cerebras_configs": Command(CerebrasConfigsConfig, "sparse_ft.study.cerebras_configs:write_configs"),
+    "cerebras_configs": Command(CerebrasConfigsConfig, "sparse_ft.commands.cerebras_configs:cerebras_configs"),
 }
 
 

@@ -11,7 +11,7 @@ from datetime import datetime
 from typing import Any
 
 from sparse_ft.errors import UserError
-from sparse_ft.study.processes import is_alive, is_here
+from sparse_ft.processes import is_alive, is_here
 from sparse_ft.tracking.runs import Tracker
 
 __all__ = ["HEARTBEAT_SECONDS", "TakenOverError", "close_open_runs", "driving", "interruptible", "living_driver"]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sparse_ft.errors import UserError
-from sparse_ft.study.processes import is_alive, is_here
+from sparse_ft.processes import is_alive, is_here
 from sparse_ft.tracking.runs import Tracker
 
 __all__ = ["Ledger", "Run", "read_ledger"]

@@ -15,11 +15,11 @@ from sparse_ft.cell.failures import parse_retry
 from sparse_ft.cell.identity import plan_identity
 from sparse_ft.errors import UserError
 from sparse_ft.files import load_yaml
+from sparse_ft.processes import driver_name
 from sparse_ft.settings.commands import SweepConfig
 from sparse_ft.study.heartbeat import living_driver
 from sparse_ft.study.ledger import Ledger, Run, read_ledger
 from sparse_ft.study.plan import Plan
-from sparse_ft.study.processes import driver_name
 from sparse_ft.tracking.parameters import flatten_config
 from sparse_ft.tracking.runs import Tracker
 from sparse_ft.tracking.stores import store_lock

@@ -18,9 +18,9 @@ from sparse_ft.cell.run import run_cell
 from sparse_ft.cell.trainer import LOCAL, Trainer, Watch
 from sparse_ft.cell.workbench import Workbench
 from sparse_ft.memory import release_memory
+from sparse_ft.processes import process_name
 from sparse_ft.progress import SILENT, Progress
 from sparse_ft.study.jobs import CellJob, Job, MaskJob, Outcome
-from sparse_ft.study.processes import process_name
 from sparse_ft.tracking.runs import Tracker
 
 __all__ = ["Worker", "WorkerSetup", "beyond_work", "close_lost"]

@@ -10,10 +10,10 @@ import pytest
 from sparse_ft import __version__
 from sparse_ft.cell.identity import versions
 from sparse_ft.errors import UserError
+from sparse_ft.processes import process_name
 from sparse_ft.settings.commands import SweepConfig
 from sparse_ft.study import heartbeat
 from sparse_ft.study.driver import sweep
-from sparse_ft.study.processes import process_name
 from sparse_ft.tracking.runs import Tracker
 
 

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from sparse_ft.files import atomic_path
 from sparse_ft.levels import level_label
-from sparse_ft.study.search.settings import SearchSettings
+from sparse_ft.settings.search import SearchSettings
 
 __all__ = ["best_table", "plot_trials"]
 

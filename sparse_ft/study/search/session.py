@@ -16,12 +16,12 @@ from sparse_ft.files import write_json
 from sparse_ft.settings.cell import CellConfig, mask_set_of
 from sparse_ft.settings.commands import SweepConfig
 from sparse_ft.settings.field import named
+from sparse_ft.settings.search import SearchSettings
 from sparse_ft.study.checks.disk import model_bytes
 from sparse_ft.study.display import Display
 from sparse_ft.study.phases import Executor, Hole
 from sparse_ft.study.plan import Plan, make_plan
 from sparse_ft.study.search.figures import best_table, plot_trials
-from sparse_ft.study.search.settings import SearchSettings
 from sparse_ft.study.search.trials import TrialJob, open_search, open_storage
 from sparse_ft.study.session import Session
 from sparse_ft.study.start import STUDY_FILE, changes

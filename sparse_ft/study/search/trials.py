@@ -18,8 +18,8 @@ from sparse_ft.errors import UserError
 from sparse_ft.pruning.output import MaskFile
 from sparse_ft.settings.cell import CellConfig, mask_set_of
 from sparse_ft.settings.parser import Parser
+from sparse_ft.settings.search import SearchSettings
 from sparse_ft.study.jobs import CellJob, Job, Outcome
-from sparse_ft.study.search.settings import SearchSettings
 
 __all__ = ["Judge", "TrialJob", "open_search", "open_storage", "propose"]
 

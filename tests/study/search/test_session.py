@@ -10,9 +10,9 @@ from sparse_ft.errors import UserError
 from sparse_ft.files import load_yaml
 from sparse_ft.settings.cell import CellConfig
 from sparse_ft.settings.commands import SweepConfig
+from sparse_ft.settings.search import SearchSettings
 from sparse_ft.study.driver import sweep
 from sparse_ft.study.search.session import best_trials, plan_search
-from sparse_ft.study.search.settings import SearchSettings
 from sparse_ft.study.search.trials import Judge, open_search, propose
 from sparse_ft.study.study_file import load_study
 from sparse_ft.tracking.runs import Tracker

@@ -8,9 +8,9 @@ from sparse_ft.cell.masks import make_masks
 from sparse_ft.cell.workbench import Workbench
 from sparse_ft.cerebras.config import check_config
 from sparse_ft.cerebras.trainer import CerebrasSettings, load_settings
+from sparse_ft.commands.cerebras_configs import write_study_configs
 from sparse_ft.errors import UserError
 from sparse_ft.settings.commands import MaskConfig
-from sparse_ft.study.cerebras_configs import write_study_configs
 
 SHAPE = {
     "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -26,10 +26,10 @@ from sparse_ft.settings.modes import MODES
 from sparse_ft.study.plan import Plan, PlannedCell, make_plan
 from sparse_ft.study.study_file import load_study
 
-__all__ = ["write_configs", "write_study_configs"]
+__all__ = ["cerebras_configs", "write_study_configs"]
 
 
-def write_configs(config: CerebrasConfigsConfig) -> int:
+def cerebras_configs(config: CerebrasConfigsConfig) -> int:
     """Writes the configurations and says how many. Returns 0."""
     settings = load_settings(config.settings)
     files = write_study_configs(config.config, config.output_dir, settings)
