@@ -28,7 +28,8 @@ def sweep(config: SweepConfig) -> int:
     """Runs a study to its end, or resumes one. Returns 0 when every cell is FINISHED, else 1.
 
     Raises:
-        UserError, KeyboardInterrupt: see `sparse_ft.study.session.Session.run`.
+        UserError: it cannot start, see `sparse_ft.study.session.Session.run`.
+        KeyboardInterrupt: Ctrl-C or SIGTERM, after workers were stopped and runs closed.
     """
     study = load_study(config.config)
     if config.trainer is not None:

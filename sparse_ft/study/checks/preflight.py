@@ -47,10 +47,7 @@ def check_plan(plan: Plan, bench: Workbench, trainer: Trainer = LOCAL) -> list[s
 
 def check_resources(plan: Plan, bench: Workbench, folder: Path, artifacts: str | None, workers: int) -> list[str]:
     """Whether disk and memory can hold a plan that `check_plan` has nothing against. One line a problem.
-
-    Args:
-        plan, bench, folder, artifacts, workers: see `sparse_ft.study.checks.disk.disk_problems`.
-    """
+    For the arguments see `sparse_ft.study.checks.disk.disk_problems`."""
     problems = disk_problems(plan, bench, folder, artifacts, workers)
     return problems + list(filter(None, [_memory_problem(plan, bench, workers)]))
 

@@ -45,7 +45,10 @@ class ProcessExecutor(WorkerPool):
     its back.
 
     Args:
-        setup, listen, workers, cell_seconds: see `WorkerPool`.
+        setup: of every worker.
+        listen: told what happens, in this process.
+        workers: how many.
+        cell_seconds: longest time for a cell; None for no limit.
         logs: folder for what the workers print.
         gpus: to be given out in turn, one to a worker; by default `visible_gpus`.
     """

@@ -32,7 +32,10 @@ class RayExecutor(WorkerPool):
     """Workers that are Ray actors, which may be lost with their node.
 
     Args:
-        setup, listen, workers, cell_seconds: see `WorkerPool`.
+        setup: of every worker.
+        listen: told what happens, in this process.
+        workers: how many.
+        cell_seconds: longest time for a cell; None for no limit.
         address: of a running cluster (``auto`` finds the one this machine belongs to); ``none`` starts one here.
 
     Raises:

@@ -34,7 +34,8 @@ class TrialJob(Job):
         number: of this job in the study; makes its sampler's seed.
         cell: the values that no axis of the search sets.
         settings: of the search.
-        storage, name: where the trials are.
+        storage: database of the trials.
+        name: of the search in it.
         masks: (mask set's configuration, sparsity) -> its file, or why there is none.
         folder: the study's folder for cells.
     """
