@@ -18,6 +18,7 @@ from sparse_ft.lora.full import release_masked_weights
 from sparse_ft.lora.function import effective_weight
 from sparse_ft.lora.layer import MaskedBase
 from sparse_ft.lora.rounding import DITHERED_DTYPES, noise_key
+from sparse_ft.settings.shared import ROUNDINGS
 
 __all__ = ["adapted_layers", "merge_all_lora_weights", "refuse_shared"]
 
@@ -37,9 +38,12 @@ def merge_all_lora_weights(model: nn.Module, rounding: str = "dithered", seed: i
         seed: of the dithered rounding of plain adapters.
 
     Raises:
-        UserError: an adapter on a weight that another module uses too; nothing was changed.
+        UserError: an adapter on a weight that another module uses too, or a rounding that there is not; nothing was
+            changed.
         ValueError: a merged weight is not finite.
     """
+    if rounding not in ROUNDINGS:
+        raise UserError(f"rounding is '{rounding}', it must be one of {', '.join(ROUNDINGS)}.")
     model = getattr(model, "module", model)  # of DistributedDataParallel
     if isinstance(model, PeftModel):
         refuse_shared(model.get_base_model())

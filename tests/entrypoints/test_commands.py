@@ -267,7 +267,7 @@ def mlflow_run(entry_point, folder, **parameters):
 def test_mlflow_run_makes_one_run_and_keeps_what_was_typed(tmp_path):
     folder = str(tmp_path / "masks")
     run = mlflow_run("compute_masks", tmp_path, model="tiny-llama", sparsities=".50", output_dir=folder, force="false")
-    assert (run["params"]["sparsities"], run["params"]["cfg/sparsities"]) == (".50", ".50")
+    assert (run["params"]["sparsities"], run["params"]["cfg/sparsities"]) == (".50", "0.5")
     assert torch.is_tensor(load_file(tmp_path / "masks" / "masks_sparsity50_unstructured.safetensors").popitem()[1])
 
 

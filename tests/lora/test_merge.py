@@ -1,10 +1,12 @@
 """Merging: in place, exact in every precision, rounded as asked, and refused where it would change something else."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch import nn
 
 from sparse_ft.errors import UserError
 from sparse_ft.lora import (
@@ -181,6 +183,8 @@ def test_an_adapter_on_a_head_of_its_own_is_merged_and_peft_s_on_a_shared_one_is
 
 
 def test_an_unknown_rounding_is_one_line():
-    for make in (LoraSettings, SparseLoRAConfig):
+    with pytest.raises(UserError, match="rounding 'up' is none of dithered, nearest"):
+        LoraSettings(rounding="up").check()
+    for make in (SparseLoRAConfig, partial(merge_all_lora_weights, nn.Linear(2, 2))):
         with pytest.raises(UserError, match="rounding is 'up', it must be one of dithered, nearest"):
             make(rounding="up")

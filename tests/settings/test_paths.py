@@ -98,4 +98,4 @@ def test_two_spellings_in_a_study_are_one_cell(tmp_path, monkeypatch):
     grid = {"data_dir": ["data", "./data", "data/", "$DATA", "x/../data"], "sparsity": [0.5]}
     path.write_text(yaml.safe_dump({"grid": grid, "cell": {"model": "$DATA/m"}, "dense_baseline": False}))
     (cell,) = make_plan(load_study(path)).cells
-    assert (cell.data_dir, cell.model) == ("data", "data/m")
+    assert (cell.config.data_dir, cell.config.model) == ("data", "data/m")
