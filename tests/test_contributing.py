@@ -98,7 +98,8 @@ def edited(tmp_path):
     """Runs `sparse-ft WORDS` on a copy of the package in which a line was replaced by what a page says."""
 
     def start(file, line, block, *words):
-        shutil.copytree(ROOT / "sparse_ft", tmp_path / "sparse_ft", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / "sparse_ft", tmp_path / "sparse_ft", ignore=shutil.ignore_patterns("__pycache__"),
+                        dirs_exist_ok=True)  # fmt: skip
         path = tmp_path / file
         text = path.read_text(encoding="utf-8")
         (old,) = re.findall(rf"^{re.escape(line)}.*\n", text, re.MULTILINE)
@@ -118,3 +119,16 @@ def test_a_mode(edited):
     assert "full fine-tuning, dense" in done.stdout
     (cell,) = _cells()
     assert cell["params"]["cfg/mode"] == "full_dense" and cell["metrics"]["sparsity/after_merge"] < 0.01
+
+
+@pytest.mark.slow
+def test_an_executor(edited, study_file, tmp_path):
+    module, row = _blocks("How to add an executor", "python")
+    new = tmp_path / "sparse_ft" / "study" / "executors" / "thread.py"
+    new.parent.mkdir(parents=True)
+    new.write_text(module)
+    path = study_file({"model": ["tiny-llama"], "sparsity": [0.5], "mode": ["sparse_to_dense"]}, dense_baseline=False)
+    done = edited("sparse_ft/settings/executors.py", "EXECUTORS = ", row, "sweep", "--config", str(path), "--executor",
+                  "thread", "--output_dir", str(tmp_path / "out"))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert [run["status"] for run in _cells()] == ["FINISHED"]

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sparse_ft.settings.executors import EXECUTORS, executors_help
 from sparse_ft.settings.field import Settings, setting
 from sparse_ft.settings.model import DataSettings, ModelSettings
 from sparse_ft.settings.pruning import PruningSettings
@@ -91,12 +92,7 @@ class SweepConfig(Settings):
     """Runs a study: every cell of a configuration as a child run under one parent."""
 
     config: str = setting(help="the study's YAML file (see configs/).", path=())
-    executor: str = setting(
-        "serial",
-        "where cells run: one after another here (serial), in worker processes on this machine (process), or on a Ray"
-        " cluster (ray).",
-        choices=("serial", "process", "ray"),
-    )
+    executor: str = setting("serial", executors_help(), choices=tuple(EXECUTORS))
     trainer: str | None = setting(
         None,
         "how cells are trained: where they run (local), or on a Cerebras cluster (cerebras); none leaves that to the"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from sparse_ft.cell.trainer import LOCAL, Trainer
 from sparse_ft.errors import UserError
 from sparse_ft.settings.commands import SweepConfig
+from sparse_ft.settings.executors import EXECUTORS
 
 __all__ = ["make_trainer", "study_trainer"]
 
@@ -33,7 +34,7 @@ def study_trainer(name: str, config: SweepConfig) -> Trainer:
         UserError: as `make_trainer`; or it takes all that there is, and the executor would run several cells at once.
     """
     trainer = make_trainer(name, config.cerebras)
-    if trainer.takes_all and config.executor != "serial":
+    if trainer.takes_all and EXECUTORS[config.executor].several:
         raise UserError(
             f"trainer {name} runs with executor serial, not {config.executor}: one training takes the whole cluster "
             "that it was given."

@@ -4,39 +4,47 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from pkgutil import resolve_name
+from typing import Protocol
 
 from sparse_ft.errors import UserError
 from sparse_ft.settings.commands import SweepConfig
-from sparse_ft.study.executors.process import ProcessExecutor, default_workers
-from sparse_ft.study.executors.serial import SerialExecutor
+from sparse_ft.settings.executors import EXECUTORS
+from sparse_ft.study.executors.process import default_workers
 from sparse_ft.study.plan import Plan
-from sparse_ft.study.queue import Listener
+from sparse_ft.study.queue import Listener, Queue
 from sparse_ft.study.worker import WorkerSetup
 
-__all__ = ["executor_problems", "make_executor", "worker_count"]
+__all__ = ["RunningExecutor", "executor_problems", "make_executor", "worker_count"]
+
+
+class RunningExecutor(Protocol):
+    """What a study asks of its executor."""
+
+    workers: int
+
+    def run(self, queue: Queue) -> None:
+        """Runs the queue empty; tells the listener what happens, and the queue how each job ended."""
+
+    def close(self) -> None:
+        """Ends the workers."""
 
 
 def make_executor(
     config: SweepConfig, setup: WorkerSetup, listen: Listener, workers: int, logs: Path
-) -> SerialExecutor | ProcessExecutor:
-    """The executor that a configuration asks for.
+) -> RunningExecutor:
+    """The executor that a configuration asks for, of a row of `sparse_ft.settings.executors.EXECUTORS`.
 
     Raises:
         UserError: ray is asked for and not installed, or its cluster does not answer.
     """
-    limit = config.cell_seconds
-    if config.executor == "process":
-        return ProcessExecutor(setup, listen, workers, limit, logs=logs)
-    if config.executor == "ray":
-        from sparse_ft.study.executors.ray import RayExecutor
-
-        return RayExecutor(setup, listen, workers, limit, address=config.ray_address)
-    return SerialExecutor(setup, listen, limit)
+    start = resolve_name(f"sparse_ft.study.executors.{EXECUTORS[config.executor].name}:start")
+    return start(config, setup, listen, workers, logs)
 
 
 def executor_problems(config: SweepConfig, plan: Plan) -> list[str]:
     """What an executor cannot run, one line each; empty where it can start."""
-    if config.executor not in ("process", "ray"):
+    if not EXECUTORS[config.executor].several:
         return []
     named = dict.fromkeys(cell.device for cell in plan.configs if re.fullmatch(r"cuda:0*[1-9]\d*", cell.device))
     return [
@@ -52,7 +60,7 @@ def worker_count(config: SweepConfig) -> int:
     Raises:
         UserError: fewer than one.
     """
-    if config.executor == "serial":
+    if not EXECUTORS[config.executor].several:
         return 1
     if config.max_workers is None:
         return default_workers()

@@ -16,12 +16,13 @@ from pathlib import Path
 from sparse_ft.cell.failures import WorkerLostError
 from sparse_ft.cores import cores
 from sparse_ft.errors import masked
+from sparse_ft.settings.commands import SweepConfig
 from sparse_ft.study.executors.pool import ProgressMessages, WorkerHandle, WorkerPool
 from sparse_ft.study.jobs import Job
 from sparse_ft.study.queue import Listener
 from sparse_ft.study.worker import WorkerSetup
 
-__all__ = ["ProcessExecutor", "default_workers", "visible_gpus"]
+__all__ = ["ProcessExecutor", "default_workers", "start", "visible_gpus"]
 
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS", "RAYON_NUM_THREADS")
 
@@ -38,6 +39,11 @@ def visible_gpus() -> list[str]:
     count = torch.cuda.device_count()
     given = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
     return (given or [str(index) for index in range(count)])[:count]
+
+
+def start(config: SweepConfig, setup: WorkerSetup, listen: Listener, workers: int, logs: Path) -> ProcessExecutor:
+    """The executor as a configuration asks for it."""
+    return ProcessExecutor(setup, listen, workers, config.cell_seconds, logs=logs)
 
 
 class ProcessExecutor(WorkerPool):

@@ -18,14 +18,20 @@ from typing import Any
 
 from sparse_ft.cell.failures import WorkerLostError
 from sparse_ft.errors import UserError
+from sparse_ft.settings.commands import SweepConfig
 from sparse_ft.study.executors.pool import ProgressMessages, WorkerHandle, WorkerPool
 from sparse_ft.study.jobs import Job, Outcome
 from sparse_ft.study.queue import Listener
 from sparse_ft.study.worker import WorkerSetup
 
-__all__ = ["RayExecutor", "cores_each"]
+__all__ = ["RayExecutor", "cores_each", "start"]
 
 _EVERY = 0.5  # seconds between two requests for the workers' messages
+
+
+def start(config: SweepConfig, setup: WorkerSetup, listen: Listener, workers: int, logs: Path) -> RayExecutor:
+    """The executor as a configuration asks for it."""
+    return RayExecutor(setup, listen, workers, config.cell_seconds, address=config.ray_address)
 
 
 class RayExecutor(WorkerPool):

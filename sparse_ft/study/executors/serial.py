@@ -7,17 +7,24 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from sparse_ft.cell.failures import CellTimeoutError, classify
+from sparse_ft.settings.commands import SweepConfig
 from sparse_ft.study.executors.pool import ProgressMessages
 from sparse_ft.study.jobs import Job, Outcome
 from sparse_ft.study.queue import Listener, Queue
 from sparse_ft.study.worker import WorkerSetup, close_lost
 from sparse_ft.tracking.runs import Tracker
 
-__all__ = ["SerialExecutor"]
+__all__ = ["SerialExecutor", "start"]
 
 _AGAIN_SECONDS = 5.0  # long enough to log a failure in between
+
+
+def start(config: SweepConfig, setup: WorkerSetup, listen: Listener, workers: int, logs: Path) -> SerialExecutor:
+    """The executor as a configuration asks for it."""
+    return SerialExecutor(setup, listen, config.cell_seconds)
 
 
 class SerialExecutor:

@@ -1,0 +1,35 @@
+"""The executors that a study's cells run in: one row each. The code is the module of that name in study/executors/."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["EXECUTORS", "Executor", "executors_help"]
+
+
+@dataclass(frozen=True)
+class Executor:
+    """One place where cells run.
+
+    Attributes:
+        name: as flags and files spell it; the function ``start`` of ``sparse_ft.study.executors.NAME``
+            makes it.
+        where: ends "cells run ...", for --help.
+        several: whether it has several workers, each in a process that sees one GPU alone.
+    """
+
+    name: str
+    where: str
+    several: bool
+
+
+SERIAL = Executor("serial", "one after another here", several=False)
+PROCESS = Executor("process", "in worker processes on this machine", several=True)
+RAY = Executor("ray", "on a Ray cluster", several=True)
+EXECUTORS = {executor.name: executor for executor in (SERIAL, PROCESS, RAY)}
+
+
+def executors_help() -> str:
+    """What there is to choose from, in one sentence."""
+    *most, last = (f"{executor.where} ({executor.name})" for executor in EXECUTORS.values())
+    return f"where cells run: {', '.join(most)}, or {last}."
