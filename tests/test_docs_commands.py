@@ -42,6 +42,7 @@ RUN = {
     r"mlflow run \. -e sweep .* -P config=configs/tiny_full.yaml .*": BY_HAND + "its time stands in docs/benchmarks.md",
     r"mlflow run \. -e sweep .* -P config=configs/smoke.yaml": CI,
     r"mlflow run \. -e train .* -P num_fewshot=10 .*": BY_HAND + "its scores stand in docs/design.md",
+    r"mlflow run \. -e compute_masks --env-manager uv .*": BY_HAND + "uv 0.13.9",
     r"mlflow run \. -e (compute_masks|train) .* -P model=tiny-llama .*": STARTED,
     r"mlflow run \. -e compute_masks .* -P model=smollm2-135m .* -P scope=global": BY_HAND + "for docs/pruning.md",
     r"mlflow run \. -e validate .*": STEPS + "validate_says_0_for_a_good_pair_1_for_a_broken_one_2_for_none",
