@@ -184,7 +184,7 @@ def write_start_checkpoint(
                 factor = torch.rand(lora.r, weight.shape[1], generator=generator) * 2 * bound - bound
                 writer.write(f"{module}.lora_A", factor)
                 writer.write(f"{module}.lora_B", torch.zeros(weight.shape[0], lora.r))
-            progress.advance(sum(source.nbytes(name) for name in names))
+            progress.advance(weight.nbytes)
         if architecture_of(config).head_weight not in source.names:
             writer.link("model.lm_head.weight", "model.embedding_layer.word_embeddings.weight")
     progress.stop()
