@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from sparse_ft.pruning.generator import MaskGenerator
 from sparse_ft.pruning.output import MaskFile
 from sparse_ft.settings.cell import CellConfig
 from sparse_ft.settings.commands import MaskConfig
+from sparse_ft.settings.rules import AUTO
 
 __all__ = [
     "GivenMasks",
@@ -140,6 +141,20 @@ class GivenMasks:
     file: MaskFile
     described: dict[str, Any]
 
+    def settle(self, cell: CellConfig) -> CellConfig:
+        """The cell with the fields that the file settles: it is named by what made its masks.
+
+        Raises:
+            UserError: it asks for another update. What stays is updated where masks are made, and never afterwards.
+        """
+        settled = replace(cell, **self.described)
+        if cell.update != AUTO and cell.updating != settled.updating:
+            raise UserError(
+                f"update is {cell.update}, and the masks {self.file.path} were made with update"
+                f" {settled.updating.name}: masks of a file are taken as they are. Leave update out, or make them anew."
+            )
+        return settled
+
 
 def mask_file(path: str | Path) -> GivenMasks:
     """A mask file from disk as the engine would have handed it over.
@@ -174,10 +189,11 @@ def mask_file(path: str | Path) -> GivenMasks:
 def _described(about: Mapping[str, Any]) -> dict[str, Any]:
     """The cell fields that the metadata of masks settle: what made them, whatever the cell says beside their name."""
     blank, calibration = MaskConfig(), about.get("calibration") or {}
-    described = {key: about[key] for key in ("method", "importance", "update", "scope") if key in about}
+    described = {key: about[key] for key in ("method", "importance", "scope") if key in about}
     if described.get("method") == "random":
         described.update(importance=None, scope=None)
     return described | {
+        "update": about.get("update", AUTO),  # said only where it is not the importance's own
         "pattern": about.get("pattern", blank.pattern),
         "allocation": about.get("allocation", blank.allocation),
         "calibration_samples": calibration.get("samples", blank.calibration_samples),

@@ -39,7 +39,7 @@ def train(config: TrainConfig) -> int:
     given = None
     if config.pruned and config.masks is not None:
         given = mask_file(config.masks)
-        config = replace(config, **given.described)
+        config = given.settle(config)
     config.check()
     check_device(config.device)  # one that is not here makes no run
     checkpoint = bench.checkpoint(config.model)

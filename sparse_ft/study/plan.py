@@ -113,7 +113,7 @@ def make_plan(study: Study) -> Plan:
         UserError: a field or value that no cell has.
     """
     where, parser = f"Study {study.name}", Parser(CellConfig)
-    common, described = parser.values(study.cell, where), cache(lambda path: mask_file(path).described)
+    common, given = parser.values(study.cell, where), cache(mask_file)
     # Every axis value is checked once, not once a cell.
     axes = [[getattr(parser.values({axis: v}, where), axis) for v in values] for axis, values in study.grid.items()]
     points = [replace(common, **dict(zip(study.grid, values, strict=True))) for values in itertools.product(*axes)]
@@ -126,7 +126,7 @@ def make_plan(study: Study) -> Plan:
         whole = study.kept == "all" or (study.kept == "pareto" and not MODES[cell.mode].lora)
         kept = "none" if study.kept == "none" else "all" if whole else "adapter"
         if cell.pruned and cell.masks is not None:
-            cell = replace(cell, **described(cell.masks))
+            cell = given(cell.masks).settle(cell)
         cells.setdefault(cell.key(), replace(cell, keep=kept, register_as=None))
 
     configs = list(cells.values())

@@ -85,7 +85,7 @@ class TrialJob(Job):
             masks = self.masks[kind, cell.sparsity]
         elif cell.pruned:
             given = mask_file(cell.masks)
-            cell, masks = replace(cell, **given.described), given.file
+            cell, masks = given.settle(cell), given.file
         tags = {"trial": str(trial.number), "search": self.name}
         key, judge = f"{self.name}-{trial.number}", Judge(trial, self.settings.rungs(cell.max_steps))
         return CellJob(cell, masks, self.folder / key, key=key, attempt=self.attempt, tags=tags, judge=judge)

@@ -1,0 +1,41 @@
+"""Masks that are brought as a file say of a cell what made them."""
+
+from dataclasses import replace
+
+import pytest
+
+from sparse_ft.cell.masks import make_masks, mask_file
+from sparse_ft.cell.workbench import Workbench
+from sparse_ft.errors import UserError
+from sparse_ft.settings.cell import CellConfig
+from sparse_ft.settings.commands import MaskConfig
+
+TEXT = {"data_dir": "made", "calibration_samples": 4, "calibration_seq_len": 16}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Magnitude's masks without an update, and with SparseGPT's."""
+    folder, bench = tmp_path_factory.mktemp("masks"), Workbench()
+    asked = MaskConfig(model="tiny-llama", **TEXT)
+    return {
+        update: mask_file(make_masks(replace(asked, update=update), bench, folder / update)[0].path)
+        for update in ("none", "sparsegpt")
+    }
+
+
+def test_a_file_says_what_made_it_whatever_stands_beside_its_name(files):
+    cell = CellConfig(model="tiny-llama", importance="wanda", scope="row", sparsity=0.9)
+    plain, updated = (files[update].settle(cell) for update in ("none", "sparsegpt"))
+    assert plain.title == "50 % s2s unstructured magnitude · boolq · tiny-llama"
+    assert updated.title == "50 % s2s unstructured magnitude+sparsegpt · boolq · tiny-llama"
+    assert (plain.importance, plain.scope, plain.sparsity) == ("magnitude", "layer", 0.5)
+    assert plain.key() != updated.key()
+
+
+@pytest.mark.parametrize(("of_file", "asked"), [("none", "sparsegpt"), ("sparsegpt", "none")])
+def test_an_update_that_a_file_did_not_have_is_refused_and_not_passed_over(files, of_file, asked):
+    cell = CellConfig(model="tiny-llama", masks=str(files[of_file].file.path), update=asked)
+    with pytest.raises(UserError, match=f"update is {asked}, and the masks .* were made with update {of_file}"):
+        files[of_file].settle(cell)
+    assert files[of_file].settle(replace(cell, update=of_file)) == files[of_file].settle(replace(cell, update="auto"))
