@@ -157,7 +157,6 @@ def _answered(kind: str, question: str, about: bytes, ask: Callable[[], Any]) ->
 def _answering(kind: str) -> list[Any]:
     """Version, sizes and times of the code of transformers that describes models of a kind."""
     package = Path(find_spec("transformers").origin).parent
-    common = [package / name for name in ("configuration_utils.py", "modeling_utils.py")]
-    files = [*common, *sorted((package / "models" / kind).glob("*.py"))]
+    files = [*sorted(package.glob("*.py")), *sorted((package / "models" / kind).glob("*.py"))]
     stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return [version("transformers"), stamps]
