@@ -169,7 +169,7 @@ def test_one_worker_killed_in_a_study(driver, tmp_path):
 def small_disk(tmp_path):
     """A file system of a few megabytes."""
     if not sys.platform.startswith("linux"):
-        pytest.skip("a small file system is mounted as Linux does it; tests/study/test_failures.py has what is left")
+        pytest.skip("a small file system is mounted as Linux does it; tests/cell/test_failures.py has what is left")
     place = tmp_path / "disk"
     place.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(place)]
