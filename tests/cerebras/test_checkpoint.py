@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, MixtralConfig
 
 from sparse_ft.cerebras.checkpoint import LoraPlan, ModelZooMasks, merge_checkpoint, write_start_checkpoint
@@ -14,6 +15,7 @@ from sparse_ft.masks.files import save_masks
 from sparse_ft.masks.mask_set import MaskSet
 from sparse_ft.models.cerebras.mdl import MdlFile, write_mdl
 from sparse_ft.models.checkpoint import Checkpoint
+from sparse_ft.progress import Progress
 from sparse_ft.validation import validate_checkpoint
 
 CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "mixtral": MixtralConfig}
@@ -72,6 +74,36 @@ def test_the_merge_is_the_formula_of_its_mode(kind, mode, tmp_path, random_masks
         (tmp_path / "config.json").write_text(json.dumps(source.config))
         report = validate_checkpoint(merged, masks)
         assert report.ok and report.sparsity == masks.sparsity
+
+
+def test_experts_in_one_tensor_and_one_by_one_start_alike(tmp_path):
+    model = random_model("mixtral")
+    model.save_pretrained(tmp_path / "single")
+    fused = tmp_path / "fused"
+    fused.mkdir()
+    (fused / "config.json").write_bytes((tmp_path / "single" / "config.json").read_bytes())
+    save_file(model.state_dict(), fused / "model.safetensors")
+    begun = []
+    for folder in (tmp_path / "single", fused):
+        source, shown = Checkpoint(folder), Shown()
+        lora = LoraPlan.of(source.config, r=4, alpha=8, target_modules=None)
+        file = MdlFile(write_start_checkpoint(source, folder / "start.mdl", None, lora, progress=shown))
+        begun.append({name: file.read(name) for name in file.entries})
+        assert shown.done == shown.total > 0
+    assert begun[0].keys() == begun[1].keys()
+    assert all(torch.equal(begun[0][name], begun[1][name]) for name in begun[0])
+
+
+class Shown(Progress):
+    """How far a stage says that it is."""
+
+    total = done = 0
+
+    def start(self, stage, total, unit=""):
+        self.total = total
+
+    def advance(self, amount=1, note=""):
+        self.done += amount
 
 
 def test_what_does_not_go_together_is_refused(tmp_path, random_masks):
