@@ -12,8 +12,8 @@ from sparse_ft.levels import level_label
 from sparse_ft.settings.commands import SweepConfig
 from sparse_ft.study.display import Display
 from sparse_ft.study.keep import keep_models
-from sparse_ft.study.phases import Executor
 from sparse_ft.study.plan import make_plan
+from sparse_ft.study.queue import RunningExecutor
 from sparse_ft.study.session import Session
 from sparse_ft.study.study_file import load_study
 from sparse_ft.tracking.curves import write_curve_runs
@@ -55,7 +55,7 @@ class Grid(Session):
             same_as = "" if cell.same_as is None else f"  (same as {cell.same_as + 1})"
             yield f"  {number:4d}  {cell.title}{same_as}"
 
-    def drive(self, executor: Executor, display: Display) -> None:
+    def drive(self, executor: RunningExecutor, display: Display) -> None:
         self.phases.run_cells(executor, display)
 
     def finish(self) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -18,26 +17,14 @@ from sparse_ft.study.display import Display
 from sparse_ft.study.jobs import CellJob, Job, MaskJob, Outcome
 from sparse_ft.study.ledger import Run
 from sparse_ft.study.plan import Plan, PlannedCell
-from sparse_ft.study.queue import Queue
+from sparse_ft.study.queue import Queue, RunningExecutor
 from sparse_ft.study.start import Start
 from sparse_ft.tracking.parameters import flatten_config
 from sparse_ft.tracking.runs import Tracker
 
-__all__ = ["Executor", "Hole", "Phases", "holes_table"]
+__all__ = ["Hole", "Phases", "holes_table"]
 
 Masks = dict[float, MaskFile] | Failure
-
-
-class Executor(Protocol):
-    """Where jobs run. ``workers`` of them at a time."""
-
-    workers: int
-
-    def run(self, queue: Queue) -> None:
-        """Runs a queue empty."""
-
-    def close(self) -> None:
-        """Ends the workers, at once, whatever they are at."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +72,7 @@ class Phases:
     masks: list[Masks] = field(default_factory=list)
     stopped: str = ""
 
-    def make_masks(self, executor: Executor) -> None:
+    def make_masks(self, executor: RunningExecutor) -> None:
         """Makes the mask sets that are not there yet, each once for all its cells."""
         jobs = []
         for item in self.plan.mask_sets:
@@ -112,7 +99,7 @@ class Phases:
         except UserError as error:
             return classify(error)
 
-    def run_cells(self, executor: Executor, display: Display) -> None:
+    def run_cells(self, executor: RunningExecutor, display: Display) -> None:
         """Runs every cell that has no result and may get one."""
         ledger = self.start.ledger
         jobs = [self._job(cell) for cell in self.plan.cells]
@@ -134,7 +121,7 @@ class Phases:
         self.run_jobs(executor, waiting)
         self._record_same(jobs, same_as, display)
 
-    def run_jobs(self, executor: Executor, jobs: Iterable[Job]) -> None:
+    def run_jobs(self, executor: RunningExecutor, jobs: Iterable[Job]) -> None:
         """Runs jobs, and takes note of how they ended."""
         queue = Queue(jobs, self.max_retries)
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import Protocol
 
 from sparse_ft.cell.failures import NOT_THE_CELLS, RETRIED_AT_ONCE
 from sparse_ft.study.jobs import Job, Outcome
@@ -12,7 +13,7 @@ _IN_A_ROW = 3  # failures of one kind after which a worker gets no more work
 _NUMBERS = re.compile(r"0x[0-9a-f]+|\b[0-9a-f]{8,}\b|\d+")  # addresses and Ray's ids among them
 _AT_ONCE = 30.0  # seconds in which a cell fails that had no chance; a new process imports torch and mlflow in them
 
-__all__ = ["Listener", "Queue"]
+__all__ = ["Listener", "Queue", "RunningExecutor"]
 
 
 class Listener:
@@ -125,3 +126,15 @@ class Queue:
             return job.halved()
         allowed = 1 + self._max_retries if job.allowed is None else job.allowed
         return job.again() if job.attempt < allowed else None
+
+
+class RunningExecutor(Protocol):
+    """What a study asks of its executor. ``workers`` jobs run at a time."""
+
+    workers: int
+
+    def run(self, queue: Queue) -> None:
+        """Runs the queue empty; tells the listener what happens, and the queue how each job ended."""
+
+    def close(self) -> None:
+        """Ends the workers, at once, whatever they are at."""

@@ -21,8 +21,9 @@ from sparse_ft.study.checks.time import estimate_time
 from sparse_ft.study.display import Display, shown_display
 from sparse_ft.study.executors import executor_problems, make_executor, worker_count
 from sparse_ft.study.heartbeat import close_open_runs, driving, interruptible
-from sparse_ft.study.phases import Executor, Hole, Phases, holes_table
+from sparse_ft.study.phases import Hole, Phases, holes_table
 from sparse_ft.study.plan import Plan
+from sparse_ft.study.queue import RunningExecutor
 from sparse_ft.study.start import Start, start_study
 from sparse_ft.study.trainers import study_trainer
 from sparse_ft.study.worker import WorkerSetup
@@ -67,7 +68,7 @@ class Session(ABC):
         """The plan for people, as a dry run prints it."""
 
     @abstractmethod
-    def drive(self, executor: Executor, display: Display) -> None:
+    def drive(self, executor: RunningExecutor, display: Display) -> None:
         """Runs what is to be run, once the masks are made."""
 
     @abstractmethod

@@ -5,29 +5,16 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Protocol
 
 from sparse_ft.errors import UserError
 from sparse_ft.settings.commands import SweepConfig
 from sparse_ft.settings.executors import EXECUTORS
 from sparse_ft.study.executors.process import default_workers
 from sparse_ft.study.plan import Plan
-from sparse_ft.study.queue import Listener, Queue
+from sparse_ft.study.queue import Listener, RunningExecutor
 from sparse_ft.study.worker import WorkerSetup
 
-__all__ = ["RunningExecutor", "executor_problems", "make_executor", "worker_count"]
-
-
-class RunningExecutor(Protocol):
-    """What a study asks of its executor."""
-
-    workers: int
-
-    def run(self, queue: Queue) -> None:
-        """Runs the queue empty; tells the listener what happens, and the queue how each job ended."""
-
-    def close(self) -> None:
-        """Ends the workers."""
+__all__ = ["executor_problems", "make_executor", "worker_count"]
 
 
 def make_executor(

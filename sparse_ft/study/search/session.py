@@ -19,8 +19,9 @@ from sparse_ft.settings.field import named
 from sparse_ft.settings.search import SearchSettings
 from sparse_ft.study.checks.disk import model_bytes
 from sparse_ft.study.display import Display
-from sparse_ft.study.phases import Executor, Hole
+from sparse_ft.study.phases import Hole
 from sparse_ft.study.plan import Plan, make_plan
+from sparse_ft.study.queue import RunningExecutor
 from sparse_ft.study.search.figures import best_table, plot_trials
 from sparse_ft.study.search.trials import TrialJob, open_search, open_storage
 from sparse_ft.study.session import Session
@@ -97,7 +98,7 @@ class Search(Session):
                     "or start a new search with resume=new."
                 )
 
-    def drive(self, executor: Executor, display: Display) -> None:
+    def drive(self, executor: RunningExecutor, display: Display) -> None:
         states = [trial.state for trial in self.optuna.get_trials(deepcopy=False)]
         display.finished = done = sum(state in _DONE for state in states)
         masks = {
