@@ -1,5 +1,6 @@
 """MLproject, conda.yaml, pyproject.toml, the Makefile, the locks and the typed parameters say the same."""
 
+import os
 import re
 import subprocess
 import tomllib
@@ -92,9 +93,11 @@ def test_a_lock_installs_nothing_from_elsewhere(name):
 
 
 def _made(*words):
-    """The commands that make would run in a fresh clone."""
+    """The commands that make would run in a fresh clone, also where make runs these tests."""
     wanted = ["make", "--dry-run", "--always-make", *words]
-    return subprocess.run(wanted, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    done = subprocess.run(wanted, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
+    return done.stdout.splitlines()
 
 
 def test_make_installs_for_the_demo_what_it_needs_and_adds_to_it_for_the_tests():
