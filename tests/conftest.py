@@ -1,12 +1,17 @@
 """What every test starts from: one thread, no hub, and no tracking store but its own."""
 
 import os
+import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 
 # Before torch is imported: tests are many small runs, in which threads only get in each other's way.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Processes that a test starts take the threads that there are cores, beside those of the tests running with it: threads
+# that wait for each other in a loop, as they do by default, then take ten times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -14,10 +19,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import yaml
+from filelock import FileLock
 
 sys.path.insert(0, str(Path(__file__).parent / "support"))  # what several tests need and that is no test
 
@@ -34,6 +41,27 @@ SMALL = {
     "perplexity_tokens": 256,
     "perplexity_seq_len": 64,
 }
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database with mlflow's tables and nothing in them, to copy: making them takes longer than most tests."""
+    shared = tmp_path_factory.getbasetemp().parent  # by the processes of xdist
+    path = shared / f"mlflow-{version('mlflow')}.db"
+    with FileLock(f"{path}.lock"):
+        if not path.is_file():
+            fresh = path.with_suffix(".new")
+            fresh.unlink(missing_ok=True)
+            upgrade = [sys.executable, "-m", "mlflow", "db", "upgrade", f"sqlite:///{fresh}"]
+            subprocess.run(upgrade, check=True, capture_output=True)
+            fresh.rename(path)
+    return path
+
+
+@pytest.fixture
+def made_store(empty_store: Path, tmp_path: Path) -> Path:
+    """The tracking store of the test, with its tables; what tests that log take, folder by folder."""
+    return shutil.copyfile(empty_store, tmp_path / "mlflow.db")
 
 
 @pytest.fixture(autouse=True)
@@ -53,9 +81,10 @@ def tiny_model():
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def server(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Iterator[str]:
     """The address of a server with a store of its own, which hands out and takes artifacts itself."""
     folder = tmp_path_factory.mktemp("server")
+    shutil.copyfile(empty_store, folder / "mlflow.db")
     with mlflow_server(folder, f"sqlite:///{folder}/mlflow.db") as address:
         yield address
 

@@ -17,6 +17,7 @@ from sparse_ft.study.driver import sweep
 from sparse_ft.tasks.definitions import load_task
 from sparse_ft.tracking.runs import Tracker
 
+pytestmark = pytest.mark.usefixtures("made_store")
 SMALL = ["--model", "tiny-llama", "--max_steps", "1", "--batch_size", "2", "--lora_r", "2", "--perplexity_tokens", "0",
          "--eval_limit", "4"]  # fmt: skip
 STARTED = "import sys; from sparse_ft.cli import main; sys.exit(main())"

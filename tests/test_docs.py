@@ -229,6 +229,7 @@ def messages() -> list[str]:
     return [text.replace("\n", " ") for text in found]
 
 
+@pytest.mark.usefixtures("made_store")
 def test_metrics_that_the_design_names_are_logged(tmp_path):
     """By a real cell: the table of docs/design.md against its run."""
     from sparse_ft.tracking.runs import Tracker

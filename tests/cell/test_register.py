@@ -37,7 +37,10 @@ print("REPORT", json.dumps({
 """
 
 
-@pytest.fixture(params=["sqlite", pytest.param("server", marks=pytest.mark.slow)])
+pytestmark = pytest.mark.slow  # three fresh processes; a model that comes back by its alias is in tests/tracking too
+
+
+@pytest.fixture(params=["sqlite", "server"])
 def store(request, monkeypatch, tmp_path):
     """A sqlite file, or an mlflow server that hands out artifacts itself."""
     address = request.getfixturevalue("server") if request.param == "server" else f"sqlite:///{tmp_path}/mlflow.db"

@@ -29,6 +29,7 @@ from sparse_ft.tracking.runs import Tracker
 
 MODELZOO = os.environ.get("SPARSE_FT_CEREBRAS_PYTHON")
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.usefixtures("made_store")
 
 
 @pytest.fixture

@@ -6,6 +6,12 @@ import sys
 import pytest
 
 
+@pytest.fixture(autouse=True)
+def _store(made_store):
+    """Every test here finds its tracking store made."""
+    return made_store
+
+
 @pytest.fixture
 def command(monkeypatch, capsys):
     """Runs an entry point as ``python -m entrypoints.NAME`` does; returns (exit status, stdout, stderr)."""

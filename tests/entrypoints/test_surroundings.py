@@ -32,6 +32,8 @@ def test_analysing_what_is_not_there_creates_nothing(command, values, stored, tm
     monkeypatch.chdir(tmp_path)
     if stored:
         Tracker(experiment="mine")
+    else:
+        (tmp_path / "mlflow.db").unlink()
     before = sorted(path.name for path in tmp_path.rglob("*"))
     status, _, complaint = command("analyze", **values)
     assert (status, complaint.count("\n")) == (2, 1)

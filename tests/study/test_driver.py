@@ -117,6 +117,7 @@ def test_all_that_stops_a_study_is_said_at_once_and_nothing_is_logged(study_file
 
 
 def test_a_dry_run_prints_the_plan_and_runs_nothing(study_file, capsys, tmp_path):
+    (tmp_path / "mlflow.db").unlink()
     path = study_file({"model": ["tiny-llama"], "sparsity": [0.5, 0.125]})
     assert sweep(SweepConfig(config=str(path), dry_run=True)) == 0
     shown = capsys.readouterr().out

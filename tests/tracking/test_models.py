@@ -54,9 +54,9 @@ def sparse_model(kind: str, folder: Path, dtype: torch.dtype = torch.float32) ->
 
 
 @pytest.fixture(scope="module")
-def tracker(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Tracker:
+def tracker(empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Tracker:
     database = tmp_path_factory.mktemp("store") / "mlflow.db"
-    database.write_bytes(template.read_bytes())
+    database.write_bytes(empty_store.read_bytes())
     return Tracker(f"sqlite:///{database}", "study")
 
 

@@ -41,8 +41,9 @@ OTHERS = {
 
 
 @pytest.fixture(scope="module")
-def tracker(tmp_path_factory: pytest.TempPathFactory) -> Tracker:
-    return Tracker(f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db", "study")
+def tracker(empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Tracker:
+    database = shutil.copyfile(empty_store, tmp_path_factory.mktemp("store") / "mlflow.db")
+    return Tracker(f"sqlite:///{database}", "study")
 
 
 def write(folder: Path, kind, **values) -> Path:

@@ -25,8 +25,7 @@ def no_inherited_run(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.fixture
-def uri(template: Path, tmp_path: Path) -> str:
-    (tmp_path / "mlflow.db").write_bytes(template.read_bytes())
+def uri(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path / 'mlflow.db'}"
 
 
@@ -318,7 +317,7 @@ for cell in range(15):
 @pytest.mark.slow
 def test_four_processes_write_to_one_sqlite_store_that_none_of_them_finds_there(tmp_path: Path):
     """They create it, too: the first thing workers of a careless driver would do at once."""
-    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    uri = f"sqlite:///{tmp_path / 'new.db'}"
     creators = [
         subprocess.Popen([sys.executable, "-c", f"from sparse_ft.tracking.runs import Tracker; Tracker({uri!r}, 's')"])
         for _ in range(3)
