@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sparse_ft.errors import UserError
 from sparse_ft.settings.cell import CellConfig
-from sparse_ft.settings.field import plain_values
+from sparse_ft.settings.field import Settings, plain_values, setting
 from sparse_ft.settings.parser import Parser
 
 __all__ = ["OBJECTIVES", "SearchSettings"]
@@ -23,26 +23,31 @@ OBJECTIVES: Mapping[str, tuple[tuple[str, str], ...]] = {
 
 
 @dataclass(frozen=True)
-class SearchSettings:
+class SearchSettings(Settings):
     """How to search.
 
-    Args:
+    Attributes:
         space: cell field -> a list of choices, or a range {low, high, log, step}.
-        trials: how many.
-        objective: loss (lower is better), accuracy, or accuracy_sparsity (both, NSGA-II).
-        first_rung: optimizer steps after which a trial may be stopped for the first time; 0 never stops one.
-        reduction_factor: of the trials at a rung one in so many goes on; the next rung is so many times later.
-        seed: of the sampler.
-        storage: database of the trials, or none for a file in the study's folder.
     """
 
-    space: Mapping[str, Any] = field(default_factory=dict)
-    trials: int = 20
-    objective: str = "loss"
-    first_rung: int = 0
-    reduction_factor: int = 3
-    seed: int = 0
-    storage: str = "none"
+    space: Mapping[str, Any] | None = setting(None, "what is varied.", flag=False)
+    trials: int = setting(20, "how many.", least=1)
+    objective: str = setting("loss", "lower loss, higher accuracy, or both accuracy and sparsity.", choices=OBJECTIVES)
+    first_rung: int = setting(
+        0, "optimizer steps after which a trial may be stopped for the first time; 0 never stops one.", least=0
+    )
+    reduction_factor: int = setting(
+        3, "of the trials at a rung one in so many goes on; the next rung is so many times later.", least=2
+    )
+    seed: int = setting(0, "of the sampler.", least=0)
+    storage: str | None = setting(None, "database of the trials, or none for a file in the study's folder.")
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        if self.first_rung and len(OBJECTIVES.get(self.objective, ())) > 1:
+            yield "Optuna stops no trial of a search with two objectives; leave first_rung out."
+        if not isinstance(self.space, Mapping) or not self.space:
+            yield "space is empty; give lists of choices, or ranges with low and high."
 
     @classmethod
     def parse(cls, values: Mapping[str, Any], where: str) -> SearchSettings:
@@ -51,27 +56,12 @@ class SearchSettings:
         Raises:
             UserError: an unknown key, or a value that no search has.
         """
-        known = {entry.name: entry for entry in fields(cls)}
-        values = dict(values)
-        for name, value in values.items():
-            if name not in known:
-                raise UserError(f"{where}: search has no '{name}'; it has {', '.join(known)}.")
-            if known[name].type != "int":
-                continue
-            if isinstance(value, float) and value.is_integer():
-                values[name] = value = int(value)
-            if not (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
-                raise UserError(f"{where}: search.{name} is '{value}'; it must be a whole number, 0 or more.")
-        settings = cls(**values)
-        if settings.objective not in OBJECTIVES:
-            raise UserError(f"{where}: search.objective is '{settings.objective}'; choose {' | '.join(OBJECTIVES)}.")
-        if settings.trials < 1 or settings.reduction_factor < 2:
-            raise UserError(f"{where}: search needs trials of 1 or more and a reduction_factor of 2 or more.")
-        if settings.first_rung and len(OBJECTIVES[settings.objective]) > 1:
-            raise UserError(f"{where}: Optuna stops no trial of a search with two objectives; leave first_rung out.")
-        if not isinstance(settings.space, Mapping) or not settings.space:
-            raise UserError(f"{where}: search.space is empty; give lists of choices, or ranges with low and high.")
-        return replace(settings, space={name: _axis(name, axis, where) for name, axis in settings.space.items()})
+        where, space = f"{where}, search", values.get("space")
+        rest = {name: value for name, value in values.items() if name != "space"}
+        settings = replace(Parser(cls).values(rest, where), space=space)
+        if problems := list(settings.problems()):
+            raise UserError(f"{where}: {' '.join(problems)}")
+        return replace(settings, space={name: _axis(name, axis, where) for name, axis in space.items()})
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -103,7 +93,7 @@ def _axis(name: str, axis: Any, where: str) -> Any:
     Raises:
         UserError: no field of that name, values that it cannot have, choices that repeat, a range that is none.
     """
-    parser, where = Parser(CellConfig), f"{where}, search.space"
+    parser, where = Parser(CellConfig), f"{where}.space"
     if isinstance(axis, list) and axis:
         choices = [plain_values(parser.values({name: value}, where))[name] for value in axis]
         if len(set(choices)) < len(choices):

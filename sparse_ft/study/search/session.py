@@ -78,8 +78,7 @@ class Search(Session):
     @property
     def storage(self) -> str:
         """The database of the trials."""
-        given = self.settings.storage
-        return given if given != "none" else f"sqlite:///{(self.start.folder / 'optuna.db').absolute()}"
+        return self.settings.storage or f"sqlite:///{(self.start.folder / 'optuna.db').absolute()}"
 
     def described(self) -> Iterator[str]:
         yield f"study {self.plan.study.name}: {self.total} trials over {', '.join(self.settings.space)}"
@@ -87,7 +86,7 @@ class Search(Session):
     def check(self) -> None:
         """Opens the database, and refuses to resume under another space or objective: Optuna cannot, and would say
         so midway."""
-        if self.settings.storage != "none":
+        if self.settings.storage is not None:
             open_storage(self.settings.storage)
         if self.config.resume in (None, "new"):
             return
