@@ -51,6 +51,7 @@ def model(tiny_model):
         ("compute_masks", (), {"sparsities": "2"}, "between 0 and 1"),
         ("sweep", (), {"config": "gone.yaml"}, "does not exist"),
         ("train", ("--max_steps", "many"), {}, "max_steps"),
+        ("train", (), {"model": "./nowhere"}, "neither a folder"),
     ],
 )
 def test_wrong_input_is_answered_before_anything_heavy_is_loaded(name, words, flags, said):

@@ -6,22 +6,11 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from sparse_ft.analysis.terminal import print_table, terminal_table
-from sparse_ft.cell.identity import cell_identity, cell_key
-from sparse_ft.cell.masks import check_mask_set, make_masks, mask_file
-from sparse_ft.cell.record import log_cell_inputs, log_cell_result, log_mask_files, mask_tags, recorded
-from sparse_ft.cell.register import register_cell
-from sparse_ft.cell.run import run_cell
-from sparse_ft.cell.trainer import Watch
+from sparse_ft.cell.masks import GivenMasks, check_mask_set, make_masks, mask_file
 from sparse_ft.cell.workbench import Workbench
 from sparse_ft.errors import UserError
-from sparse_ft.models.devices import check_device
 from sparse_ft.progress import shown_progress, wide_console
 from sparse_ft.settings.cell import TrainConfig, mask_set_of
-from sparse_ft.study.checks.preflight import check_examples
-from sparse_ft.study.trainers import make_trainer
-from sparse_ft.tracking.runs import Tracker, in_milliseconds
-from sparse_ft.tracking.stores import ui_command
 
 __all__ = ["train"]
 
@@ -34,16 +23,32 @@ def train(config: TrainConfig) -> int:
         TrainerError: the training on a Cerebras failed.
         ValidationFailedError: the merged checkpoint breaks what the mode promises.
     """
-    trainer = make_trainer(config.trainer, config.cerebras)
     bench = Workbench(shown_progress())
     given = None
     if config.pruned and config.masks is not None:
         given = mask_file(config.masks)
         config = given.settle(config)
     config.check()
+    bench.checkpoint(config.model).prunable_shapes()
+    return _run(config, given, bench)
+
+
+def _run(config: TrainConfig, given: GivenMasks | None, bench: Workbench) -> int:
+    # What trains, scores and logs takes seconds to import: what is wrong with the model or the masks is said before.
+    from sparse_ft.analysis.terminal import print_table, terminal_table
+    from sparse_ft.cell.identity import cell_identity, cell_key
+    from sparse_ft.cell.record import log_cell_inputs, log_cell_result, log_mask_files, mask_tags, recorded
+    from sparse_ft.cell.register import register_cell
+    from sparse_ft.cell.run import run_cell
+    from sparse_ft.cell.trainer import Watch
+    from sparse_ft.models.devices import check_device
+    from sparse_ft.study.checks.preflight import check_examples
+    from sparse_ft.study.trainers import make_trainer
+    from sparse_ft.tracking.runs import Tracker, in_milliseconds
+    from sparse_ft.tracking.stores import ui_command
+
+    trainer, checkpoint = make_trainer(config.trainer, config.cerebras), bench.checkpoint(config.model)
     check_device(config.device)  # one that is not here makes no run
-    checkpoint = bench.checkpoint(config.model)
-    checkpoint.prunable_shapes()
     trainer.check(config, checkpoint)
     if missing := trainer.missing():
         raise UserError(" | ".join(missing))
