@@ -97,11 +97,13 @@ def small():
 
 @pytest.fixture
 def study_file(tmp_path):
-    """Writes a study with the small cell values; returns its path."""
+    """Writes a study with the small cell values, which draws nothing unless asked; returns its path."""
 
     def write(grid, name="small", cell=None, **rest):
         path = tmp_path / f"{name}.yaml"
-        path.write_text(yaml.safe_dump({"name": name, "grid": grid, "cell": {**SMALL, **(cell or {})}, **rest}))
+        path.write_text(
+            yaml.safe_dump({"name": name, "grid": grid, "cell": {**SMALL, **(cell or {})}, "figures": "none", **rest})
+        )
         return path
 
     return write

@@ -307,8 +307,9 @@ def _variants(table: pd.DataFrame) -> pd.Series:
     # A cell without a result has not said how it was measured: what it lacks is no difference.
     done = table[table["status"] == "FINISHED"]
     results = done if len(done) else table
-    many = [c for c in watched if (table.groupby(point, dropna=False)[c].nunique() > 1).any()]
-    many += [c for c in watched if c not in many and (results.groupby(point)[c].nunique(dropna=False) > 1).any()]
+    varied = (table.groupby(point, dropna=False)[watched].nunique() > 1).any()
+    lacking = (results.groupby(point)[watched].nunique(dropna=False) > 1).any() & ~varied
+    many = [c for found in (varied, lacking) for c in watched if found[c]]
     texts = []
     for _, row in table[many].iterrows():
         parts = [f"{str(c).split('_', 1)[1]}={row[c]}" for c in many if not _missing(row[c])]

@@ -79,6 +79,7 @@ def write_analysis(
     title: str = "",
     expected: Iterable[Mapping[str, Any]] | None = None,
     progress: Progress = SILENT,
+    figures: bool = True,
 ) -> AnalysisResult:
     """Writes all tables, figures and the page of a study into ``output_dir``.
 
@@ -89,6 +90,7 @@ def write_analysis(
         title: the study's name, over the page.
         expected: the plan's cells, for what was never started; see `sparse_ft.analysis.holes.holes`.
         progress: told the files written.
+        figures: draw them; the page says that they were not asked for, otherwise.
 
     Raises:
         UserError: the baseline cannot be read; before anything is written.
@@ -115,7 +117,7 @@ def write_analysis(
     progress.advance(note="protocol.json")
     pictures = []
     for name, (heading, draw) in drawn.items():
-        picture = _write_figure(result, folder / "figures", name, draw)
+        picture = _write_figure(result, folder / "figures", name, draw if figures else None)
         if picture is not None:
             pictures.append(ReportFigure(picture, heading, _CAPTIONS[name]))
         progress.advance(note=name)
@@ -144,13 +146,13 @@ def _drawings(
 
 
 def _write_figure(
-    result: AnalysisResult, folder: Path, name: str, draw: Callable[[], Figure | None]
+    result: AnalysisResult, folder: Path, name: str, draw: Callable[[], Figure | None] | None
 ) -> Path | None:  # fmt: skip
-    """Draws and saves one figure; returns its SVG, or None where there was nothing to draw."""
+    """Draws and saves one figure; returns its SVG, or None where there was nothing to draw, or nobody asked for it."""
     with drawing():
-        figure = draw()
+        figure = draw() if draw else None
         if figure is None:
-            result.skipped[name] = "not measured"
+            result.skipped[name] = "not measured" if draw else "figures: none"
             for suffix in (".png", ".svg"):  # one of an earlier analysis would no longer be true
                 (folder / f"{name}{suffix}").unlink(missing_ok=True)
             return None

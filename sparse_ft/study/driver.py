@@ -68,7 +68,10 @@ class Grid(Session):
             )  # fmt: skip
         expected = [config.canonical() for config in self.plan.configs]
         runs = in_milliseconds(tracker.children(parent))
-        report = write_analysis(runs, folder / "report", title=study.name, progress=progress, expected=expected)
+        report = write_analysis(
+            runs, folder / "report", title=study.name, progress=progress, expected=expected,
+            figures=study.figures != "none",
+        )  # fmt: skip
         table = terminal_table(runs)
         write_text(folder / "report" / "table.txt", table_text(table))
         tracker.log_folder(parent, folder / "report", "report")

@@ -40,7 +40,8 @@ class Study:
         search: an Optuna search over some fields, instead of trying every point; see `sparse_ft.study.search.session`.
         retry: failure classes that are tried again on resuming beside those that always are.
         trainer: how cells are trained, one of `TRAINERS`.
-        figures: of the mask sets, as ``compute_masks`` takes it: all, summary or none.
+        figures: of the mask sets, as ``compute_masks`` takes it: all, summary or none; none draws none of the results
+            either.
     """
 
     name: str

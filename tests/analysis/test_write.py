@@ -76,6 +76,15 @@ def test_a_figure_that_is_no_longer_true_goes(tmp_path):
     assert (tmp_path / "figures" / "accuracy.png").exists()
 
 
+def test_figures_that_nobody_asked_for_are_not_drawn_and_the_page_says_so(tmp_path):
+    write_analysis([cell()], tmp_path)
+    result = write_analysis([cell()], tmp_path, figures=False)
+    assert not result.figures and not list((tmp_path / "figures").iterdir())
+    assert len(result.skipped) == 13 and set(result.skipped.values()) == {"figures: none"}
+    page = (tmp_path / "report.html").read_text("utf-8")
+    assert "data:image/svg+xml" not in page and page.count("figures: none") == 13
+
+
 def test_a_wrong_baseline_stops_before_anything_is_written(tmp_path):
     with pytest.raises(UserError):
         write_analysis(demo(), tmp_path / "out", tmp_path / "nothing.csv")
@@ -85,7 +94,7 @@ def test_a_wrong_baseline_stops_before_anything_is_written(tmp_path):
 def test_text_from_outside_is_escaped(tmp_path):
     hostile = "</script><script>alert(1)</script>"
     rows = [cell(hostile), cell(hostile, sparsity=0.7, status="FAILED", tags={"failure_message": hostile})]
-    write_analysis(rows, tmp_path, title=hostile)
+    write_analysis(rows, tmp_path, title=hostile, figures=False)
     assert "<script>alert" not in (tmp_path / "report.html").read_text("utf-8")
 
 

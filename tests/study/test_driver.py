@@ -28,7 +28,7 @@ def _of(children, kind):
 
 def test_a_study_is_a_parent_with_a_child_for_every_cell_and_mask_set(run_study, capsys, tmp_path):
     grid = {"model": ["tiny-llama"], "sparsity": [0.5], "mode": ["sparse_to_dense", "sparse_to_sparse"]}
-    status, tracker, parent, children = run_study(grid)
+    status, tracker, parent, children = run_study(grid, figures="summary")
     assert status == 0
     assert {run["status"] for run in [parent, *children]} == {"FINISHED"}
     cells, masks = _of(children, "cell"), _of(children, "masks")
