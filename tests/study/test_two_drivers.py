@@ -13,7 +13,7 @@ from sparse_ft.tracking.runs import Tracker
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("store", ["sqlite", "server"])
+@pytest.mark.parametrize("store", ["sqlite", pytest.param("server", marks=pytest.mark.slow)])
 def test_one_study_comes_of_it(store, study_file, tmp_path, request):
     uri = f"sqlite:///{tmp_path}/two.db" if store == "sqlite" else request.getfixturevalue("server")
     path = study_file({"model": ["tiny-llama"], "mode": ["dense", "sparse_to_sparse"]}, cell={"max_steps": 150})

@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 
 import psutil
+import pytest
 from workers import BrokenDevice, Watching, check_that_three_device_errors_stop_a_worker
 
 from sparse_ft.study.executors.process import ProcessExecutor, _surroundings, default_workers, visible_gpus
@@ -58,43 +59,31 @@ def test_a_killed_worker_costs_its_cell_one_try_and_a_slow_cell_its_worker(study
     ]
 
 
-def test_progress_comes_from_the_workers_and_base_models_stay(study, tmp_path):
+def test_two_workers_share_gpus_threads_and_scores_and_say_how_far_they_are(study, tmp_path):
     tracker, parent, setup, jobs = study
-    listen = Watching()
-    executor = ProcessExecutor(setup, listen, 1, logs=tmp_path / "logs")
-    try:
-        queue = Queue(jobs(2))
-        executor.run(queue)
-        process = executor._handles[0].process
-    finally:
-        executor.close()
-    assert process.exitcode == 0  # it ended by itself: a killed one leaves semaphores behind, and a warning of them
-    assert "train" in listen.stages
-    assert any(stage.startswith("score") for stage in listen.stages)
-    runs = tracker.children(parent)
-    assert len({run["tags"]["worker"] for run in runs}) == 1
-    # Both cells start from the same weights: the second takes over the score that the first has measured.
-    assert len({run["tags"]["untuned_measured_by"] for run in runs}) == 1
-    assert len(list((tmp_path / "untuned").glob("*.json"))) == 1
-    assert all(run["metrics"]["time/overhead_seconds"] > 0 for run in runs)
-    assert not (tmp_path / "cells").exists() or not any((tmp_path / "cells").iterdir())
-
-
-def test_every_worker_sees_one_gpu_and_its_share_of_the_threads(study, tmp_path):
-    _, _, setup, jobs = study
     listen = Watching()
     executor = ProcessExecutor(setup, listen, 2, logs=tmp_path / "logs", gpus=["3", "GPU-7a"])
     before = os.environ.get("CUDA_VISIBLE_DEVICES")
     try:
-        executor.run(Queue(jobs(2, model="tiny-llama", device="cpu", max_steps=1)))
-        seen = [psutil.Process(handle.process.pid).environ() for handle in executor._handles]
+        executor.run(Queue(jobs(4, device="cpu")))
+        processes = [handle.process for handle in executor._handles]
+        seen = [psutil.Process(process.pid).environ() for process in processes]
     finally:
         executor.close()
+    assert [process.exitcode for process in processes] == [0, 0]  # by themselves: a killed one leaves semaphores behind
     assert [surroundings["CUDA_VISIBLE_DEVICES"] for surroundings in seen] == ["3", "GPU-7a"]
     share = str(max(1, len(os.sched_getaffinity(0)) // 2))
     assert {surroundings["OMP_NUM_THREADS"] for surroundings in seen} == {share}
     assert os.environ.get("CUDA_VISIBLE_DEVICES") == before  # the driver's own is as it was
-    assert [outcome.status for outcome, _ in listen.outcomes] == ["FINISHED"] * 2
+    assert [outcome.status for outcome, _ in listen.outcomes] == ["FINISHED"] * 4
+    assert "train" in listen.stages
+    assert any(stage.startswith("score") for stage in listen.stages)
+    runs = tracker.children(parent)
+    # All cells start from the same weights: three take over the score that one of them has measured.
+    assert len({run["tags"]["untuned_measured_by"] for run in runs}) == 1
+    assert len(list((tmp_path / "untuned").glob("*.json"))) == 1
+    assert all(run["metrics"]["time/overhead_seconds"] > 0 for run in runs)
+    assert not (tmp_path / "cells").exists() or not any((tmp_path / "cells").iterdir())
 
 
 def test_more_workers_than_gpus_share_them_and_without_any_none_is_named():
@@ -111,6 +100,7 @@ def test_the_gpus_given_out_are_those_that_torch_counts(monkeypatch):
     assert (visible_gpus(), default_workers()) == (["5", "GPU-9"], 2)
 
 
+@pytest.mark.slow
 def test_a_device_error_costs_its_process_and_three_in_a_row_the_worker(study, tmp_path):
     check_that_three_device_errors_stop_a_worker(
         study, lambda setup, listen: ProcessExecutor(setup, listen, 1, logs=tmp_path / "logs")
