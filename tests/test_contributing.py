@@ -28,7 +28,7 @@ def _blocks(heading, language):
 
 
 def _cells():
-    return [run for run in Tracker().search() if run["tags"].get("kind") == "cell"]
+    return [run for run in Tracker().search() if run.tags.get("kind") == "cell"]
 
 
 @pytest.fixture
@@ -52,12 +52,12 @@ def test_a_task_of_ones_own(weather):
     for _ in range(2):
         assert run("train", [*options, *SMALL], "train") == 0
         weather.write_text(weather.read_text().replace("Answer:", "It is"))  # another prompt is another task
-    first, second = sorted(_cells(), key=lambda run: run["start_time"])
-    assert first["params"]["protocol/task"] == "weather" and first["params"]["cfg/include_path"] == "mytasks"
-    assert first["metrics"].keys() >= {"eval/acc", "eval/loss"}
-    differ = {name for name in first["params"] if first["params"][name] != second["params"][name]}
+    first, second = sorted(_cells(), key=lambda run: run.start_time)
+    assert first.params["protocol/task"] == "weather" and first.params["cfg/include_path"] == "mytasks"
+    assert first.metrics.keys() >= {"eval/acc", "eval/loss"}
+    differ = {name for name in first.params if first.params[name] != second.params[name]}
     assert "identity/task_definition" in differ and not [name for name in differ if name.startswith("cfg/")]
-    assert first["tags"]["cell_key"] != second["tags"]["cell_key"]
+    assert first.tags["cell_key"] != second.tags["cell_key"]
 
 
 def test_a_study_takes_the_task_from_its_folder_and_others_from_lm_eval(weather, study_file, tmp_path):
@@ -69,8 +69,8 @@ def test_a_study_takes_the_task_from_its_folder_and_others_from_lm_eval(weather,
     grid = {"model": ["tiny-llama"], "task": ["weather", "arc_easy"], "mode": ["dense"]}
     path = study_file(grid, cell={"data_dir": "rows", "include_path": "mytasks", "perplexity_tokens": 0})
     assert sweep(SweepConfig(config=str(path), output_dir=str(tmp_path / "out"))) == 0
-    assert {run["params"]["protocol/task"] for run in _cells()} == {"weather", "arc_easy"}
-    told = [run["params"].get("identity/task_definition") for run in _cells()]
+    assert {run.params["protocol/task"] for run in _cells()} == {"weather", "arc_easy"}
+    told = [run.params.get("identity/task_definition") for run in _cells()]
     assert told.count(None) == 1  # lm-eval's own is told by lm-eval's version
 
 
@@ -119,7 +119,7 @@ def test_a_mode(edited):
     assert done.returncode == 0, done.stderr
     assert "full fine-tuning, dense" in done.stdout
     (cell,) = _cells()
-    assert cell["params"]["cfg/mode"] == "full_dense" and cell["metrics"]["sparsity/after_merge"] < 0.01
+    assert cell.params["cfg/mode"] == "full_dense" and cell.metrics["sparsity/after_merge"] < 0.01
 
 
 @pytest.mark.slow
@@ -132,4 +132,4 @@ def test_an_executor(edited, study_file, tmp_path):
     done = edited("sparse_ft/settings/executors.py", "EXECUTORS = ", row, "sweep", "--config", str(path), "--executor",
                   "thread", "--output_dir", str(tmp_path / "out"))  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert [run["status"] for run in _cells()] == ["FINISHED"]
+    assert [run.status for run in _cells()] == ["FINISHED"]

@@ -16,13 +16,13 @@ from matplotlib.figure import Figure
 
 from sparse_ft.analysis.panels import Sheet, short_names
 from sparse_ft.analysis.style import LEVEL_COLOURS, line_handle
-from sparse_ft.analysis.table import NO_METHOD, Row, series_label
+from sparse_ft.analysis.table import NO_METHOD, series_label
 from sparse_ft.settings.modes import DENSE, mode_label
 from sparse_ft.settings.rules import rule_label
+from sparse_ft.tracking.record import Run, Tag, by_level
 
 __all__ = ["heatmap_figure", "layer_figure"]
 
-_BLOCKS = "block_sparsity_"  # followed by the level in percent
 _CELL_WIDTH, _CELL_HEIGHT = 0.52, 0.32  # inches
 
 
@@ -78,22 +78,17 @@ def heatmap_figure(table: pd.DataFrame, title: str = "") -> Figure | None:
     return figure
 
 
-def layer_figure(rows: Iterable[Row], title: str = "") -> Figure | None:
-    """Sparsity of every block, a line a level, one panel a model and method; None where no run says it.
-
-    ``rows``: run records; those of masks say it in their tags ``block_sparsity_LEVEL`` (a JSON list, block by block).
-    """
+def layer_figure(runs: Iterable[Run], title: str = "") -> Figure | None:
+    """Sparsity of every block, a line a level, one panel a model and method; None where no run says it."""
     records = []
-    for row in rows:
-        params = row.get("params") or {}
+    for run in runs:
+        params = run.params
         model = str(params.get("cfg/model") or "model")
         about = [params.get(f"cfg/{name}") for name in ("method", "importance", "scope")]
         label = series_label(about[0] or "unknown", rule_label(about[1] or NO_METHOD, params.get("cfg/update")))
         label = " ".join(part for part in (label, about[2]) if part and part != NO_METHOD)
-        for key, value in (row.get("tags") or {}).items():
-            if key.startswith(_BLOCKS):
-                level = float(key.removeprefix(_BLOCKS)) / 100
-                records.append({"model": model, "task": label, "level": level, "blocks": json.loads(value)})
+        for level, blocks in by_level(run.tags, Tag.BLOCK_SPARSITY).items():
+            records.append({"model": model, "task": label, "level": level, "blocks": json.loads(blocks)})
     if not records:
         return None
     frame = pd.DataFrame(records).sort_values(["model", "task", "level"], kind="stable").drop_duplicates(

@@ -16,6 +16,7 @@ from sparse_ft.settings.cell import CellConfig
 from sparse_ft.settings.field import named
 from sparse_ft.settings.modes import DENSE
 from sparse_ft.settings.rules import rule_label
+from sparse_ft.tracking.record import Kind, Run, Tag
 
 __all__ = [
     "EVALUATION_PROTOCOL",
@@ -23,13 +24,10 @@ __all__ = [
     "IDENTITY",
     "MEASURES",
     "NO_METHOD",
-    "Row",
     "cell_table",
     "grouped_table",
     "series_label",
 ]
-
-Row = Mapping[str, Any]
 
 NO_METHOD = "none"  # the method of a cell that prunes nothing
 IDENTITY = ("model", "task", "method", "importance", "scope", "sparsity", "mode", "seed")
@@ -44,8 +42,10 @@ RESULTS = (
     "train_loss", "train_tokens_per_second", "train_samples_per_second", "eval_samples_per_second",
     "peak_bytes", "minutes",
 )  # fmt: skip
-TAGS = (
-    "failure_class", "failure_message", "same_as", "mask_checksum", "cell_key", "reduced_batch", "warning",
+# Columns of the tags' own names.
+TAGS = tuple(
+    str(tag) for tag in (Tag.FAILURE_CLASS, Tag.FAILURE_MESSAGE, Tag.SAME_AS, Tag.MASK_CHECKSUM, Tag.CELL_KEY,
+                         Tag.REDUCED_BATCH, Tag.WARNING)
 )  # fmt: skip
 # Averaged over seeds by grouped_table.
 MEASURES = tuple(name for name in RESULTS if "stderr" not in name)
@@ -68,11 +68,10 @@ _BEHIND = {
 }  # fmt: skip
 
 
-def cell_table(rows: Iterable[Row]) -> pd.DataFrame:
-    """One row a cell from run records; runs that are no cells are left out.
+def cell_table(runs: Iterable[Run]) -> pd.DataFrame:
+    """One row a cell; runs that are no cells are left out.
 
-    ``rows``: dicts with run_id, parent_run_id, name, status, start_time and end_time (ms), tags, params,
-    metrics; cells are those tagged ``kind=cell``, without those ``superseded`` by a later start of their study. Of
+    Cells are the runs tagged ``kind=cell``, without those ``superseded`` by a later start of their study. Of
     several attempts at a cell (equal configuration, and equal weights, rows, precision and code behind it) the
     finished one counts, else the latest. Sparsities are fractions, accuracies
     fractions, losses nats, ``minutes`` the run's wall time, ``peak_bytes`` bytes. What a run did not
@@ -81,8 +80,8 @@ def cell_table(rows: Iterable[Row]) -> pd.DataFrame:
     a line in a figure, ``variant`` what else tells cells of equal identity apart: whatever the study varied, and
     whatever differs in weights, rows, precision, masks, code or protocol.
     """
-    runs = [row for row in rows if _tags(row).get("kind") == "cell" and "superseded" not in _tags(row)]
-    records = _resolve_same([_record(row) for row in _latest(runs)])
+    cells = [run for run in runs if run.kind == Kind.CELL and not run.is_superseded]
+    records = _resolve_same([_record(run) for run in _latest(cells)])
     names = dict.fromkeys([*IDENTITY, *RESULTS, *TAGS, "status", "run_id", "parent_run_id", "name"])
     names |= dict.fromkeys(name for record in records for name in record)
     # Column by column into one frame: a run has over a hundred of them.
@@ -132,49 +131,40 @@ def series_label(method: str, importance: str | None) -> str:
     return (method if method == "random" or chosen == NO_METHOD else f"{method} {chosen}") + plus + update
 
 
-def _tags(row: Row) -> Mapping[str, str]:
-    return row.get("tags") or {}
-
-
-def _params(row: Row) -> Mapping[str, str]:
-    return row.get("params") or {}
-
-
-def _latest(runs: Sequence[Row]) -> list[Row]:
+def _latest(runs: Sequence[Run]) -> list[Run]:
     """Of the attempts at a cell the finished one, else the latest.
 
     Two finished runs are attempts at one cell only where their keys agree too. An attempt that ended before it knew
     what was behind its names gives way to any that came further.
     """
-    attempts: dict[Any, list[Row]] = {}
-    for row in runs:
-        attempts.setdefault(_configuration(row), []).append(row)
+    attempts: dict[Any, list[Run]] = {}
+    for run in runs:
+        attempts.setdefault(_configuration(run), []).append(run)
     latest = []
     for same in attempts.values():
-        behind: dict[Any, list[Row]] = {}
-        for row in same:
-            behind.setdefault(_parameters(row, "identity/"), []).append(row)
+        behind: dict[Any, list[Run]] = {}
+        for run in same:
+            behind.setdefault(_parameters(run, "identity/"), []).append(run)
         if len(behind) > 1:
             behind.pop((), None)
         for alike in behind.values():
-            done = [row for row in alike if row.get("status") == "FINISHED"]
-            keys = dict.fromkeys(_tags(row).get("cell_key") for row in done) or {None: None}
-            for key in keys:
-                latest.append(max([r for r in done if _tags(r).get("cell_key") == key] or alike, key=_rank))
+            done = [run for run in alike if run.is_finished]
+            for key in dict.fromkeys(run.cell_key for run in done) or [""]:
+                latest.append(max([run for run in done if run.cell_key == key] or alike, key=_rank))
     return latest
 
 
-def _rank(row: Row) -> tuple[bool, bool, float]:
+def _rank(run: Run) -> tuple[bool, bool, float]:
     # An identical run recorded under another name must not hide the run that measured.
-    return row.get("status") == "FINISHED", bool(row.get("metrics")), float(row.get("start_time") or 0)
+    return run.is_finished, bool(run.metrics), run.start_time
 
 
-def _configuration(row: Row) -> tuple[tuple[str, str], ...]:
-    return tuple(pair for pair in _parameters(row, "cfg/") if pair[0][4:] not in _INCIDENTAL)
+def _configuration(run: Run) -> tuple[tuple[str, str], ...]:
+    return tuple(pair for pair in _parameters(run, "cfg/") if pair[0][4:] not in _INCIDENTAL)
 
 
-def _parameters(row: Row, prefix: str) -> tuple[tuple[str, str], ...]:
-    return tuple((key, str(value)) for key, value in sorted(_params(row).items()) if key.startswith(prefix))
+def _parameters(run: Run, prefix: str) -> tuple[tuple[str, str], ...]:
+    return tuple(pair for pair in sorted(run.params.items()) if pair[0].startswith(prefix))
 
 
 def _check_seeds(done: pd.DataFrame) -> None:
@@ -194,8 +184,8 @@ def _check_seeds(done: pd.DataFrame) -> None:
         )
 
 
-def _record(row: Row) -> dict[str, Any]:
-    params, tags = _params(row), _tags(row)
+def _record(run: Run) -> dict[str, Any]:
+    params = run.params
     record: dict[str, Any] = {name: _value(params.get(f"cfg/{name}")) for name in IDENTITY}
     record["sparsity"] = _number(params.get("cfg/sparsity"))
     record["seed"] = _whole(params.get("cfg/seed"))
@@ -208,13 +198,13 @@ def _record(row: Row) -> dict[str, Any]:
         group, _, name = key.partition("/")
         if group in ("cfg", "protocol", "identity") and not (group == "cfg" and name in (*IDENTITY, "update")):
             record[f"{group}_{name}".replace("/", "_")] = _value(value)
-    for key, value in (row.get("metrics") or {}).items():
+    for key, value in run.metrics.items():
         record[_metric_name(key)] = _number(value)
-    start, end = row.get("start_time"), row.get("end_time")
-    record["minutes"] = (end - start) / 60_000 if start and end else math.nan
-    record |= {name: tags.get(name) for name in TAGS}
+    # A store's times are whole milliseconds; the difference of two in seconds has lost digits.
+    record["minutes"] = math.nan if run.seconds is None else round(1000 * run.seconds) / 60_000
+    record |= {name: run.tags.get(name) for name in TAGS}
     for name in ("status", "run_id", "parent_run_id", "name"):
-        record[name] = row.get(name)
+        record[name] = getattr(run, name)
     if "no_weight_moved: " in (record["warning"] or ""):
         _not_tuned(record)
     return record

@@ -13,19 +13,20 @@ from rich.table import Table
 from rich.text import Text
 
 from sparse_ft.analysis.numbers import shown, shown_with_error
-from sparse_ft.analysis.table import Row, cell_table
+from sparse_ft.analysis.table import cell_table
 from sparse_ft.settings.modes import DENSE, mode_label
+from sparse_ft.tracking.record import Run
 
 __all__ = ["print_table", "table_text", "terminal_table"]
 
 
-def terminal_table(rows: Iterable[Row]) -> Table:
+def terminal_table(runs: Iterable[Run]) -> Table:
     """One row a cell, two lines each: what was asked and what came out, before and after tuning; failures say why.
 
     Model and task stand in the title where the study has one of each. ``±`` is one standard error; a dash is
     what was not measured.
     """
-    cells = cell_table(rows)
+    cells = cell_table(runs)
     models, tasks = cells["model"].dropna().unique(), cells["task"].dropna().unique()
     shared = [str(values[0]) for values in (models, tasks) if len(values) == 1]
     title = " · ".join([*shared, f"{len(cells)} cell" + ("" if len(cells) == 1 else "s")])

@@ -20,9 +20,10 @@ from sparse_ft.analysis.report import ReportFigure, ReportParts, report_html
 from sparse_ft.analysis.sentences import Sentence, answers
 from sparse_ft.analysis.spreadsheet import csv_text
 from sparse_ft.analysis.style import drawing, save_figure
-from sparse_ft.analysis.table import Row, cell_table, grouped_table
+from sparse_ft.analysis.table import cell_table, grouped_table
 from sparse_ft.files import write_json, write_text
 from sparse_ft.progress import SILENT, Progress
+from sparse_ft.tracking.record import Run
 
 __all__ = ["AnalysisResult", "write_analysis"]
 
@@ -73,7 +74,7 @@ class AnalysisResult:
 
 
 def write_analysis(
-    rows: Iterable[Row],
+    runs: Iterable[Run],
     output_dir: str | Path,
     baseline: str | Path | None = None,
     title: str = "",
@@ -84,7 +85,7 @@ def write_analysis(
     """Writes all tables, figures and the page of a study into ``output_dir``.
 
     Args:
-        rows: run records as tracking hands them over; see `sparse_ft.analysis.table.cell_table`.
+        runs: of the study; see `sparse_ft.analysis.table.cell_table`.
         output_dir: made where it does not exist; files of an earlier analysis are replaced.
         baseline: a CSV of published numbers, ``"builtin"`` for those of the package, or None.
         title: the study's name, over the page.
@@ -95,9 +96,9 @@ def write_analysis(
     Raises:
         UserError: the baseline cannot be read; before anything is written.
     """
-    rows, folder = list(rows), Path(output_dir)
+    runs, folder = list(runs), Path(output_dir)
     published = None if baseline is None else load_baseline(baseline)
-    cells = cell_table(rows)
+    cells = cell_table(runs)
     grouped = grouped_table(cells)
     points = performance_table(cells, grouped)
     result = AnalysisResult(cells=cells, points=points, holes=holes(cells, expected), curves=curves(cells, points))
@@ -108,7 +109,7 @@ def write_analysis(
         result.baseline = compare_baseline(published, cells, grouped)
         tables |= {"baseline_joined": result.baseline["joined"]}
         tables |= {"baseline_not_comparable": result.baseline["not_comparable"]}
-    drawn = _drawings(rows, cells, points)
+    drawn = _drawings(runs, cells, points)
     progress.start("analysis", len(tables) + len(drawn) + 2, "files")
     for name, frame in tables.items():
         result.files.append(write_text(folder / f"{name}.csv", csv_text(frame)))
@@ -133,7 +134,7 @@ def write_analysis(
 
 
 def _drawings(
-    rows: Sequence[Row], cells: pd.DataFrame, points: pd.DataFrame
+    runs: Sequence[Run], cells: pd.DataFrame, points: pd.DataFrame
 ) -> dict[str, tuple[str, Callable[[], Figure | None]]]:
     """Every figure: its file's name, its heading on the page, and how it is drawn."""
     drawn: dict[str, tuple[str, Callable[[], Figure | None]]] = {
@@ -141,7 +142,7 @@ def _drawings(
     }
     drawn["pareto"] = ("Accuracy against throughput", lambda: pareto_figure(points))
     drawn["heatmaps"] = ("Accuracy by method and sparsity", lambda: heatmap_figure(points))
-    drawn["layer_sparsity"] = ("Sparsity of the blocks", lambda: layer_figure(rows))
+    drawn["layer_sparsity"] = ("Sparsity of the blocks", lambda: layer_figure(runs))
     return drawn
 
 

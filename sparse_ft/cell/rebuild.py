@@ -6,7 +6,6 @@ import json
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import yaml
 from peft import PeftModel
@@ -15,7 +14,7 @@ from sparse_ft.cell.masks import mask_file, read_manifest
 from sparse_ft.cell.workbench import Workbench
 from sparse_ft.errors import UserError
 from sparse_ft.files import atomic_folder
-from sparse_ft.levels import LevelPaths, level_label
+from sparse_ft.levels import LevelPaths
 from sparse_ft.lora.merge import merge_all_lora_weights
 from sparse_ft.lora.model import load_sparse_lora
 from sparse_ft.models.checkpoint import Checkpoint
@@ -23,11 +22,10 @@ from sparse_ft.models.loading import load_state_into, save_model, saved_tokenize
 from sparse_ft.pruning.output import MaskFile
 from sparse_ft.settings.cell import CellConfig
 from sparse_ft.settings.parser import Parser
+from sparse_ft.tracking.record import Kind, Run, Tag, level_tag
 from sparse_ft.tracking.runs import Tracker
 
 __all__ = ["logged_cell", "not_of", "rebuild"]
-
-Run = dict[str, Any]
 
 
 def rebuild(tracker: Tracker, run_id: str, target: Path, bench: Workbench) -> Path:
@@ -46,20 +44,20 @@ def rebuild(tracker: Tracker, run_id: str, target: Path, bench: Workbench) -> Pa
         UserError: no such run, no adapter or masks any more, or weights that came out otherwise.
     """
     run = tracker.run(run_id)
-    if run["tags"].get("same_as"):
-        run = tracker.run(run["tags"]["same_as"])
-    if run["tags"].get("kind") != "cell" or run["status"] != "FINISHED":
-        raise UserError(f"run {run_id} is no finished cell ({run['status']}); there is nothing to rebuild.")
+    if run.same_as:
+        run = tracker.run(run.same_as)
+    if run.kind != Kind.CELL or not run.is_finished:
+        raise UserError(f"run {run_id} is no finished cell ({run.status}); there is nothing to rebuild.")
     with tempfile.TemporaryDirectory() as scratch:
         cell = replace(logged_cell(tracker, run), output_dir=scratch)
-        if not any(name.startswith("adapter/") for name in tracker.artifacts(run["run_id"])):
+        if not any(name.startswith("adapter/") for name in tracker.artifacts(run.run_id)):
             raise UserError(f"run {run_id} holds no adapter (mode {cell.mode}, keep: none); run the cell again.")
-        adapter = tracker.fetch(run["run_id"], "adapter", scratch)
+        adapter = tracker.fetch(run.run_id, "adapter", scratch)
         masks = _masks(tracker, run, cell, Path(scratch))
-        base, found = run["tags"].get("base_fingerprint"), bench.checkpoint(cell.model)
+        base, found = run.tags.get(Tag.BASE_FINGERPRINT), bench.checkpoint(cell.model)
         if not found.is_called(base):
             raise UserError(
-                f"{cell.model} has other weights now ({found.fingerprint}) than run {run['run_id']} used ({base})."
+                f"{cell.model} has other weights now ({found.fingerprint}) than run {run.run_id} used ({base})."
             )
         with bench.borrow(cell) as model:
             if masks is not None and masks.checkpoint is not None:
@@ -79,52 +77,52 @@ def rebuild(tracker: Tracker, run_id: str, target: Path, bench: Workbench) -> Pa
 
 def not_of(run: Run, folder: Path) -> str | None:
     """Why a checkpoint is not the merged model of a run; None where it is."""
-    expected = run["tags"].get("merged_fingerprint")
+    expected = run.tags.get(Tag.MERGED_FINGERPRINT)
     try:
         found = Checkpoint(folder)
         if found.is_called(expected):
             return None
     except UserError as error:
         return str(error)
-    return f"the weights are not those of run {run['run_id']} (fingerprint {found.fingerprint}, not {expected})"
+    return f"the weights are not those of run {run.run_id} (fingerprint {found.fingerprint}, not {expected})"
 
 
 def logged_cell(tracker: Tracker, run: Run) -> CellConfig:
     """The cell of a run, from its own ``config.yaml``."""
-    values = yaml.safe_load(tracker.fetch_text(run["run_id"], "config.yaml"))
+    values = yaml.safe_load(tracker.fetch_text(run.run_id, "config.yaml"))
     # A run of before there was a choice rounded to the nearest.
-    return Parser(CellConfig).values({"rounding": "nearest", **values}, f"run {run['run_id']}")
+    return Parser(CellConfig).values({"rounding": "nearest", **values}, f"run {run.run_id}")
 
 
 def _masks(tracker: Tracker, run: Run, cell: CellConfig, scratch: Path) -> MaskFile | None:
     """The cell's masks by their checksum: from the study's folder, from the artifacts, or from the file named."""
-    checksum = run["tags"].get("mask_checksum")
+    checksum = run.tags.get(Tag.MASK_CHECKSUM)
     if checksum is None:
         return None
     if cell.masks is not None and Path(cell.masks).is_file():
         given = mask_file(cell.masks).file
         if given.checksum == checksum:
             return given
-    parent = tracker.run(run["parent_run_id"]) if run["parent_run_id"] else None
+    parent = tracker.run(run.parent_run_id) if run.parent_run_id else None
     if parent is not None:
-        for manifest in sorted((Path(parent["tags"].get("folder", "")) / "masks").glob("*/mask_set.json")):
+        for manifest in sorted((Path(parent.folder) / "masks").glob("*/mask_set.json")):
             if any(entry["checksum"] == checksum for entry in json.loads(manifest.read_text(encoding="utf-8"))):
                 for file in read_manifest(manifest.parent) or ():
                     if file.checksum == checksum:
                         return file
     if cell.updating.changes_weights:
         raise UserError(
-            f"run {run['run_id']}: {cell.updating.title} also changes the weights that stay, and the study's folder, "
+            f"run {run.run_id}: {cell.updating.title} also changes the weights that stay, and the study's folder, "
             "which holds them, is gone; make the masks again with compute_masks."
         )
-    label = level_label(cell.sparsity)
-    for holder in [run, *(tracker.children(parent["run_id"]) if parent else [])]:
-        own = holder["run_id"] == run["run_id"]
-        if not own and holder["tags"].get(f"mask_checksum_{label}") != checksum:
+    tag = level_tag(Tag.MASK_CHECKSUM, cell.sparsity)
+    for holder in [run, *(tracker.children(parent.run_id) if parent else [])]:
+        own = holder.run_id == run.run_id
+        if not own and holder.tags.get(tag) != checksum:
             continue
-        for name in tracker.artifacts(holder["run_id"], "masks"):
+        for name in tracker.artifacts(holder.run_id, "masks"):
             if Path(name).name.startswith(LevelPaths.prefix(cell.sparsity)):
-                found = mask_file(tracker.fetch(holder["run_id"], name, scratch)).file
+                found = mask_file(tracker.fetch(holder.run_id, name, scratch)).file
                 if found.checksum == checksum:
                     return found
-    raise UserError(f"run {run['run_id']}: its masks ({checksum[:12]}) are neither in the study's folder nor logged.")
+    raise UserError(f"run {run.run_id}: its masks ({checksum[:12]}) are neither in the study's folder nor logged.")

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 from sparse_ft.cell.failures import Failure, classify
 from sparse_ft.cell.result import CellResult
-from sparse_ft.levels import level_label
 from sparse_ft.masks.statistics import block_sparsities
 from sparse_ft.pruning.output import MaskFile
 from sparse_ft.settings.cell import CellConfig
 from sparse_ft.settings.commands import MaskConfig
 from sparse_ft.settings.field import plain_values
 from sparse_ft.tracking.parameters import flatten_config
+from sparse_ft.tracking.record import Tag, level_tag
 
 if TYPE_CHECKING:
     from sparse_ft.tracking.runs import Tracker
@@ -66,7 +66,7 @@ def log_cell_result(tracker: Tracker, run_id: str, result: CellResult) -> None:
 
 def log_failure(tracker: Tracker, run_id: str, failure: Failure) -> None:
     """Class and message as tags, the traceback as an artifact."""
-    tracker.log(run_id, tags={"failure_class": failure.kind, "failure_message": failure.message})
+    tracker.log(run_id, tags={Tag.FAILURE_CLASS: failure.kind, Tag.FAILURE_MESSAGE: failure.message})
     tracker.log_text(run_id, failure.traceback, "traceback.txt")
 
 
@@ -114,11 +114,10 @@ def mask_tags(files: Sequence[MaskFile]) -> dict[str, str]:
     """
     tags = {}
     for file in files:
-        label = level_label(file.sparsity)
-        tags[f"mask_checksum_{label}"] = file.checksum
+        tags[level_tag(Tag.MASK_CHECKSUM, file.sparsity)] = file.checksum
         blocks = block_sparsities(json.loads(file.statistics.read_text(encoding="utf-8")))
-        tags[f"block_sparsity_{label}"] = json.dumps([round(block, 5) for block in blocks])
+        tags[level_tag(Tag.BLOCK_SPARSITY, file.sparsity)] = json.dumps([round(block, 5) for block in blocks])
     remarks = files[0].metadata.get("notes", [])
     if remarks:
-        tags["warning"] = "; ".join(remarks)[:_TAG_ROOM]
+        tags[Tag.WARNING] = "; ".join(remarks)[:_TAG_ROOM]
     return tags

@@ -12,6 +12,7 @@ from sparse_ft.settings.cell import CellConfig
 from sparse_ft.settings.modes import MODES
 from sparse_ft.settings.rules import rule_label
 from sparse_ft.tracking.models import log_model, model_card, register_model, registered_name, sparsity_alias
+from sparse_ft.tracking.record import Tag
 from sparse_ft.tracking.runs import Tracker
 
 __all__ = ["register_cell"]
@@ -42,12 +43,12 @@ def register_cell(
         **{key: cell.canonical()[key] for key in ("method", "scope", "sparsity")},
         "importance": _rule(cell),
         "accuracy": result.metrics.get("eval/accuracy"),
-        "mask_checksum": result.tags.get("mask_checksum"),
+        Tag.MASK_CHECKSUM: result.tags.get(Tag.MASK_CHECKSUM),
     }
     logged = log_model(tracker, run_id, result.merged, "model", card=card, tags=tags, progress=progress)
     version = register_model(tracker, logged, name, alias=alias, tags=tags, description=card, said=said)
     address = f"models:/{name}@{alias}" if alias else f"models:/{name}/{version}"
-    tracker.log(run_id, tags={"registered_as": f"{name}/{version}"})
+    tracker.log(run_id, tags={Tag.REGISTERED_AS: f"{name}/{version}"})
     return address
 
 
@@ -65,7 +66,7 @@ def _card(cell: CellConfig, result: CellResult, address: str | None) -> str:
         "of the masks": metrics.get("sparsity/achieved"),
         "after the merge": metrics.get("sparsity/after_merge"),
         "masked weights that are not zero": metrics.get("sparsity/violations"),
-        "mask checksum": result.tags.get("mask_checksum"),
+        "mask checksum": result.tags.get(Tag.MASK_CHECKSUM),
     }
     made = {key: values[key] for key in ("method", "importance", "scope", "mode", "lora_r", "lora_alpha")}
     made |= {"importance": _rule(cell)}

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sparse_ft.tracking.record import Tag
+
 __all__ = ["CellResult"]
 
 
@@ -36,4 +38,4 @@ class CellResult:
 
     def warn(self, text: str) -> None:
         """Adds to the tag ``warning``."""
-        self.tags["warning"] = "; ".join(filter(None, [self.tags.get("warning"), text]))
+        self.tags[Tag.WARNING] = "; ".join(filter(None, [self.tags.get(Tag.WARNING), text]))

@@ -24,6 +24,7 @@ from sparse_ft.pruning.output import MaskFile
 from sparse_ft.settings.cell import CellConfig
 from sparse_ft.settings.modes import MODES
 from sparse_ft.tasks.examples import training_examples
+from sparse_ft.tracking.record import Tag
 
 __all__ = ["run_cell"]
 
@@ -83,7 +84,7 @@ def run_cell(
             with clock("eval_untuned"):
                 pruned = masks is not None and masks.n_pruned > 0  # masks that keep all leave the model as it is
                 measured_by, untuned = scores.untuned(model, start, masks.checksum if pruned else "")
-                result.tags["untuned_measured_by"] = measured_by
+                result.tags[Tag.UNTUNED_MEASURED_BY] = measured_by
                 result.add_scores(untuned.metrics, "_untuned")
 
         training = Training(
@@ -98,7 +99,7 @@ def run_cell(
             if moved == 0:
                 result.warn(f"{NO_WEIGHT_MOVED}: training changed no weight; the scores are those of the untuned model")
         with clock("save"):
-            result.tags["merged_fingerprint"] = Checkpoint(training.target).fingerprint
+            result.tags[Tag.MERGED_FINGERPRINT] = Checkpoint(training.target).fingerprint
         with clock("validate"):
             check_promise(training, trained)
 
@@ -133,7 +134,7 @@ def _masks(
         return None
     masks = file.load()
     check_masks(masks, start.prunable_shapes(), str(start.folder.name))
-    result.tags["mask_checksum"] = masks.checksum
+    result.tags[Tag.MASK_CHECKSUM] = masks.checksum
     if problem := foreign_masks(file, start, base):
         if not foreign:
             raise UserError(f"{problem}; a study compares only masks of its own models.")

@@ -22,6 +22,7 @@ from sparse_ft.progress import SILENT, Progress
 from sparse_ft.settings.cell import CellConfig
 from sparse_ft.settings.model import DataSettings
 from sparse_ft.settings.modes import MODES
+from sparse_ft.tracking.record import Tag
 
 # What loads models, tokenizers and tasks is imported with the first of them: masks by weight alone need none.
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ class Workbench:
         """Tags that tell this model's weights from others of the same name: a hub's may change under it."""
         checkpoint = self.checkpoint(name)
         commit = hub_commit(checkpoint.folder)
-        return {"base_fingerprint": checkpoint.fingerprint} | ({"hub_commit": commit} if commit else {})
+        return {Tag.BASE_FINGERPRINT: checkpoint.fingerprint} | ({Tag.HUB_COMMIT: commit} if commit else {})
 
     def model_digests(self, name: str) -> dict[str, str]:
         """16 hex digits each for the model's ``weights``, its ``model_config`` and its ``tokenizer``'s files."""

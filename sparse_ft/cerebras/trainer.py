@@ -30,6 +30,7 @@ from sparse_ft.models.checkpoint import Checkpoint
 from sparse_ft.models.loading import load_state_into
 from sparse_ft.settings.cell import CellConfig
 from sparse_ft.settings.modes import MODES
+from sparse_ft.tracking.record import Tag
 
 __all__ = [
     "CerebrasSettings",
@@ -243,9 +244,9 @@ def _log(training: Training, trained: FitResult, settings: CerebrasSettings, fol
             "train_rate": "GlobalRate of ModelZoo's trainer",
         }
     )
-    result.tags["cerebras_attempts"] = str(trained.attempts)
+    result.tags[Tag.CEREBRAS_ATTEMPTS] = str(trained.attempts)
     if trained.jobs:
-        result.tags["cerebras_jobs"] = ",".join(trained.jobs)
+        result.tags[Tag.CEREBRAS_JOBS] = ",".join(trained.jobs)
     result.artifacts += [(config, "cerebras"), (folder / "fit.log", "cerebras")]
     write_json(folder / "losses.json", [{"step": step, "loss": loss} for step, loss in trained.losses])
     result.artifacts.append((folder / "losses.json", "cerebras"))

@@ -12,7 +12,8 @@ from sparse_ft.settings.commands import AnalyzeConfig
 from sparse_ft.settings.field import plain_values
 from sparse_ft.tracking.curves import write_curve_runs
 from sparse_ft.tracking.parameters import flatten_config
-from sparse_ft.tracking.runs import Tracker, in_milliseconds
+from sparse_ft.tracking.record import Kind, Tag
+from sparse_ft.tracking.runs import Tracker
 
 __all__ = ["analyze"]
 
@@ -24,29 +25,22 @@ def analyze(config: AnalyzeConfig) -> int:
     if config.parent_run_id is not None:
         tracker = Tracker.reading(run_id=config.parent_run_id)
         parent, found = config.parent_run_id, tracker.run(config.parent_run_id)
-        if found["tags"].get("kind") != "study":
-            raise UserError(f"The run {parent} ({found['name']}) is no study; give a study's run, or an experiment.")
-        title, runs = found["name"], tracker.children(parent)
+        if found.kind != Kind.STUDY:
+            raise UserError(f"The run {parent} ({found.name}) is no study; give a study's run, or an experiment.")
+        title, runs = found.name, tracker.children(parent)
     else:
         tracker = Tracker.reading(config.experiment)
         parent, title = None, config.experiment
         runs = tracker.search(experiment_id=tracker.experiment(config.experiment))
-    rows = in_milliseconds(runs)
-    run_id = tracker.start(f"analysis {title}", {"kind": "analysis"})
+    run_id = tracker.start(f"analysis {title}", {Tag.KIND: Kind.ANALYSIS})
     with tracker.ending(run_id):
         tracker.log(run_id, params=flatten_config(plain_values(config)))
         folder = Path(config.output_dir)
-        result = write_analysis(
-            rows,
-            folder,
-            baseline=config.baseline,
-            title=title,
-            progress=shown_progress(),
-        )
+        result = write_analysis(runs, folder, config.baseline, title, progress=shown_progress())
         tracker.log_folder(run_id, folder, "report")
         write_curve_runs(tracker, parent, result.curves)
     console = wide_console()
-    print_table(console, terminal_table(rows))
+    print_table(console, terminal_table(runs))
     for path in result.files:
         console.print(f"  {path}", highlight=False, soft_wrap=True)
     return 0

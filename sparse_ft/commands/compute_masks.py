@@ -10,6 +10,7 @@ from sparse_ft.cell.workbench import Workbench
 from sparse_ft.levels import level_label
 from sparse_ft.progress import shown_progress
 from sparse_ft.settings.commands import MaskConfig
+from sparse_ft.tracking.record import Kind, Tag
 
 __all__ = ["compute_masks"]
 
@@ -27,7 +28,7 @@ def compute_masks(config: MaskConfig) -> int:
     from sparse_ft.tracking.runs import Tracker  # mlflow takes seconds to import: wrong input is answered before
 
     tracker = Tracker()
-    run_id = tracker.start(f"masks {Path(config.model).name} {config.method}", {"kind": "masks"})
+    run_id = tracker.start(f"masks {Path(config.model).name} {config.method}", {Tag.KIND: Kind.MASKS})
     with recorded(tracker, run_id):
         log_mask_inputs(tracker, run_id, config)
         files = make_masks(config, bench)

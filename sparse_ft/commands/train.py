@@ -11,6 +11,7 @@ from sparse_ft.cell.workbench import Workbench
 from sparse_ft.errors import UserError
 from sparse_ft.progress import shown_progress, wide_console
 from sparse_ft.settings.cell import TrainConfig, mask_set_of
+from sparse_ft.tracking.record import Kind, Tag
 
 __all__ = ["train"]
 
@@ -44,7 +45,7 @@ def _run(config: TrainConfig, given: GivenMasks | None, bench: Workbench) -> int
     from sparse_ft.models.devices import check_device
     from sparse_ft.study.checks.preflight import check_examples
     from sparse_ft.study.trainers import make_trainer
-    from sparse_ft.tracking.runs import Tracker, in_milliseconds
+    from sparse_ft.tracking.runs import Tracker
     from sparse_ft.tracking.stores import ui_command
 
     trainer, checkpoint = make_trainer(config.trainer, config.cerebras), bench.checkpoint(config.model)
@@ -60,7 +61,7 @@ def _run(config: TrainConfig, given: GivenMasks | None, bench: Workbench) -> int
 
     identity = cell_identity(config, bench, trainer.name)
     tracker, folder = Tracker(), Path(config.output_dir)
-    run_id = tracker.start(config.title, {"kind": "cell"})
+    run_id = tracker.start(config.title, {Tag.KIND: Kind.CELL})
     with recorded(tracker, run_id):
         log_cell_inputs(tracker, run_id, config, identity)
         masks = given.file if given else None
@@ -68,17 +69,17 @@ def _run(config: TrainConfig, given: GivenMasks | None, bench: Workbench) -> int
             (masks,) = make_masks(kind, bench, folder / "masks")
             log_mask_files(tracker, run_id, [masks])
             tracker.log(run_id, tags=mask_tags([masks]))
-        tracker.log(run_id, tags={"cell_key": cell_key(config, identity, masks.checksum if masks else "")})
+        tracker.log(run_id, tags={Tag.CELL_KEY: cell_key(config, identity, masks.checksum if masks else "")})
         watch = Watch(run_id, lambda curves: tracker.log(run_id, curves=curves))
         result = run_cell(config, masks, bench, folder, trainer, watch, warn_foreign=True)
         log_cell_result(tracker, run_id, result)
         address = None
         if config.register_as is not None:
             address = register_cell(tracker, run_id, config, result, bench.progress)
-    if "warning" in result.tags:
-        print(f"train: warning: {result.tags['warning']}", file=sys.stderr)
+    if Tag.WARNING in result.tags:
+        print(f"train: warning: {result.tags[Tag.WARNING]}", file=sys.stderr)
     console = wide_console()
-    print_table(console, terminal_table(in_milliseconds([tracker.run(run_id)])))
+    print_table(console, terminal_table([tracker.run(run_id)]))
     if address:
         console.print(f"registered: {address}", highlight=False, soft_wrap=True)
     console.print(f"everything, in a browser: {ui_command(tracker.uri)}", highlight=False, soft_wrap=True)

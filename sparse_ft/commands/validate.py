@@ -11,6 +11,7 @@ from sparse_ft.models.opening import open_checkpoint
 from sparse_ft.progress import shown_progress
 from sparse_ft.settings.commands import ValidateConfig
 from sparse_ft.tracking.parameters import flatten_config
+from sparse_ft.tracking.record import Kind, Tag
 from sparse_ft.tracking.stores import is_model_uri
 from sparse_ft.validation import validate_checkpoint
 
@@ -36,7 +37,7 @@ def validate(config: ValidateConfig) -> int:
     report = validation.to_dict() | {"checkpoint": config.checkpoint}
     if config.report is not None:
         write_json(config.report, report)
-    run_id = tracker.start(f"validate {Path(config.checkpoint).name}", {"kind": "validation"})
+    run_id = tracker.start(f"validate {Path(config.checkpoint).name}", {Tag.KIND: Kind.VALIDATION})
     with tracker.ending(run_id):
         tracker.log(
             run_id,
@@ -46,7 +47,7 @@ def validate(config: ValidateConfig) -> int:
                 "sparsity/after_merge": validation.sparsity,
                 "sparsity/target": validation.sparsity_asked,
             },
-            tags={"mask_checksum": masks.checksum, "valid": validation.ok},
+            tags={Tag.MASK_CHECKSUM: masks.checksum, Tag.VALID: validation.ok},
         )
         tracker.log_dict(run_id, report, "validation.json")
     print("\n".join(validation.lines()))

@@ -17,7 +17,6 @@ from sparse_ft.study.queue import RunningExecutor
 from sparse_ft.study.session import Session
 from sparse_ft.study.study_file import load_study
 from sparse_ft.tracking.curves import write_curve_runs
-from sparse_ft.tracking.runs import in_milliseconds
 
 __all__ = ["sweep"]
 
@@ -67,7 +66,7 @@ class Grid(Session):
                 lambda text: self._print(text, style="red"),
             )  # fmt: skip
         expected = [config.canonical() for config in self.plan.configs]
-        runs = in_milliseconds(tracker.children(parent))
+        runs = tracker.children(parent)
         report = write_analysis(
             runs, folder / "report", title=study.name, progress=progress, expected=expected,
             figures=study.figures != "none",

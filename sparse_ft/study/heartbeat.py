@@ -8,10 +8,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
-from typing import Any
 
 from sparse_ft.errors import UserError
 from sparse_ft.processes import is_alive, is_here
+from sparse_ft.tracking.record import Run, Tag
 from sparse_ft.tracking.runs import Tracker
 
 __all__ = ["HEARTBEAT_SECONDS", "TakenOverError", "close_open_runs", "driving", "interruptible", "living_driver"]
@@ -40,7 +40,7 @@ def interruptible() -> Iterator[None]:
 def close_open_runs(tracker: Tracker, parent: str) -> None:
     """Sets KILLED what the stopped workers had open."""
     for child in tracker.children(parent, "RUNNING"):
-        tracker.finish(child["run_id"], "KILLED")
+        tracker.finish(child.run_id, "KILLED")
 
 
 class TakenOverError(UserError):
@@ -63,11 +63,11 @@ def driving(tracker: Tracker, parent: str, driver: str) -> Iterator[Callable[[],
     def beat() -> None:
         while not over.wait(HEARTBEAT_SECONDS):
             with suppress(Exception):  # a store that is away for a moment is no reason to stop
-                if tracker.run(parent)["tags"].get("driver") != driver:
+                if tracker.run(parent).driver != driver:
                     lost.set()
                     _interrupt()
                     return
-                tracker.log(parent, tags={"heartbeat": time.time()})
+                tracker.log(parent, tags={Tag.HEARTBEAT: time.time()})
 
     def taken_over() -> TakenOverError:
         return TakenOverError(
@@ -99,16 +99,16 @@ def _interrupt() -> None:
         signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
 
 
-def living_driver(tracker: Tracker, run: dict[str, Any]) -> str | None:
+def living_driver(tracker: Tracker, run: Run) -> str | None:
     """Who drives a study now, in words; None: nobody.
 
     Of another place only the heartbeat tells. One that seems to have stopped is watched for more than an interval
     before it is believed: the clocks of two machines may differ.
     """
-    if run["status"] != "RUNNING":
+    if run.status != "RUNNING":
         return None
-    name, beat = run["tags"].get("driver", ""), _beat(run)
-    since = datetime.fromtimestamp(run["start_time"]).strftime("%Y-%m-%d %H:%M:%S")
+    name, beat = run.driver, _beat(run)
+    since = datetime.fromtimestamp(run.start_time).strftime("%Y-%m-%d %H:%M:%S")
     host, number = (name.split(" ") + ["?", "?"])[:2]
     words = f"process {number} on {host}, since {since}"
     if is_here(name):
@@ -118,13 +118,13 @@ def living_driver(tracker: Tracker, run: dict[str, Any]) -> str | None:
     give_up = time.monotonic() + (1.5 * HEARTBEAT_SECONDS if beat else 0)
     while time.monotonic() < give_up:
         time.sleep(HEARTBEAT_SECONDS / 10)
-        if _beat(tracker.run(run["run_id"])) != beat:
+        if _beat(tracker.run(run.run_id)) != beat:
             return words
     return None
 
 
-def _beat(run: dict[str, Any]) -> float:
+def _beat(run: Run) -> float:
     try:
-        return float(run["tags"].get("heartbeat", 0))
+        return float(run.tags.get(Tag.HEARTBEAT, 0))
     except ValueError:
         return 0.0

@@ -14,6 +14,7 @@ from sparse_ft.cell.record import log_cell_inputs, log_mask_inputs
 from sparse_ft.pruning.output import MaskFile
 from sparse_ft.settings.cell import CellConfig
 from sparse_ft.settings.commands import MaskConfig
+from sparse_ft.tracking.record import Kind, Tag
 from sparse_ft.tracking.runs import Tracker
 
 __all__ = ["CellJob", "Job", "MaskJob", "Outcome"]
@@ -63,14 +64,14 @@ class Job:
     allowed: int | None = None
     checksum: str | None = None
     is_cell: ClassVar[bool] = True
-    kind: ClassVar[str] = "cell"
+    kind: ClassVar[Kind] = Kind.CELL
     key_tag: ClassVar[str] = ""
     results_in_run: ClassVar[bool] = False
 
     @property
     def run_tags(self) -> dict[str, object]:
         """The tags that its run begins with."""
-        return {"kind": self.kind, self.key_tag: self.key, "attempt": self.attempt}
+        return {Tag.KIND: self.kind, self.key_tag: self.key, Tag.ATTEMPT: self.attempt}
 
     def log_inputs(self, tracker: Tracker, run_id: str) -> None:
         """Logs what is asked for."""
@@ -118,7 +119,7 @@ class CellJob(Job):
     identity: Mapping[str, str] = field(default_factory=dict)
     planned: CellConfig | None = None
     judge: Judge | None = None
-    key_tag = "cell_key"
+    key_tag = Tag.CELL_KEY
     results_in_run = True
 
     @property
@@ -136,7 +137,7 @@ class CellJob(Job):
     @property
     def is_reduced(self) -> bool:
         """Whether its batch is smaller since a try ran out of memory."""
-        return "reduced_batch" in self.tags
+        return Tag.REDUCED_BATCH in self.tags
 
     @property
     def run_tags(self) -> dict[str, object]:
@@ -161,7 +162,7 @@ class CellJob(Job):
             gradient_accumulation=cell.gradient_accumulation * (size // smaller),
             eval_batch_size=max(1, scored // 2) if isinstance(scored, int) else scored,
         )
-        tags = {**self.tags, "reduced_batch": f"{size} -> {smaller}"}
+        tags = {**self.tags, Tag.REDUCED_BATCH: f"{size} -> {smaller}"}
         return replace(self.again(), cell=cell, planned=self.planned or self.cell, tags=tags)
 
     def discard(self) -> None:
@@ -178,8 +179,8 @@ class MaskJob(Job):
     key: str
     attempt: int = 1
     is_cell = False
-    kind = "masks"
-    key_tag = "mask_key"
+    kind = Kind.MASKS
+    key_tag = Tag.MASK_KEY
 
     @property
     def model(self) -> str:

@@ -8,7 +8,6 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -19,18 +18,17 @@ from sparse_ft.cell.result import CellResult
 from sparse_ft.cell.workbench import Workbench
 from sparse_ft.errors import UserError
 from sparse_ft.progress import SILENT, Progress
+from sparse_ft.tracking.record import Kind, Run, Tag
 from sparse_ft.tracking.runs import Tracker
 
 __all__ = ["keep_models", "pareto_front"]
-
-Run = dict[str, Any]
 
 
 def pareto_front(runs: Sequence[Run]) -> list[Run]:
     """The cells that no other beats in both accuracy and sparsity of the merged model, sparsest first."""
     names = ("eval/accuracy", "sparsity/after_merge")
-    scored = [run for run in runs if set(names) <= set(run["metrics"])]
-    points = np.array([[run["metrics"][name] for name in names] for run in scored]).reshape(-1, 2)
+    scored = [run for run in runs if set(names) <= set(run.metrics)]
+    points = np.array([[run.metrics[name] for name in names] for run in scored]).reshape(-1, 2)
     return [scored[number] for number in front_of(points[:, 0], points[:, 1])]
 
 
@@ -62,23 +60,23 @@ def keep_models(
     """
     groups: dict[tuple[str, str], list[Run]] = defaultdict(list)
     for run in tracker.children(parent):
-        own = not {"same_as", "superseded"} & run["tags"].keys()
-        if run["tags"].get("kind") == "cell" and run["status"] == "FINISHED" and own:
-            groups[run["params"].get("cfg/model", ""), run["params"].get("cfg/task", "")].append(run)
+        own = run.same_as is None and not run.is_superseded
+        if run.kind == Kind.CELL and run.is_finished and own:
+            groups[run.params.get("cfg/model", ""), run.params.get("cfg/task", "")].append(run)
     fronts = {key: pareto_front(runs) if front_only else runs for key, runs in groups.items()}
     kept: list[Path] = []
     progress.start("models of the front", sum(map(len, fronts.values())), "models")
     for key, runs in groups.items():
-        chosen = {run["run_id"] for run in fronts[key]}
+        chosen = {run.run_id for run in fronts[key]}
         for run in runs:
-            if run["run_id"] not in chosen:
+            if run.run_id not in chosen:
                 _remove_model(tracker, run, folder)
                 continue
             try:
                 kept.append(_keep(tracker, run, folder, register, bench, said))
             except (UserError, OSError) as error:
-                said(f"{run['name']} is on the Pareto front, but its model could not be kept: {error}")
-            progress.advance(note=run["name"])
+                said(f"{run.name} is on the Pareto front, but its model could not be kept: {error}")
+            progress.advance(note=run.name)
     progress.stop()
     return kept
 
@@ -86,34 +84,33 @@ def keep_models(
 def _keep(
     tracker: Tracker, run: Run, folder: Path, register: bool, bench: Workbench, said: Callable[[str], None]
 ) -> Path:
-    tags = run["tags"]
-    if tags.get("registered_as"):
-        return Path(tags["registered_as"])
-    name = re.sub(r"[^\w.-]+", "-", run["name"])
-    target = folder / "models" / f"{name}-{run['run_id'][:8]}"
-    whole = folder / "cells" / tags["cell_key"] / "merged"
+    if registered := run.tags.get(Tag.REGISTERED_AS):
+        return Path(registered)
+    name = re.sub(r"[^\w.-]+", "-", run.name)
+    target = folder / "models" / f"{name}-{run.run_id[:8]}"
+    whole = folder / "cells" / run.cell_key / "merged"
     if not_of(run, target) is not None:  # absent, or left there by a start that was stopped or refused
         if not_of(run, whole) is None:
             shutil.rmtree(target, ignore_errors=True)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.move(whole, target)
         else:
-            rebuild(tracker, run["run_id"], target, bench)
-    tracker.log(run["run_id"], tags={"model_folder": str(target.absolute())})
+            rebuild(tracker, run.run_id, target, bench)
+    tracker.log(run.run_id, tags={Tag.MODEL_FOLDER: str(target.absolute())})
     if not register:
         return target
     cell = replace(logged_cell(tracker, run), register_as="auto")
-    protocol = {k.removeprefix("protocol/"): v for k, v in run["params"].items() if k.startswith("protocol/")}
-    result = CellResult(metrics=run["metrics"], protocol=protocol, tags=tags, merged=target)
-    address = register_cell(tracker, run["run_id"], cell, result, said=said)
+    protocol = {k.removeprefix("protocol/"): v for k, v in run.params.items() if k.startswith("protocol/")}
+    result = CellResult(metrics=run.metrics, protocol=protocol, tags=run.tags, merged=target)
+    address = register_cell(tracker, run.run_id, cell, result, said=said)
     shutil.rmtree(target)
-    tracker.log(run["run_id"], tags={"model_folder": ""})
+    tracker.log(run.run_id, tags={Tag.MODEL_FOLDER: ""})
     return Path(address)
 
 
 def _remove_model(tracker: Tracker, run: Run, folder: Path) -> None:
     """A model that left the front, or a whole checkpoint that waited to learn whether it is on it."""
-    own = Path(run["tags"].get("model_folder") or folder / "cells" / run["tags"]["cell_key"] / "merged")
+    own = Path(run.tags.get(Tag.MODEL_FOLDER) or folder / "cells" / run.cell_key / "merged")
     if own.is_dir() and own.resolve().is_relative_to(folder.resolve()):
         shutil.rmtree(own)
-        tracker.log(run["run_id"], tags={"model_folder": ""})
+        tracker.log(run.run_id, tags={Tag.MODEL_FOLDER: ""})

@@ -6,17 +6,15 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from sparse_ft.errors import UserError
 from sparse_ft.processes import is_alive, is_here
+from sparse_ft.tracking.record import ENDED, Kind, Run, Tag
 from sparse_ft.tracking.runs import Tracker
 
-__all__ = ["Ledger", "Run", "read_ledger"]
+__all__ = ["Ledger", "read_ledger"]
 
 _EXIT_SECONDS = 30  # seconds that workers have to end after their driver
-
-Run = dict[str, Any]
 
 
 @dataclass
@@ -41,13 +39,13 @@ class Ledger:
 
     def has(self, key: str, params: Mapping[str, str]) -> bool:
         """Whether a cell of this key has a FINISHED run under these very names."""
-        done = [run for run in self.cells if run["status"] == "FINISHED" and run["tags"].get("cell_key") == key]
-        return any(params.items() <= run["params"].items() for run in done)
+        done = [run for run in self.cells if run.is_finished and run.cell_key == key]
+        return any(params.items() <= run.params.items() for run in done)
 
     def failure_class(self, key: str) -> str | None:
         """The class in which the latest try of the cell failed."""
         runs = self.failed.get(key)
-        return runs[-1]["tags"].get("failure_class") if runs else None
+        return runs[-1].tags.get(Tag.FAILURE_CLASS) if runs else None
 
     def is_asked(self, key: str) -> bool:
         """Whether the cell failed in a class that whoever resumes wants tried again."""
@@ -56,7 +54,7 @@ class Ledger:
     def ran_out_of_memory(self, key: str) -> bool:
         """Whether the latest try of the cell ended for want of memory, with the batch the plan asks for."""
         out_of_memory = self.failure_class(key) == "out_of_memory"
-        return out_of_memory and "reduced_batch" not in self.failed[key][-1]["tags"]
+        return out_of_memory and Tag.REDUCED_BATCH not in self.failed[key][-1].tags
 
 
 def read_ledger(tracker: Tracker, parent: str) -> Ledger:
@@ -68,24 +66,22 @@ def read_ledger(tracker: Tracker, parent: str) -> Ledger:
     ledger = Ledger()
     failed: dict[str, list[Run]] = defaultdict(list)
     for child in tracker.children(parent):
-        tags, status = child["tags"], child["status"]
-        if "superseded" in tags:
+        if child.is_superseded:
             continue
-        if status not in ("FINISHED", "FAILED", "KILLED"):
-            _wait_for_end(tags.get("worker", ""))
-            child = tracker.run(child["run_id"])  # it may have come to its end in this moment
-            status = child["status"]
-        if status not in ("FINISHED", "FAILED", "KILLED"):
-            tracker.log(child["run_id"], tags={"killed_because": "the study was stopped before the run had ended"})
-            tracker.finish(child["run_id"], "KILLED")
+        if child.status not in ENDED:
+            _wait_for_end(child.tags.get(Tag.WORKER, ""))
+            child = tracker.run(child.run_id)  # it may have come to its end in this moment
+        if child.status not in ENDED:
+            tracker.log(child.run_id, tags={Tag.KILLED_BECAUSE: "the study was stopped before the run had ended"})
+            tracker.finish(child.run_id, "KILLED")
             ledger.closed.append(child)
-        elif status == "FINISHED" and tags.get("kind") == "cell":
-            ledger.finished[tags["cell_key"]] = child
+        elif child.is_finished and child.kind == Kind.CELL:
+            ledger.finished[child.cell_key] = child
             ledger.cells.append(child)
-        elif status == "FINISHED" and tags.get("kind") == "masks":
-            ledger.masks[tags.get("mask_key", "")] = child
-        elif status == "FAILED" and tags.get("kind") == "cell":
-            failed[tags["cell_key"]].append(child)
+        elif child.is_finished and child.kind == Kind.MASKS:
+            ledger.masks[child.tags.get(Tag.MASK_KEY, "")] = child
+        elif child.status == "FAILED" and child.kind == Kind.CELL:
+            failed[child.cell_key].append(child)
             ledger.cells.append(child)
     ledger.failed = {key: runs for key, runs in failed.items() if key not in ledger.finished}
     return ledger

@@ -15,11 +15,11 @@ from sparse_ft.errors import UserError
 from sparse_ft.pruning.output import MaskFile
 from sparse_ft.study.display import Display
 from sparse_ft.study.jobs import CellJob, Job, MaskJob, Outcome
-from sparse_ft.study.ledger import Run
 from sparse_ft.study.plan import Plan, PlannedCell
 from sparse_ft.study.queue import Queue, RunningExecutor
 from sparse_ft.study.start import Start
 from sparse_ft.tracking.parameters import flatten_config
+from sparse_ft.tracking.record import Run, Tag
 from sparse_ft.tracking.runs import Tracker
 
 __all__ = ["Hole", "Phases", "holes_table"]
@@ -44,8 +44,8 @@ class Hole:
     @classmethod
     def of_run(cls, run: Run) -> Hole:
         """From a run of an earlier start."""
-        tags = run["tags"]
-        return cls(run["name"], tags.get("failure_class", "unknown"), tags.get("failure_message", ""), run["run_id"])
+        kind, message = run.tags.get(Tag.FAILURE_CLASS, "unknown"), run.tags.get(Tag.FAILURE_MESSAGE, "")
+        return cls(run.name, kind, message, run.run_id)
 
 
 @dataclass
@@ -151,10 +151,10 @@ class Phases:
                    if not isinstance(job.masks, Failure)]  # fmt: skip
         keys = {key for _, key in planned}
         for run in self.start.ledger.cells:
-            if run["tags"].get("cell_key") in keys or not (names := _named(run["params"])):
+            if run.cell_key in keys or not (names := _named(run.params)):
                 continue
             if wanted := {key for cell, key in planned if names <= cell}:
-                self.tracker.log(run["run_id"], tags={"superseded": ",".join(sorted(wanted))})
+                self.tracker.log(run.run_id, tags={Tag.SUPERSEDED: ",".join(sorted(wanted))})
 
     def _again(self, job: CellJob) -> CellJob | None:
         """The job as it is to be run after what earlier starts say of it; None: it is not tried again.
@@ -180,7 +180,7 @@ class Phases:
             fetched = job.folder.parent / f"{job.name}-run"
             fetched.mkdir(parents=True, exist_ok=True)
             try:
-                files = read_manifest(self.tracker.fetch(run["run_id"], "masks", fetched))
+                files = read_manifest(self.tracker.fetch(run.run_id, "masks", fetched))
             except UserError:
                 return None
         return _by_level(files) if files else None
@@ -203,10 +203,10 @@ class Phases:
                     self._add_hole(Hole.of_run(ledger.failed[job.key][-1]), display)
                 continue
             failure = outcome.failure if outcome is not None else None
-            tags = {"kind": job.kind, job.key_tag: job.key}
-            tags |= {"same_as": before["run_id"] if outcome is None else outcome.run_id, "mask_checksum": job.checksum}
+            tags = {Tag.KIND: job.kind, job.key_tag: job.key, Tag.MASK_CHECKSUM: job.checksum}
+            tags |= {Tag.SAME_AS: before.run_id if outcome is None else outcome.run_id}
             if failure is not None:
-                tags |= {"failure_class": failure.kind, "failure_message": failure.message}
+                tags |= {Tag.FAILURE_CLASS: failure.kind, Tag.FAILURE_MESSAGE: failure.message}
             run_id = self.tracker.start_child(self.start.parent, job.title, tags)
             job.log_inputs(self.tracker, run_id)
             self.tracker.finish(run_id, "FINISHED" if failure is None else "FAILED")

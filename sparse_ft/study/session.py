@@ -27,6 +27,7 @@ from sparse_ft.study.queue import RunningExecutor
 from sparse_ft.study.start import Start, start_study
 from sparse_ft.study.trainers import study_trainer
 from sparse_ft.study.worker import WorkerSetup
+from sparse_ft.tracking.record import Tag
 from sparse_ft.tracking.runs import Tracker
 from sparse_ft.tracking.stores import artifact_location, tracking_uri, ui_command
 
@@ -123,7 +124,7 @@ class Session(ABC):
                 self.tracker.log(
                     self.start.parent,
                     metrics={"study/holes": len(self.phases.holes), "time/total_seconds": seconds},
-                    tags={"complete": complete},
+                    tags={Tag.COMPLETE: complete},
                 )
         self._say(seconds)
         return 1 if self.phases.holes or not complete else 0

@@ -18,9 +18,10 @@ from sparse_ft.files import load_yaml
 from sparse_ft.processes import driver_name
 from sparse_ft.settings.commands import SweepConfig
 from sparse_ft.study.heartbeat import living_driver
-from sparse_ft.study.ledger import Ledger, Run, read_ledger
+from sparse_ft.study.ledger import Ledger, read_ledger
 from sparse_ft.study.plan import Plan
 from sparse_ft.tracking.parameters import flatten_config
+from sparse_ft.tracking.record import Kind, Run, Tag
 from sparse_ft.tracking.runs import Tracker
 from sparse_ft.tracking.stores import store_lock
 
@@ -47,11 +48,11 @@ def start_study(tracker: Tracker, plan: Plan, config: SweepConfig, console: Cons
         UserError: somebody drives the same study, or the one to resume; a failure class that does not exist.
     """
     name, mine, asked = plan.study.name, driver_name(), parse_retry(config.retry) | plan.study.retry
-    claim = {"plan_key": plan.key, "driver": mine, "heartbeat": time.time(), "complete": False}
+    claim = {Tag.PLAN_KEY: plan.key, Tag.DRIVER: mine, Tag.HEARTBEAT: time.time(), Tag.COMPLETE: False}
     with store_lock(tracker.uri):  # two that start at once: the second one finds the first
         resumed = _unfinished(tracker, plan.key) if config.resume is None else config.resume
         if resumed in (None, "new"):
-            parent, ledger, folder = tracker.start(name, {"kind": "study", **claim}), Ledger(), ""
+            parent, ledger, folder = tracker.start(name, {Tag.KIND: Kind.STUDY, **claim}), Ledger(), ""
         else:
             parent = resumed
             ledger, folder = _take_over(tracker, parent)
@@ -69,10 +70,10 @@ def start_study(tracker: Tracker, plan: Plan, config: SweepConfig, console: Cons
         for line in _resumed(tracker, start, plan, study, identity):
             console.print(line, highlight=False, soft_wrap=True)
         if adopted := os.environ.get("MLFLOW_RUN_ID"):  # the run that `mlflow run` made for this start
-            tracker.log(adopted, tags={"kind": "resume", "resumes": parent})
+            tracker.log(adopted, tags={Tag.KIND: Kind.RESUME, Tag.RESUMES: parent})
     tracker.log_dict(parent, study, STUDY_FILE)
     tracker.log_dict(parent, identity, _IDENTITY_FILE)
-    tracker.log(parent, tags={"folder": str(start.folder.absolute())})
+    tracker.log(parent, tags={Tag.FOLDER: str(start.folder.absolute())})
     return start
 
 
@@ -87,7 +88,7 @@ def _resumed(
         yield f"  {len(ledger.closed)} runs were open that nobody worked at; they are now KILLED"
     for line in changes(tracker, parent, STUDY_FILE, study):
         yield f"  the configuration has changed: {line}"
-    if ledger.cells and not any(name.startswith("identity/") for run in ledger.cells for name in run["params"]):
+    if ledger.cells and not any(name.startswith("identity/") for run in ledger.cells for name in run.params):
         yield "  its cells do not say what their names stood for, as those of version 0.1.0: they run again"
     for line in changes(tracker, parent, _IDENTITY_FILE, identity):
         yield f"  behind its name has changed: {line}; the cells that use it run again"
@@ -103,7 +104,7 @@ def _unfinished(tracker: Tracker, key: str) -> str | None:
     for run in runs:
         if (alive := living_driver(tracker, run)) is not None:
             raise _running_already(run, alive)
-    return runs[-1]["run_id"] if runs and runs[-1]["tags"].get("complete") != "true" else None
+    return runs[-1].run_id if runs and runs[-1].tags.get(Tag.COMPLETE) != "true" else None
 
 
 def _take_over(tracker: Tracker, parent: str) -> tuple[Ledger, str]:
@@ -113,20 +114,20 @@ def _take_over(tracker: Tracker, parent: str) -> tuple[Ledger, str]:
         UserError: no such run, not a study, or one whose driver (or worker) is still alive.
     """
     run = tracker.run(parent)
-    if run["tags"].get("kind") != "study":
+    if run.kind != Kind.STUDY:
         raise UserError(f"resume: the run {parent} is no study; give the id of a study's parent run.")
     if (alive := living_driver(tracker, run)) is not None:
         raise UserError(f"resume: the study {parent} is still running ({alive}); stop it first.")
-    return read_ledger(tracker, parent), run["tags"].get("folder", "")
+    return read_ledger(tracker, parent), run.folder
 
 
 def _of_plan(tracker: Tracker, key: str) -> list[Run]:
-    return tracker.search(f"tags.kind = 'study' and tags.plan_key = '{key}'")
+    return tracker.search(f"tags.{Tag.KIND} = '{Kind.STUDY}' and tags.{Tag.PLAN_KEY} = '{key}'")
 
 
 def _running_already(run: Run, alive: str) -> UserError:
     return UserError(
-        f"the study {run['name']} is being run already ({alive}; run {run['run_id']}): wait for its end, or start "
+        f"the study {run.name} is being run already ({alive}; run {run.run_id}): wait for its end, or start "
         "another one with resume=new."
     )
 
@@ -141,12 +142,12 @@ def _check_alone(tracker: Tracker, parent: str, mine: str, key: str | None) -> N
     if not tracker.uri.startswith("sqlite:"):
         time.sleep(_SETTLING)
     run = tracker.run(parent)
-    if run["tags"].get("driver") != mine:
+    if run.driver != mine:
         raise UserError(f"the study {parent} was taken over in this moment ({living_driver(tracker, run)}).")
     if key is None:
         return
     for other in _of_plan(tracker, key):
-        older = (other["start_time"], other["run_id"]) < (run["start_time"], parent)
+        older = (other.start_time, other.run_id) < (run.start_time, parent)
         if older and (alive := living_driver(tracker, other)) is not None:
             tracker.finish(parent, "KILLED")
             if not os.environ.get("MLFLOW_RUN_ID"):
@@ -161,7 +162,7 @@ def _done(plan: Plan, ledger: Ledger) -> int:
     def parameters(values: Mapping[str, str]) -> frozenset:
         return frozenset(pair for pair in values.items() if pair[0].startswith(("cfg/", "identity/")))
 
-    finished = {parameters(run["params"]) for run in ledger.cells if run["status"] == "FINISHED"}
+    finished = {parameters(run.params) for run in ledger.cells if run.is_finished}
     return sum(
         parameters(flatten_config(cell.config.canonical()) | flatten_config(dict(cell.identity), "identity"))
         in finished

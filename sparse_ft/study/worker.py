@@ -21,6 +21,7 @@ from sparse_ft.memory import release_memory
 from sparse_ft.processes import process_name
 from sparse_ft.progress import SILENT, Progress
 from sparse_ft.study.jobs import CellJob, Job, MaskJob, Outcome
+from sparse_ft.tracking.record import Kind, Tag
 from sparse_ft.tracking.runs import Tracker
 
 __all__ = ["Worker", "WorkerSetup", "beyond_work", "close_lost"]
@@ -85,7 +86,7 @@ class Worker:
         if job.attempt > 1:
             release_memory()  # what failed before may hold its tensors still, in the frames of its traceback
         try:
-            run_id = self._tracker.start_child(self._parent, job.title, {**job.run_tags, "worker": self._name})
+            run_id = self._tracker.start_child(self._parent, job.title, {**job.run_tags, Tag.WORKER: self._name})
         except Exception as error:  # the store is full or gone
             return Outcome(job, "", "FAILED", time.monotonic() - began, failure=classify(error))
         opened(run_id)
@@ -133,7 +134,7 @@ class Worker:
 
     def _stopped(self, job: CellJob, run_id: str, began: float, stop: StoppedEarly) -> Outcome:
         """A trial that was stopped has no scores and is no cell of any table."""
-        tags = {"kind": "stopped trial", "stopped": stop}
+        tags = {Tag.KIND: Kind.STOPPED_TRIAL, Tag.STOPPED: stop}
         self._tracker.log(run_id, tags=tags, curves={"eval/loss_while_training": stop.losses})
         self._tracker.finish(run_id)
         job.discard()
@@ -150,8 +151,8 @@ def close_lost(tracker: Tracker, parent: str, job: Job, run_id: str, failure: Fa
 
     A worker that was lost after it had ended the run of a cell has done its work: the run stays FINISHED.
     """
-    if run_id and job.results_in_run and (found := tracker.run(run_id))["status"] == "FINISHED":
-        return Outcome(job, run_id, "FINISHED", seconds, found["metrics"])
+    if run_id and job.results_in_run and (found := tracker.run(run_id)).is_finished:
+        return Outcome(job, run_id, "FINISHED", seconds, found.metrics)
     if not run_id and job.key_tag:
         run_id = tracker.start_child(parent, job.title, job.run_tags)
         job.log_inputs(tracker, run_id)

@@ -133,11 +133,8 @@ def log_model(
     """
     folder = Path(folder)
     weights = _weights(folder)
-    texts = {key: str(value) for key, value in (tags or {}).items() if value is not None}
-    values = {key: str(value) for key, value in (params or {}).items() if value is not None}
-    experiment_id = tracker.run(run_id)["experiment_id"]
-    client = tracker.client
-    logged = client.create_logged_model(experiment_id, name, run_id, texts, values)
+    client, experiment_id = tracker.client, tracker.run(run_id).experiment_id
+    logged = client.create_logged_model(experiment_id, name, run_id, _texts(tags), _texts(params))
     progress.start(f"logging {name}", sum(path.stat().st_size for path in weights), "B")
     try:
         with quiet_mlflow(), tempfile.TemporaryDirectory() as scratch:
@@ -199,7 +196,7 @@ def register_model(
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
     logged = client.get_logged_model(model_uri.removeprefix("models:/"))
-    texts = {key: str(value) for key, value in (tags or {}).items() if value is not None}
+    texts = _texts(tags)
     # A server looks the model up itself. A database would do so in mlflow's global store, which need not be this
     # one, so there the place is named.
     source = model_uri if is_server(tracker.uri) else logged.artifact_location
@@ -280,6 +277,10 @@ def _location(client: MlflowClient, uri: str) -> str:
         newest = [model.artifact_location for model in logged if model.name == match[2]][-1:]
         return newest[0] if newest else f"{run.info.artifact_uri}/{match[2]}"
     raise UserError(f"'{uri}' is not models:/NAME@ALIAS, models:/NAME/VERSION, models:/m-ID or runs:/RUN/NAME")
+
+
+def _texts(values: Mapping[str, Any] | None) -> dict[str, str]:
+    return {str(key): str(value) for key, value in (values or {}).items() if value is not None}
 
 
 def _weights(folder: Path) -> list[Path]:

@@ -29,12 +29,12 @@ def flatten_config(config: Any, prefix: str = "cfg") -> dict[str, str]:
 
 def text_of(value: Any) -> str:
     """One value as a parameter or a tag."""
+    if isinstance(value, Enum):
+        return text_of(value.value)
     if isinstance(value, str):
         return value
     if value is None or isinstance(value, bool):
         return {None: "none", True: "true", False: "false"}[value]
-    if isinstance(value, Enum):
-        return text_of(value.value)
     if isinstance(value, (list, tuple, dict)):
         return json.dumps(value, default=str, ensure_ascii=False)
     return str(value)

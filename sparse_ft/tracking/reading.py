@@ -1,4 +1,4 @@
-"""What is read of runs, as plain data."""
+"""What is read of a store: runs, curves, artifacts."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from sparse_ft.errors import UserError
+from sparse_ft.tracking.record import Run, Tag
 
-__all__ = ["PARENT", "Reader"]
+__all__ = ["Reader"]
 
-PARENT = "mlflow.parentRunId"  # the tag by which the UI nests runs
 _NOT_THERE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "BAD_REQUEST")  # the person's, not the store's
 
 
@@ -24,37 +24,32 @@ class Reader:
     client: MlflowClient
     experiment_id: str
 
-    def run(self, run_id: str) -> dict[str, Any]:
-        """One run as plain data; see `search`.
+    def run(self, run_id: str) -> Run:
+        """One run.
 
         Raises:
             UserError: there is no such run in the store.
         """
         try:
-            return _plain(self.client.get_run(run_id))
+            return _record(self.client.get_run(run_id))
         except MlflowException as error:
             if error.error_code not in _NOT_THERE:  # the store is away: no word on the run
                 raise
             raise UserError(f"there is no run {run_id} in {self.uri}; is MLFLOW_TRACKING_URI right?") from error
 
-    def children(self, parent_run_id: str, status: str | None = None) -> list[dict[str, Any]]:
+    def children(self, parent_run_id: str, status: str | None = None) -> list[Run]:
         """All runs below a parent, oldest first; only those of one status (RUNNING, FINISHED, ...) if asked."""
         wanted = f" and attributes.status = '{status}'" if status else ""
-        experiment = self.run(parent_run_id)["experiment_id"]
-        return self.search(f"tags.`{PARENT}` = '{parent_run_id}'{wanted}", experiment)
+        experiment = self.run(parent_run_id).experiment_id
+        return self.search(f"tags.`{Tag.PARENT}` = '{parent_run_id}'{wanted}", experiment)
 
-    def search(self, query: str = "", experiment_id: str | None = None) -> list[dict[str, Any]]:
+    def search(self, query: str = "", experiment_id: str | None = None) -> list[Run]:
         """All runs that a query in mlflow's search language finds, oldest first.
-
-        Returns:
-            One dict per run: ``run_id``, ``name``, ``status``, ``parent_run_id`` (or None), ``experiment_id``,
-            ``artifact_uri``, ``start_time`` and ``end_time`` (seconds since 1970, the latter None while it
-            runs), ``params`` and ``tags`` (strings), ``metrics`` (last values, floats).
 
         Raises:
             UserError: a query that mlflow does not understand.
         """
-        found: list[dict[str, Any]] = []
+        found: list[Run] = []
         token = None
         while True:
             try:
@@ -69,7 +64,7 @@ class Reader:
                 if error.error_code not in _NOT_THERE:
                     raise
                 raise UserError(f"cannot search runs for {query!r}: {error.message}") from error
-            found += map(_plain, page)
+            found += map(_record, page)
             token = page.token
             if not token:
                 return found
@@ -118,18 +113,18 @@ class Reader:
             return self.fetch(run_id, name, scratch).read_text(encoding="utf-8")
 
 
-def _plain(run: Any) -> dict[str, Any]:
+def _record(run: Any) -> Run:
     info, data = run.info, run.data
-    return {
-        "run_id": info.run_id,
-        "name": info.run_name,
-        "status": info.status,
-        "parent_run_id": data.tags.get(PARENT),
-        "experiment_id": info.experiment_id,
-        "artifact_uri": info.artifact_uri,
-        "start_time": info.start_time / 1000,
-        "end_time": info.end_time / 1000 if info.end_time and info.status != "RUNNING" else None,
-        "params": dict(data.params),
-        "metrics": dict(data.metrics),
-        "tags": dict(data.tags),
-    }
+    return Run(
+        run_id=info.run_id,
+        name=info.run_name,
+        status=info.status,
+        parent_run_id=data.tags.get(Tag.PARENT),
+        experiment_id=info.experiment_id,
+        artifact_uri=info.artifact_uri,
+        start_time=info.start_time / 1000,
+        end_time=info.end_time / 1000 if info.end_time and info.status != "RUNNING" else None,
+        params=dict(data.params),
+        metrics=dict(data.metrics),
+        tags=dict(data.tags),
+    )

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from sparse_ft.errors import UserError, masked
 from sparse_ft.tracking.parameters import text_of
-from sparse_ft.tracking.reading import PARENT, Reader
+from sparse_ft.tracking.reading import Reader
+from sparse_ft.tracking.record import ENDED, Tag
 from sparse_ft.tracking.stores import (
     artifact_location,
     exists,
@@ -31,12 +32,11 @@ from sparse_ft.tracking.stores import (
     unusable,
 )
 
-__all__ = ["Tracker", "in_milliseconds"]
+__all__ = ["Tracker"]
 
 _BATCH = {"params": 100, "metrics": 1000, "tags": 100}  # what one log_batch takes
 _BATCH_TOTAL = 1000
 _PARAM_LENGTH, _TAG_LENGTH = 6000, 8000
-_STATUSES = ("FINISHED", "FAILED", "KILLED")
 
 Curve = Sequence[tuple[int, float]]
 
@@ -134,7 +134,7 @@ class Tracker(Reader):
             return self._create(self.experiment_id, name, tags or {})
         if parent_run_id not in self._experiments:
             self._experiments[parent_run_id] = self.client.get_run(parent_run_id).info.experiment_id
-        return self._create(self._experiments[parent_run_id], name, {**(tags or {}), PARENT: parent_run_id})
+        return self._create(self._experiments[parent_run_id], name, {**(tags or {}), Tag.PARENT: parent_run_id})
 
     def reopen(self, run_id: str) -> None:
         """Sets an ended run to RUNNING again: what resuming a study does to its parent.
@@ -147,8 +147,8 @@ class Tracker(Reader):
 
     def finish(self, run_id: str, status: str = "FINISHED") -> None:
         """Ends a run as FINISHED, FAILED or KILLED."""
-        if status not in _STATUSES:
-            raise ValueError(f"{status} is not one of {', '.join(_STATUSES)}")
+        if status not in ENDED:
+            raise ValueError(f"{status} is not one of {', '.join(ENDED)}")
         self.client.set_terminated(run_id, status)
 
     def delete(self, run_id: str) -> None:
@@ -217,11 +217,7 @@ class Tracker(Reader):
                 for name, value in (params or {}).items()
                 if name not in given
             ],
-            "tags": [
-                RunTag(name, _cut(text_of(value), _TAG_LENGTH))
-                for name, value in (tags or {}).items()
-                if value is not None
-            ],
+            "tags": [RunTag(name, value) for name, value in _plain_tags(tags or {}).items()],
             "metrics": [
                 Metric(name, float(value), now, int(step)) for name, value, step in points if math.isfinite(value)
             ],
@@ -259,8 +255,7 @@ class Tracker(Reader):
     # -- inside
 
     def _create(self, experiment_id: str, name: str, tags: Mapping[str, Any]) -> str:
-        plain = {key: _cut(text_of(value), _TAG_LENGTH) for key, value in tags.items() if value is not None}
-        run = self.client.create_run(experiment_id, run_name=name, tags=plain)
+        run = self.client.create_run(experiment_id, run_name=name, tags=_plain_tags(tags))
         self._experiments[run.info.run_id] = experiment_id
         return run.info.run_id
 
@@ -295,10 +290,9 @@ class Tracker(Reader):
         return found.experiment_id
 
 
-def in_milliseconds(runs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Runs with their times as the analysis reads them: in milliseconds, as MLflow has them."""
-    times = ("start_time", "end_time")
-    return [run | {key: run[key] and run[key] * 1000 for key in times} for run in runs]
+def _plain_tags(tags: Mapping[str, Any]) -> dict[str, str]:
+    """Tags as mlflow takes them: plain strings, none too long. None is no value."""
+    return {str(key): _cut(text_of(value), _TAG_LENGTH) for key, value in tags.items() if value is not None}
 
 
 def _cut(text: str, length: int) -> str:

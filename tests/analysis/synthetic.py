@@ -1,15 +1,15 @@
-"""Run records with made-up numbers from smooth formulas: for the tests of the analysis, never for a document."""
+"""Runs with made-up numbers from smooth formulas: for the tests of the analysis, never for a document."""
 
 from __future__ import annotations
 
 import math
 import zlib
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import numpy as np
 
-Row = dict[str, Any]
+from sparse_ft.tracking.record import Run
+
 TOLERANCE = {"unstructured": 0.75, "semi_structured": 0.6, "structured": 0.45, "random": 0.3}
 DENSE_ACCURACY = {"boolq": 0.84, "hellaswag": 0.72, "gsm8k": 0.36}
 FLOOR = {"boolq": 0.5, "hellaswag": 0.25, "gsm8k": 0.0}
@@ -24,25 +24,24 @@ def cell(
     seed: int = 0,
     importance: str = "magnitude",
     status: str = "FINISHED",
-    start: int = 1_700_000_000_000,
+    start: int = 1_700_000_000,
     params: dict[str, str] | None = None,
     metrics: dict[str, float] | None = None,
     tags: dict[str, str] | None = None,
-) -> Row:
-    """One record of a cell as tracking hands it over; ``params``, ``metrics``, ``tags`` override."""
+) -> Run:
+    """A cell that ran for two and a half minutes; ``params``, ``metrics``, ``tags`` override."""
     key = f"{model}|{task}|{method}|{importance}|{sparsity}|{mode}|{seed}"
     number = zlib.crc32(key.encode())
     rng = np.random.default_rng(number)
     dense = mode == "dense"
-    row: Row = {
-        "run_id": f"{number:08x}{start % 10**8:08d}",
-        "parent_run_id": "study",
-        "name": key,
-        "status": status,
-        "start_time": start,
-        "end_time": start + 150_000 if status != "RUNNING" else None,
-        "tags": {"kind": "cell", "cell_key": f"key-{number:08x}", "mask_checksum": "" if dense else f"{number:064x}"},
-        "params": {
+    run = Run(
+        run_id=f"{number:08x}{start % 10**8:08d}",
+        name=key,
+        status=status,
+        parent_run_id="study",
+        start_time=start,
+        end_time=start + 150 if status != "RUNNING" else None,
+        params={
             "cfg/model": model,
             "cfg/task": task,
             "cfg/method": "none" if dense else method,
@@ -54,17 +53,17 @@ def cell(
             "cfg/lora_r": "8",
             "cfg/learning_rate": "0.0002",
         },
-        "metrics": {},
-    }
+        tags={"kind": "cell", "cell_key": f"key-{number:08x}", "mask_checksum": "" if dense else f"{number:064x}"},
+    )
     if status == "FINISHED":
-        row["params"] |= _protocol(task)
-        row["metrics"] = _scores(task, method, sparsity, mode, rng)
+        run.params.update(_protocol(task))
+        run.metrics.update(_scores(task, method, sparsity, mode, rng))
     elif status == "FAILED":
-        row["tags"] |= {"failure_class": "out_of_memory", "failure_message": "asked for 12.1 GB, 7.9 GB are free"}
-    row["params"] |= params or {}
-    row["metrics"] |= metrics or {}
-    row["tags"] |= tags or {}
-    return row
+        run.tags.update(failure_class="out_of_memory", failure_message="asked for 12.1 GB, 7.9 GB are free")
+    run.params.update(params or {})
+    run.metrics.update(metrics or {})
+    run.tags.update(tags or {})
+    return run
 
 
 def study(
@@ -76,12 +75,10 @@ def study(
     seeds: Sequence[int] = (0,),
     dense: bool = True,
     importance: str = "magnitude",
-) -> list[Row]:
+) -> list[Run]:
     """The full grid: by default 360 cells beside one dense baseline a (model, task)."""
     levels = tuple(levels)
-    parent = {"run_id": "study", "parent_run_id": None, "name": "study", "status": "FINISHED"}
-    parent |= {"start_time": 1, "end_time": 2, "tags": {"kind": "study"}, "params": {}, "metrics": {}}
-    rows: list[Row] = [parent]
+    rows = [Run("study", "study", "FINISHED", start_time=1, end_time=2, tags={"kind": "study"})]
     for model in models:
         for task in tasks:
             for seed in seeds:
@@ -92,7 +89,7 @@ def study(
     return rows
 
 
-def demo() -> list[Row]:
+def demo() -> list[Run]:
     """The demo's shape: one model, one task, dense, and unstructured 50 % and 70 % in two modes."""
     return study(("smollm2-135m",), ("boolq",), ("unstructured",), (0.5, 0.7))
 

@@ -156,10 +156,10 @@ def test_a_uniform_allocation_is_not_held_against_owl(tmp_path):
     ours = cell(params={"cfg/allocation": "owl"}, metrics={"eval/perplexity_untuned": 7.0})
     protocol = {"perplexity": "8", "accuracy": "", "mode": "untuned"}
     stated = (
-        ";".join(f"{key}={ours['params'][f'protocol/{key}']}" for key in ("perplexity_corpus", "perplexity_seq_len"))
+        ";".join(f"{key}={ours.params[f'protocol/{key}']}" for key in ("perplexity_corpus", "perplexity_seq_len"))
         + ";perplexity_windows=1"
     )
-    ours["params"]["protocol/perplexity_windows"] = "1"
+    ours.params["protocol/perplexity_windows"] = "1"
     same = compared(tmp_path, protocol | {"protocol": stated + ";allocation=owl"}, cells=[ours])
     other = compared(tmp_path, protocol | {"protocol": stated + ";allocation=uniform"}, cells=[ours])
     assert len(same["joined"]) == 1

@@ -15,6 +15,7 @@ from sparse_ft.analysis.pareto import pareto_figure
 from sparse_ft.analysis.performance import performance_table
 from sparse_ft.analysis.style import drawing, looks, save_figure
 from sparse_ft.analysis.table import cell_table, grouped_table
+from sparse_ft.tracking.record import Run
 
 NAMES = {chart.name: chart for chart in CHARTS}
 
@@ -33,13 +34,13 @@ def tables(kind):
 
 
 def mask_run(model="org/a", method="unstructured", levels=(0.5,), blocks=4):
-    """The record of a run of masks: blocks get sparser with depth."""
+    """A run of masks: blocks get sparser with depth."""
     tags = {
         f"block_sparsity_{100 * level:g}": json.dumps([level * (0.8 + 0.1 * block) for block in range(blocks)])
         for level in levels
     }
     params = {"cfg/model": model, "cfg/method": method, "cfg/importance": "magnitude", "cfg/scope": "global"}
-    return {"run_id": method, "tags": {"kind": "masks"} | tags, "params": params, "metrics": {}}
+    return Run(method, params=params, tags={"kind": "masks"} | tags)
 
 
 def drawn(name, kind):
@@ -172,9 +173,7 @@ def test_a_search_is_drawn_as_points():
 
 
 def test_heatmaps_cross_out_what_has_no_score():
-    rows = [
-        row for row in study(("a",), ("boolq",)) if "|structured|magnitude|0.4|sparse_to_sparse|" not in row["name"]
-    ]
+    rows = [row for row in study(("a",), ("boolq",)) if "|structured|magnitude|0.4|sparse_to_sparse|" not in row.name]
     cells = cell_table(rows)
     with drawing():
         figure = heatmap_figure(performance_table(cells, grouped_table(cells)))
@@ -184,7 +183,7 @@ def test_heatmaps_cross_out_what_has_no_score():
 
 def test_a_line_has_the_sparsity_of_each_block():
     with drawing():
-        axes = layer_figure([mask_run(), {"run_id": "cell", "tags": {"kind": "cell"}, "params": {}}]).axes[0]
+        axes = layer_figure([mask_run(), Run("cell", tags={"kind": "cell"})]).axes[0]
     assert axes.lines[0].get_ydata().tolist() == pytest.approx([40, 45, 50, 55])
     assert axes.get_title(loc="left") == "unstructured magnitude global · a"
 

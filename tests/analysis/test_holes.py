@@ -28,7 +28,7 @@ def test_each_kind_of_hole_says_why():
 
 def test_what_the_other_models_have_is_missed():
     absent = "synthetic-b|gsm8k|random|magnitude|0.3|sparse_to_dense|0"
-    rows = [row for row in study() if row["name"] != absent]
+    rows = [row for row in study() if row.name != absent]
     found = holes(cell_table(rows))
     assert len(found) == 1
     hole = found.iloc[0]

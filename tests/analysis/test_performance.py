@@ -136,7 +136,7 @@ def test_curves_are_one_a_line_and_their_keys_are_stable():
 def test_seeds_make_one_curve_of_means():
     rows = study(("a",), ("boolq",), ("random",), (0.0, 0.5), ("sparse_to_sparse",), seeds=(0, 1), dense=False)
     (curve,) = curves(cell_table(rows))
-    scores = [row["metrics"]["eval/accuracy"] for row in rows[1:] if row["params"]["cfg/sparsity"] == "0.5"]
+    scores = [row.metrics["eval/accuracy"] for row in rows[1:] if row.params["cfg/sparsity"] == "0.5"]
     assert dict(curve["points"]["eval/accuracy"])[50] == pytest.approx(np.mean(scores))
 
 

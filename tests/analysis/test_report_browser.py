@@ -189,8 +189,8 @@ def test_it_sorts_by_number_with_the_missing_last(answer):
 
 def test_it_filters_by_words_and_by_choice(answer, rows):
     _, found, _, _ = answer
-    expected = [row for row in rows if "structured|" in row["name"] and "hellaswag|" in row["name"]
-                and "|dense|" not in row["name"]]  # fmt: skip
+    expected = [row for row in rows if "structured|" in row.name and "hellaswag|" in row.name
+                and "|dense|" not in row.name]  # fmt: skip
     assert found["words"] == ["hellaswag"] * len(expected)
     assert found["count"].startswith(f"{len(expected)} of ")
     assert found["dense"] == ["dense"] * 3

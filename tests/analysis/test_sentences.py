@@ -130,8 +130,8 @@ def test_each_reason_is_the_one_that_holds(dense, reason):
 
 def test_cells_whose_merge_costs_or_that_trained_nothing_are_counted():
     rows = demo()
-    rows[1]["tags"]["warning"] = "merge_cost: the loss is 0.820 with the adapter and 1.050 merged (standard error 0.1)"
-    rows[2]["tags"]["warning"] = "no_weight_moved: training changed no weight; the scores are those of the untuned one"
+    rows[1].tags["warning"] = "merge_cost: the loss is 0.820 with the adapter and 1.050 merged (standard error 0.1)"
+    rows[2].tags["warning"] = "no_weight_moved: training changed no weight; the scores are those of the untuned one"
     text = said(rows)[0]
     assert "In 1 of its 5 cells the merge raises the loss on the answers by more than one standard error." in text
     assert "In 1 of its 5 cells training moved no weight" in text

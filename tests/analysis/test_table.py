@@ -1,6 +1,7 @@
 import math
 import sys
 import warnings
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -9,12 +10,13 @@ from synthetic import cell, demo, study
 from sparse_ft.analysis.performance import performance_table
 from sparse_ft.analysis.table import cell_table, grouped_table
 from sparse_ft.errors import UserError
+from sparse_ft.tracking.record import Run
 
 TUNED = {"accuracy", "acc_norm", "loss", "perplexity"}
 
 
 def test_one_row_a_cell_and_only_cells():
-    rows = [*demo(), {"run_id": "m", "status": "FINISHED", "tags": {"kind": "masks"}, "params": {}, "metrics": {}}]
+    rows = [*demo(), Run("m", status="FINISHED", tags={"kind": "masks"})]
     table = cell_table(rows)
     assert len(table) == 5
     assert table["mode"].tolist()[0] == "dense"
@@ -31,8 +33,8 @@ def test_what_was_not_measured_is_empty():
 def test_a_cell_whose_weights_did_not_move_has_no_score_of_a_tuned_model():
     idle = {"warning": "masks of others; no_weight_moved: training changed no weight"}
     rows = [cell(sparsity=0.5), cell(sparsity=0.6, tags=idle), cell(mode="sparse_to_dense", sparsity=0.6, tags=idle)]
-    del rows[1]["metrics"]["eval/accuracy_untuned"]  # it then is the one number there is
-    scores = {row["params"]["cfg/mode"] + row["params"]["cfg/sparsity"]: row["metrics"] for row in rows}
+    del rows[1].metrics["eval/accuracy_untuned"]  # it then is the one number there is
+    scores = {row.params["cfg/mode"] + row.params["cfg/sparsity"]: row.metrics for row in rows}
     table = cell_table(rows)
     idle = table[table["sparsity"] == 0.6].set_index("mode")
     tuned = [name for name in table if name.removesuffix("_remasked").removesuffix("_stderr") in TUNED]
@@ -69,14 +71,23 @@ def test_the_latest_of_two_failures_tells_the_reason():
     assert cell_table([last, first])["failure_class"].tolist() == ["timeout"]
 
 
+def test_minutes_are_those_of_the_stores_whole_milliseconds():
+    begun, took = 1_700_000_000_123, range(1, 200_000, 997)
+    runs = [
+        replace(cell(seed=seed), start_time=begun / 1000, end_time=(begun + duration) / 1000)
+        for seed, duration in enumerate(took)
+    ]
+    assert sorted(cell_table(runs)["minutes"]) == [duration / 60_000 for duration in took]
+
+
 def test_same_as_shows_the_scores_of_the_run_it_names_but_not_its_time():
     ran = cell(sparsity=0.0)
-    named = cell(sparsity=0.0, mode="sparse_to_dense", tags={"same_as": ran["run_id"]})
-    named["metrics"] = {}
+    named = cell(sparsity=0.0, mode="sparse_to_dense", tags={"same_as": ran.run_id})
+    named.metrics.clear()
     table = cell_table([ran, named]).set_index("mode")
-    assert table.loc["sparse_to_dense", "accuracy"] == ran["metrics"]["eval/accuracy"]
+    assert table.loc["sparse_to_dense", "accuracy"] == ran.metrics["eval/accuracy"]
     assert math.isnan(table.loc["sparse_to_dense", "minutes"])
-    assert table.loc["sparse_to_dense", "same_as"] == ran["run_id"]
+    assert table.loc["sparse_to_dense", "same_as"] == ran.run_id
     alone = cell_table([named])
     assert math.isnan(alone["accuracy"].item())
 
@@ -84,8 +95,8 @@ def test_same_as_shows_the_scores_of_the_run_it_names_but_not_its_time():
 def test_same_as_shows_the_warning_of_the_run_it_names():
     idle = "no_weight_moved: training changed no weight"
     ran = cell(sparsity=0.0, tags={"warning": idle})
-    named = cell(sparsity=0.0, mode="sparse_to_dense", tags={"same_as": ran["run_id"]})
-    named["metrics"] = {}
+    named = cell(sparsity=0.0, mode="sparse_to_dense", tags={"same_as": ran.run_id})
+    named.metrics.clear()
     table = cell_table([ran, named]).set_index("mode")
     assert table.loc["sparse_to_dense", "warning"] == idle
     assert math.isnan(table.loc["sparse_to_dense", "accuracy"])
@@ -112,7 +123,7 @@ def test_two_evaluation_limits_are_not_averaged_either():
 def test_a_batch_halved_for_want_of_memory_is_the_same_cell():
     """Its run holds the batch that the plan asks for, and says by a tag that it ran otherwise."""
     rows = [cell(seed=seed, params={"cfg/batch_size": "8"}) for seed in (0, 1)]
-    rows[1]["tags"]["reduced_batch"] = "8 -> 4"
+    rows[1].tags["reduced_batch"] = "8 -> 4"
     table = cell_table(rows)
     assert grouped_table(table)["n"].tolist() == [2] and table["reduced_batch"].tolist() == [None, "8 -> 4"]
 
@@ -159,7 +170,7 @@ def test_results_that_a_later_start_replaced_are_left_out():
 
 def test_two_results_of_one_seed_are_an_error_that_names_both_runs():
     rows = [cell(start=1_000, tags={"cell_key": "a"}), cell(start=2_000, tags={"cell_key": "b"})]
-    with pytest.raises(UserError, match=f"{rows[0]['run_id']} and {rows[1]['run_id']}.*seed \\(0\\)"):
+    with pytest.raises(UserError, match=f"{rows[0].run_id} and {rows[1].run_id}.*seed \\(0\\)"):
         grouped_table(cell_table(rows))
     again = [cell(start=1_000), cell(start=2_000)]  # one key: the same result, twice
     assert grouped_table(cell_table(again))["n"].tolist() == [1]

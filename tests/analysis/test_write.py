@@ -64,7 +64,7 @@ def test_incomplete_studies_give_a_page_that_says_so(tmp_path, rows, notice):
     page = (tmp_path / "report.html").read_text("utf-8")
     assert notice in page
     assert {path.name for path in result.files} >= TABLES
-    if not any(row["status"] == "FINISHED" for row in rows):
+    if not any(row.status == "FINISHED" for row in rows):
         assert not result.figures and "Nothing to draw" in page
 
 

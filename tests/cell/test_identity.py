@@ -18,6 +18,7 @@ from sparse_ft.settings.field import part_of
 from sparse_ft.settings.scoring import ScoringSettings
 from sparse_ft.tasks.made import made_data_dir
 from sparse_ft.tracking.parameters import flatten_config
+from sparse_ft.tracking.record import Run
 
 # value of a field -> what it means; two values of one meaning make the same result
 AXES = {
@@ -157,8 +158,7 @@ def test_a_result_of_another_trainer_is_another_result(cells, bench):
     for number, identity in enumerate((here, there)):
         params = flatten_config(cell.canonical()) | flatten_config(identity, "identity")
         tags = {"kind": "cell", "cell_key": cell_key(cell, identity)}
-        runs.append({"run_id": str(number), "status": "FINISHED", "start_time": 1, "end_time": 2, "tags": tags,
-                     "params": params, "metrics": {"eval/accuracy": 0.5}})  # fmt: skip
+        runs.append(Run(str(number), status="FINISHED", params=params, metrics={"eval/accuracy": 0.5}, tags=tags))
     rows = cell_table(runs).to_dict("records")
     assert len({tuple(str(row[name]) for name in (*GROUP, "seed")) for row in rows}) == 2
 
@@ -179,8 +179,7 @@ def test_rows_of_the_table(cells, bench):
         identity = cell_identity(cell, bench)
         params = flatten_config(cell.canonical()) | flatten_config(identity, "identity")
         tags = {"kind": "cell", "cell_key": cell_key(cell, identity, _of_masks(cell, bench))}
-        runs.append({"run_id": str(number), "status": "FINISHED", "start_time": 1, "end_time": 2, "tags": tags,
-                     "params": params, "metrics": {"eval/accuracy": 0.5}})  # fmt: skip
+        runs.append(Run(str(number), status="FINISHED", params=params, metrics={"eval/accuracy": 0.5}, tags=tags))
     table = cell_table(runs)
     places = {}
     for row in table.to_dict("records"):

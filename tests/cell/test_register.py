@@ -53,9 +53,9 @@ def test_a_registered_sparse_model_loads_by_alias_in_a_fresh_process_and_validat
     path = study_file(grid, dense_baseline=False, register=True, cell={"learning_rate": 1e-2})
     assert sweep(SweepConfig(config=str(path), output_dir=str(tmp_path / "out"))) == 0
     tracker = Tracker()
-    (parent,) = [run for run in tracker.search() if run["tags"].get("kind") == "study"]
-    (cell,) = [run for run in tracker.children(parent["run_id"]) if run["tags"]["kind"] == "cell"]
-    assert cell["tags"]["registered_as"].startswith("tiny-llama-boolq-sparse/")
+    (parent,) = [run for run in tracker.search() if run.tags.get("kind") == "study"]
+    (cell,) = [run for run in tracker.children(parent.run_id) if run.tags["kind"] == "cell"]
+    assert cell.tags["registered_as"].startswith("tiny-llama-boolq-sparse/")
 
     environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
     folder = resolve_model(ADDRESS, folder=tmp_path / "fetched")
@@ -78,9 +78,9 @@ def test_a_registered_sparse_model_loads_by_alias_in_a_fresh_process_and_validat
         "method": "unstructured",
         "mode": "sparse_to_sparse",
         "sparsity": "0.7",
-        "mask_checksum": cell["tags"]["mask_checksum"],
+        "mask_checksum": cell.tags["mask_checksum"],
     }
-    assert float(version.tags["accuracy"]) == cell["metrics"]["eval/accuracy"]
+    assert float(version.tags["accuracy"]) == cell.metrics["eval/accuracy"]
     card = version.description
     for part in ("base_model: tiny-llama", "| after the merge |", "| method | unstructured |", "| num_fewshot |"):
         assert part in card

@@ -95,23 +95,23 @@ def test_a_study_is_trained_merged_proven_and_scored(study_file, settings_file, 
     options = {"trainer": "cerebras", "cerebras": settings, "output_dir": str(tmp_path / "out")}
     assert sweep(SweepConfig(config=str(study), **options)) == 0
     tracker = Tracker()
-    cells = [run for run in tracker.search() if run["tags"].get("kind") == "cell"]
-    assert sorted(run["params"]["cfg/mode"] for run in cells) == ["dense", "sparse_to_dense", "sparse_to_sparse"]
+    cells = [run for run in tracker.search() if run.tags.get("kind") == "cell"]
+    assert sorted(run.params["cfg/mode"] for run in cells) == ["dense", "sparse_to_dense", "sparse_to_sparse"]
     for run in cells:
-        assert run["status"] == "FINISHED"
-        assert run["metrics"]["sparsity/violations"] == 0
-        assert 0 <= run["metrics"]["eval/accuracy"] <= 1
-        assert [step for step, _ in tracker.curve(run["run_id"], "cerebras/loss")] == [1, 2]  # as they came
-        assert run["metrics"]["train/samples_per_second"] > 0
-        files = set(tracker.artifacts(run["run_id"]))
+        assert run.status == "FINISHED"
+        assert run.metrics["sparsity/violations"] == 0
+        assert 0 <= run.metrics["eval/accuracy"] <= 1
+        assert [step for step, _ in tracker.curve(run.run_id, "cerebras/loss")] == [1, 2]  # as they came
+        assert run.metrics["train/samples_per_second"] > 0
+        files = set(tracker.artifacts(run.run_id))
         assert {"cerebras/fit.yaml", "cerebras/fit.log"} <= files
         assert [name for name in files if name.startswith("samples/")]
-        assert 0 < run["metrics"]["train/weights_moved"] <= 1
-        assert "eval/loss_adapter" not in run["metrics"]  # of a model that is nowhere in memory
-    (sparse,) = [run for run in cells if run["params"]["cfg/mode"] == "sparse_to_sparse"]
-    assert sparse["metrics"]["sparsity/after_merge"] == pytest.approx(0.6, abs=1e-3)
-    (dense,) = [run for run in cells if run["params"]["cfg/mode"] == "sparse_to_dense"]
-    assert "eval/accuracy_remasked" in dense["metrics"]
+        assert 0 < run.metrics["train/weights_moved"] <= 1
+        assert "eval/loss_adapter" not in run.metrics  # of a model that is nowhere in memory
+    (sparse,) = [run for run in cells if run.params["cfg/mode"] == "sparse_to_sparse"]
+    assert sparse.metrics["sparsity/after_merge"] == pytest.approx(0.6, abs=1e-3)
+    (dense,) = [run for run in cells if run.params["cfg/mode"] == "sparse_to_dense"]
+    assert "eval/accuracy_remasked" in dense.metrics
 
 
 @pytest.mark.skipif(MODELZOO is None, reason="needs ModelZoo: make test-modelzoo MODELZOO=PATH")
@@ -120,8 +120,8 @@ def test_a_single_cell_is_trained_there(settings_file, small, tmp_path):
     cell = {"model": "tiny-llama", "mode": "full", "sparsity": 0.6, "score_untuned": False, "keep": "all"}
     assert train(TrainConfig(**small, **cell, **there, output_dir=str(tmp_path / "cell"))) == 0
     (run,) = Tracker().search()
-    assert (run["status"], run["metrics"]["sparsity/violations"]) == ("FINISHED", 0)
-    assert [step for step, _ in Tracker().curve(run["run_id"], "cerebras/loss")] == [1, 2]
+    assert (run.status, run.metrics["sparsity/violations"]) == ("FINISHED", 0)
+    assert [step for step, _ in Tracker().curve(run.run_id, "cerebras/loss")] == [1, 2]
     assert (tmp_path / "cell" / "merged" / "config.json").is_file()
     assert not list((tmp_path / "cell").rglob("*.mdl"))
 
@@ -140,9 +140,9 @@ def test_losses_come_while_it_trains_and_ctrl_c_leaves_no_trainer_behind(study_f
         while not losses:
             assert study_process.poll() is None and time.monotonic() < deadline, (tmp_path / "sweep.log").read_text()
             time.sleep(0.5)
-            cells = [run for run in tracker.search() if run["tags"].get("kind") == "cell"]
-            losses = tracker.curve(cells[0]["run_id"], "cerebras/loss") if cells else []
-        assert cells[0]["status"] == "RUNNING"
+            cells = [run for run in tracker.search() if run.tags.get("kind") == "cell"]
+            losses = tracker.curve(cells[0].run_id, "cerebras/loss") if cells else []
+        assert cells[0].status == "RUNNING"
         trainers = [p for p in psutil.Process(study_process.pid).children(recursive=True) if _trains(p)]
         assert trainers
         study_process.send_signal(signal.SIGINT)
@@ -151,7 +151,7 @@ def test_losses_come_while_it_trains_and_ctrl_c_leaves_no_trainer_behind(study_f
         study_process.kill()
     assert not [process for process in trainers if process.is_running()]
     assert not [process for process in psutil.process_iter() if _trains(process) and str(out) in _line(process)]
-    assert tracker.run(cells[0]["run_id"])["status"] == "KILLED"
+    assert tracker.run(cells[0].run_id).status == "KILLED"
 
 
 def _trains(process):

@@ -87,11 +87,11 @@ def test_a_training_batch_that_does_not_fit_is_halved_and_the_step_stays_the_sam
     memory_limit(before + needed * 7 // 10)
     tight = run("tight")
     assert tight.job.attempt == 2
-    failed, again = [run for run in tracker.children(parent) if run["start_time"]][-2:]
-    assert (failed["status"], again["status"]) == ("FAILED", "FINISHED")
-    assert failed["tags"]["failure_class"] == "out_of_memory"
-    assert again["tags"]["reduced_batch"] == "256 -> 128"
-    losses = [tracker.run(run_id)["metrics"]["train/loss"] for run_id in (free.run_id, tight.run_id)]
+    failed, again = [run for run in tracker.children(parent) if run.start_time][-2:]
+    assert (failed.status, again.status) == ("FAILED", "FINISHED")
+    assert failed.tags["failure_class"] == "out_of_memory"
+    assert again.tags["reduced_batch"] == "256 -> 128"
+    losses = [tracker.run(run_id).metrics["train/loss"] for run_id in (free.run_id, tight.run_id)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
@@ -103,15 +103,15 @@ def test_a_study_and_a_model_made_again_to_the_bit(executor, tmp_path):
     workers = None if executor == "serial" else 2  # two that share the one GPU
     assert sweep(SweepConfig(str(file), output_dir=str(tmp_path / "out"), executor=executor, max_workers=workers)) == 0
     tracker = Tracker()
-    (study,) = [run for run in tracker.search() if run["tags"].get("kind") == "study"]
-    cells = [run for run in tracker.children(study["run_id"]) if run["tags"].get("kind") == "cell"]
-    assert [run["status"] for run in cells] == ["FINISHED"] * 5
-    devices = {run["params"].get("protocol/device") for run in cells if "same_as" not in run["tags"]}
+    (study,) = [run for run in tracker.search() if run.tags.get("kind") == "study"]
+    cells = [run for run in tracker.children(study.run_id) if run.tags.get("kind") == "cell"]
+    assert [run.status for run in cells] == ["FINISHED"] * 5
+    devices = {run.params.get("protocol/device") for run in cells if "same_as" not in run.tags}
     assert devices == {torch.cuda.get_device_name()}
     wanted = {"cfg/mode": "sparse_to_sparse", "cfg/sparsity": "0.5"}
-    (chosen,) = [run for run in cells if wanted.items() <= run["params"].items()]
+    (chosen,) = [run for run in cells if wanted.items() <= run.params.items()]
     done = subprocess.run(
-        [sys.executable, "-m", "entrypoints.rebuild", "--run_id", chosen["run_id"], "--output_dir", tmp_path / "again"],
+        [sys.executable, "-m", "entrypoints.rebuild", "--run_id", chosen.run_id, "--output_dir", tmp_path / "again"],
         cwd=ROOT,
         capture_output=True,
         text=True,

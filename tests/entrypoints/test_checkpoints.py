@@ -43,8 +43,8 @@ def rotary(weights):
 def test_a_cell_ends_whatever_the_checkpoint_carries(command, model, tmp_path, mode):
     status, _, err = command("train", model=model(rotary), mode=mode, output_dir=tmp_path / "out", **SMALL)
     assert status == 0, err
-    (run,) = [run for run in Tracker().search() if run["tags"].get("kind") == "cell"]
-    assert run["status"] == "FINISHED" and run["metrics"].get("sparsity/violations", 0) == 0
+    (run,) = [run for run in Tracker().search() if run.tags.get("kind") == "cell"]
+    assert run.status == "FINISHED" and run.metrics.get("sparsity/violations", 0) == 0
 
 
 @pytest.mark.parametrize("how", [{}, {"importance": "wanda"}, {"importance": "sparsegpt"}, {"importance": "taylor"},

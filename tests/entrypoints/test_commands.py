@@ -48,11 +48,11 @@ def test_compute_masks_writes_and_logs_a_file_of_each_kind_per_level(masks):
             assert (masks / f"{stem}_sparsity{level}_unstructured.{ending}").is_file()
     tracker = Tracker()
     (run,) = tracker.search()
-    assert (run["status"], run["params"]["cfg/sparsities"]) == ("FINISHED", "0.5,0.7")
+    assert (run.status, run.params["cfg/sparsities"]) == ("FINISHED", "0.5,0.7")
     assert {"masks/masks_sparsity70_unstructured.safetensors", "masks/summary_unstructured.png"} <= set(
-        tracker.artifacts(run["run_id"])
+        tracker.artifacts(run.run_id)
     )
-    assert tracker.curve(run["run_id"], "sparsity/achieved") == [(50, 0.5), (70, 0.7)]
+    assert tracker.curve(run.run_id, "sparsity/achieved") == [(50, 0.5), (70, 0.7)]
 
 
 @pytest.fixture
@@ -83,8 +83,8 @@ def test_validate_says_0_for_a_good_pair_1_for_a_broken_one_2_for_none(command, 
     assert {layer["name"]: layer["violations"] for layer in written["per_layer"]}[name] == 1
     assert command("validate", checkpoint=merged, masks=file, tolerance=1e-2)[0] == 0
 
-    runs = [run for run in Tracker().search() if run["tags"]["kind"] == "validation"]
-    assert [run["metrics"]["sparsity/violations"] for run in runs] == [0, 1, 0]
+    runs = [run for run in Tracker().search() if run.tags["kind"] == "validation"]
+    assert [run.metrics["sparsity/violations"] for run in runs] == [0, 1, 0]
 
     for wrong in ({"checkpoint": tmp_path / "none"}, {"masks": tmp_path / "none.safetensors"}):
         status, _, complaint = command("validate", **{"checkpoint": merged, "masks": file, **wrong})
@@ -128,9 +128,9 @@ def test_a_trained_model_is_registered_and_validates_from_the_registry(command, 
 
 
 def test_a_cell_takes_its_description_from_the_masks_it_is_given(trained):
-    (run,) = [run for run in Tracker().search() if run["tags"]["kind"] == "cell"]
-    assert (run["params"]["cfg/sparsity"], run["params"]["cfg/method"]) == ("0.7", "unstructured")
-    assert run["metrics"]["sparsity/target"] == 0.7
+    (run,) = [run for run in Tracker().search() if run.tags["kind"] == "cell"]
+    assert (run.params["cfg/sparsity"], run.params["cfg/method"]) == ("0.7", "unstructured")
+    assert run.metrics["sparsity/target"] == 0.7
 
 
 def test_sparsegpt_masks_bring_the_weights_they_belong_to(command, tmp_path):
@@ -141,9 +141,9 @@ def test_sparsegpt_masks_bring_the_weights_they_belong_to(command, tmp_path):
     file = folder / "masks_sparsity50_unstructured.safetensors"
     cell = {**SMALL, "masks": file, "output_dir": tmp_path / "cell"}
     assert command("train", **cell)[0] == 0
-    (run,) = [run for run in Tracker().search() if run["tags"]["kind"] == "cell"]
-    assert "warning" not in run["tags"]
-    assert run["params"]["cfg/importance"] == "sparsegpt"
+    (run,) = [run for run in Tracker().search() if run.tags["kind"] == "cell"]
+    assert "warning" not in run.tags
+    assert run.params["cfg/importance"] == "sparsegpt"
     shutil.rmtree(folder / "model_sparsity50_unstructured")
     status, _, complaint = command("train", **cell)
     assert (status, "is gone" in complaint) == (2, True)
@@ -167,13 +167,13 @@ def test_analyze_writes_its_own_run_and_curves_only_once(command, tmp_path, stud
         status, _, _ = command("analyze", parent_run_id=study_of_two, output_dir=tmp_path / "analysis")
         assert status == 0
         runs = Tracker().search()
-        counts.append(sum(run["tags"].get("kind") == "curve" for run in runs))
+        counts.append(sum(run.tags.get("kind") == "curve" for run in runs))
     assert counts == [1, 1]
     assert (tmp_path / "analysis" / "summary.csv").is_file()
-    analyses = [run for run in runs if run["tags"].get("kind") == "analysis"]
+    analyses = [run for run in runs if run.tags.get("kind") == "analysis"]
     assert len(analyses) == 2
     files = {"report/summary.csv", "report/figures/layer_sparsity.png"}  # the blocks are known from the masks' tags
-    assert files <= set(Tracker().artifacts(analyses[0]["run_id"]))
+    assert files <= set(Tracker().artifacts(analyses[0].run_id))
 
 
 @pytest.fixture
@@ -183,8 +183,8 @@ def study_of_two(command, tmp_path):
     grid = {"model": ["tiny-llama"], "sparsity": [0.3, 0.6]}
     path.write_text(json.dumps({"grid": grid, "cell": cell, "dense_baseline": False}))
     assert command("sweep", config=path, output_dir=tmp_path / "out")[0] == 0
-    (study,) = [run for run in Tracker().search() if run["tags"].get("kind") == "study"]
-    return study["run_id"]
+    (study,) = [run for run in Tracker().search() if run.tags.get("kind") == "study"]
+    return study.run_id
 
 
 @pytest.mark.parametrize(
@@ -260,14 +260,14 @@ def mlflow_run(entry_point, folder, **parameters):
     )
     assert done.returncode == 0, done.stderr
     (run,) = Tracker(experiment="Default").search()
-    assert run["status"] == "FINISHED"
+    assert run.status == "FINISHED"
     return run
 
 
 def test_mlflow_run_makes_one_run_and_keeps_what_was_typed(tmp_path):
     folder = str(tmp_path / "masks")
     run = mlflow_run("compute_masks", tmp_path, model="tiny-llama", sparsities=".50", output_dir=folder, force="false")
-    assert (run["params"]["sparsities"], run["params"]["cfg/sparsities"]) == (".50", "0.5")
+    assert (run.params["sparsities"], run.params["cfg/sparsities"]) == (".50", "0.5")
     assert torch.is_tensor(load_file(tmp_path / "masks" / "masks_sparsity50_unstructured.safetensors").popitem()[1])
 
 
@@ -288,9 +288,9 @@ def test_mlflow_run_prunes_a_folder_of_shards_as_the_one_file(tmp_path, tiny_mod
     settings = PruningSettings(scope="global", sparsities=tuple(level / 10 for level in range(10)))
     whole = MaskGenerator(tmp_path / "whole", settings).generate(tmp_path / "expected", figures="none")
     for file in whole:
-        assert run["tags"][f"mask_checksum_{level_label(file.sparsity)}"] == file.checksum
+        assert run.tags[f"mask_checksum_{level_label(file.sparsity)}"] == file.checksum
         assert load_masks(tmp_path / "masks" / file.path.name).checksum == file.checksum
-    artifacts = Tracker().artifacts(run["run_id"])
+    artifacts = Tracker().artifacts(run.run_id)
     assert "masks/coverage.json" in artifacts
     assert "masks/heatmap_sparsity90_unstructured.png" in artifacts
 
@@ -302,4 +302,4 @@ def test_what_pruning_had_to_say_is_on_the_run(command, tmp_path):
     )
     assert (status, "no calibration token came here" in shown) == (0, True)
     (run,) = Tracker().search()
-    assert "no calibration token came here" in run["tags"]["warning"]
+    assert "no calibration token came here" in run.tags["warning"]

@@ -17,7 +17,7 @@ def test_masks_made_twice_into_one_folder_are_logged_once_each(command, tmp_path
     for method, level in (("unstructured", "0.5"), ("random", "0.25")):
         values = {"model": "tiny-llama", "method": method, "sparsities": level, "output_dir": tmp_path / "masks"}
         assert command("compute_masks", **values)[0] == 0
-    first, second = (Tracker().artifacts(run["run_id"]) for run in Tracker().search())
+    first, second = (Tracker().artifacts(run.run_id) for run in Tracker().search())
     assert "masks/masks_sparsity50_unstructured.safetensors" in first
     assert "masks/masks_sparsity25_random.safetensors" in second
     assert not [name for name in second if "unstructured" in name]

@@ -16,33 +16,33 @@ def run_study(study_file, tmp_path):
         path = study_file(grid, **rest)
         status = sweep(SweepConfig(config=str(path), output_dir=str(tmp_path / "out")))
         tracker = Tracker()
-        (parent,) = [run for run in tracker.search() if run["tags"].get("kind") == "study"]
-        return status, tracker, parent, tracker.children(parent["run_id"])
+        (parent,) = [run for run in tracker.search() if run.tags.get("kind") == "study"]
+        return status, tracker, parent, tracker.children(parent.run_id)
 
     return run
 
 
 def _of(children, kind):
-    return [run for run in children if run["tags"]["kind"] == kind]
+    return [run for run in children if run.tags["kind"] == kind]
 
 
 def test_a_study_is_a_parent_with_a_child_for_every_cell_and_mask_set(run_study, capsys, tmp_path):
     grid = {"model": ["tiny-llama"], "sparsity": [0.5], "mode": ["sparse_to_dense", "sparse_to_sparse"]}
     status, tracker, parent, children = run_study(grid, figures="summary")
     assert status == 0
-    assert {run["status"] for run in [parent, *children]} == {"FINISHED"}
+    assert {run.status for run in [parent, *children]} == {"FINISHED"}
     cells, masks = _of(children, "cell"), _of(children, "masks")
-    assert [run["params"]["cfg/mode"] for run in cells] == ["dense", "sparse_to_dense", "sparse_to_sparse"]
+    assert [run.params["cfg/mode"] for run in cells] == ["dense", "sparse_to_dense", "sparse_to_sparse"]
     assert len(masks) == 1
-    names = tracker.artifacts(masks[0]["run_id"])
+    names = tracker.artifacts(masks[0].run_id)
     for stem in ("masks_sparsity50_unstructured.safetensors", "stats_sparsity50_unstructured.json"):
         assert f"masks/{stem}" in names
     sparse = cells[-1]
-    assert sparse["metrics"]["sparsity/violations"] == 0
-    assert sparse["metrics"]["sparsity/after_merge"] == sparse["metrics"]["sparsity/achieved"]
-    assert sparse["tags"]["mask_checksum"] == masks[0]["tags"]["mask_checksum_50"]
-    assert "config.yaml" in tracker.artifacts(sparse["run_id"])
-    assert "adapter/adapter_config.json" in tracker.artifacts(sparse["run_id"])
+    assert sparse.metrics["sparsity/violations"] == 0
+    assert sparse.metrics["sparsity/after_merge"] == sparse.metrics["sparsity/achieved"]
+    assert sparse.tags["mask_checksum"] == masks[0].tags["mask_checksum_50"]
+    assert "config.yaml" in tracker.artifacts(sparse.run_id)
+    assert "adapter/adapter_config.json" in tracker.artifacts(sparse.run_id)
     shown = capsys.readouterr().out
     assert "sparse to sparse" in shown
     assert "mlflow ui --backend-store-uri" in shown
@@ -51,7 +51,7 @@ def test_a_study_is_a_parent_with_a_child_for_every_cell_and_mask_set(run_study,
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in figures)
     (table,) = (tmp_path / "out").rglob("report/table.txt")
     assert table.read_text().strip() and table.read_text().strip() in shown
-    assert "report/table.txt" in tracker.artifacts(parent["run_id"])
+    assert "report/table.txt" in tracker.artifacts(parent.run_id)
 
 
 def test_a_level_of_many_digits_is_the_level_that_was_asked(run_study):
@@ -59,33 +59,33 @@ def test_a_level_of_many_digits_is_the_level_that_was_asked(run_study):
     status, _, _, children = run_study(grid, dense_baseline=False)
     assert status == 0
     (cell,) = _of(children, "cell")
-    assert cell["metrics"]["sparsity/target"] == 0.123456789
-    assert cell["metrics"]["sparsity/achieved"] == pytest.approx(0.123456789, abs=1e-4)  # of tensors this small
+    assert cell.metrics["sparsity/target"] == 0.123456789
+    assert cell.metrics["sparsity/achieved"] == pytest.approx(0.123456789, abs=1e-4)  # of tensors this small
 
 
 def test_curves_have_the_sparsity_as_step(run_study):
     grid = {"model": ["tiny-llama"], "sparsity": [0.3, 0.6], "mode": ["sparse_to_sparse"]}
     _, tracker, _, children = run_study(grid, dense_baseline=False)
     curves = _of(children, "curve")
-    assert [run["params"]["cfg/mode"] for run in curves] == ["sparse_to_sparse"]
-    by_level = {round(float(run["params"]["cfg/sparsity"]) * 100): run for run in _of(children, "cell")}
-    points = tracker.curve(curves[0]["run_id"], "eval/accuracy")
-    assert points == [(level, by_level[level]["metrics"]["eval/accuracy"]) for level in (30, 60)]
+    assert [run.params["cfg/mode"] for run in curves] == ["sparse_to_sparse"]
+    by_level = {round(float(run.params["cfg/sparsity"]) * 100): run for run in _of(children, "cell")}
+    points = tracker.curve(curves[0].run_id, "eval/accuracy")
+    assert points == [(level, by_level[level].metrics["eval/accuracy"]) for level in (30, 60)]
 
 
 def test_a_failed_cell_says_why_and_costs_only_itself(run_study, capsys):
     grid = {"model": ["tiny-llama"], "mode": ["sparse_to_sparse"], "learning_rate": [1e-3, 9.0], "sparsity": [0.5]}
     status, tracker, _, children = run_study(grid, dense_baseline=False, cell={"max_steps": 40, "max_seq_len": 64})
     good, bad = _of(children, "cell")
-    if bad["status"] == "FINISHED":
+    if bad.status == "FINISHED":
         pytest.fail("a learning rate of 9 was expected to diverge")
-    assert (status, good["status"], bad["status"]) == (1, "FINISHED", "FAILED")
-    assert bad["tags"]["failure_class"] == "non_finite_loss"
-    assert "step" in bad["tags"]["failure_message"]
-    assert "NonFiniteLossError" in tracker.fetch_text(bad["run_id"], "traceback.txt")
+    assert (status, good.status, bad.status) == (1, "FINISHED", "FAILED")
+    assert bad.tags["failure_class"] == "non_finite_loss"
+    assert "step" in bad.tags["failure_message"]
+    assert "NonFiniteLossError" in tracker.fetch_text(bad.run_id, "traceback.txt")
     assert "1 of 2 cells failed" in capsys.readouterr().out
-    assert [run["name"].rpartition(" · ")[2] for run in (good, bad)] == ["learning_rate 0.001", "learning_rate 9.0"]
-    assert good["tags"]["untuned_measured_by"] == good["name"]  # not only by what it shares with the other
+    assert [run.name.rpartition(" · ")[2] for run in (good, bad)] == ["learning_rate 0.001", "learning_rate 9.0"]
+    assert good.tags["untuned_measured_by"] == good.name  # not only by what it shares with the other
 
 
 def test_masks_that_cannot_be_made_fail_their_cells_with_the_reason(run_study, tiny_model, tmp_path):
@@ -97,11 +97,11 @@ def test_masks_that_cannot_be_made_fail_their_cells_with_the_reason(run_study, t
     of_broken, of_whole = _of(children, "masks")
     bad, good = _of(children, "cell")
     assert status == 1
-    assert (of_broken["status"], of_whole["status"], bad["status"], good["status"]) == (
+    assert (of_broken.status, of_whole.status, bad.status, good.status) == (
         "FAILED", "FINISHED", "FAILED", "FINISHED",
     )  # fmt: skip
-    assert base_name in bad["tags"]["failure_message"]
-    assert bad["tags"]["failure_message"] == of_broken["tags"]["failure_message"]
+    assert base_name in bad.tags["failure_message"]
+    assert bad.tags["failure_message"] == of_broken.tags["failure_message"]
 
 
 def test_all_that_stops_a_study_is_said_at_once_and_nothing_is_logged(study_file, tmp_path):
@@ -130,7 +130,7 @@ def test_a_dry_run_prints_the_plan_and_runs_nothing(study_file, capsys, tmp_path
 def test_a_dry_run_tells_the_time_from_the_cells_measured(run_study, study_file, capsys):
     _, _, _, children = run_study({"model": ["tiny-llama"], "sparsity": [0.5], "mode": ["sparse_to_sparse"]})
     sparse, dense = (
-        [run["end_time"] - run["start_time"] for run in _of(children, "cell") if run["params"]["cfg/mode"] == mode]
+        [run.end_time - run.start_time for run in _of(children, "cell") if run.params["cfg/mode"] == mode]
         for mode in ("sparse_to_sparse", "dense")
     )
     capsys.readouterr()

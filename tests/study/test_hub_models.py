@@ -116,19 +116,19 @@ def test_the_full_study_with_its_models_and_data_from_a_hub(published, tmp_path)
         assert len(weights) == len(set(weights)) > 6, "two workers fetched the same file"
         assert all("/model-0000" in file or file.endswith(".parquet") for file in weights)
 
-    cells = [run for run in Tracker().search() if run["tags"].get("kind") == "cell"]
-    assert len(cells) == 6 + 2 * 3 * (2 + 2) and {run["status"] for run in cells} == {"FINISHED"}
-    for run in (run for run in cells if "same_as" not in run["tags"]):
-        model = Checkpoint(published / "models" / run["params"]["cfg/model"])
-        assert run["tags"]["hub_commit"] == COMMIT and run["tags"]["base_fingerprint"] == model.fingerprint
-        assert run["params"]["protocol/source"].removeprefix("hub:") in DATA
+    cells = [run for run in Tracker().search() if run.tags.get("kind") == "cell"]
+    assert len(cells) == 6 + 2 * 3 * (2 + 2) and {run.status for run in cells} == {"FINISHED"}
+    for run in (run for run in cells if "same_as" not in run.tags):
+        model = Checkpoint(published / "models" / run.params["cfg/model"])
+        assert run.tags["hub_commit"] == COMMIT and run.tags["base_fingerprint"] == model.fingerprint
+        assert run.params["protocol/source"].removeprefix("hub:") in DATA
 
     # The questions are known again, whatever columns they lie in.
     model, tokenizer = load_model(locate("tiny-llama")), load_tokenizer(locate("tiny-llama"))
     four = ScoringSettings(eval_limit=4, perplexity_tokens=0)
     for task, *_ in DATA.values():
         here = evaluate(model, tokenizer, load_task(task, made_data_dir()), four)
-        there = {run["params"].get("protocol/questions_sha256") for run in cells if run["params"]["cfg/task"] == task}
+        there = {run.params.get("protocol/questions_sha256") for run in cells if run.params["cfg/task"] == task}
         assert there - {None} == {here.protocol["questions_sha256"]}
 
     # A node of a cluster that does not reach the hub works with what another has fetched.
@@ -138,5 +138,5 @@ def test_the_full_study_with_its_models_and_data_from_a_hub(published, tmp_path)
     alone = start("train", *options, address=address, token="secret", folder=tmp_path)
     assert alone.returncode == 0, alone.stdout + alone.stderr
     assert "Fetching" not in done.stderr + alone.stderr, "bars of the hub's client for what takes no time"
-    (run,) = [run for run in Tracker().search() if run["params"].get("cfg/sparsity") == "0.3"]
-    assert run["tags"]["hub_commit"] == COMMIT
+    (run,) = [run for run in Tracker().search() if run.params.get("cfg/sparsity") == "0.3"]
+    assert run.tags["hub_commit"] == COMMIT

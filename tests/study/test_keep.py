@@ -10,6 +10,7 @@ from sparse_ft.models.checkpoint import Checkpoint
 from sparse_ft.settings.commands import SweepConfig
 from sparse_ft.study.driver import sweep
 from sparse_ft.study.keep import pareto_front
+from sparse_ft.tracking.record import Run
 from sparse_ft.tracking.runs import Tracker
 
 
@@ -20,8 +21,8 @@ def _bytes(folder):
 
 
 def _cells(tracker):
-    (parent,) = [run for run in tracker.search() if run["tags"].get("kind") == "study"]
-    return parent, [run for run in tracker.children(parent["run_id"]) if run["tags"]["kind"] == "cell"]
+    (parent,) = [run for run in tracker.search() if run.tags.get("kind") == "study"]
+    return parent, [run for run in tracker.children(parent.run_id) if run.tags["kind"] == "cell"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -33,11 +34,11 @@ def test_a_rebuilt_model_is_the_merged_one_bit_for_bit(study_file, tmp_path, dty
     _, cells = _cells(tracker)
     assert len(cells) == 3
     for run in cells:
-        target = rebuild(tracker, run["run_id"], tmp_path / run["run_id"], Workbench())
-        assert _bytes(target) == _bytes(run["tags"]["model_folder"]), run["name"]
+        target = rebuild(tracker, run.run_id, tmp_path / run.run_id, Workbench())
+        assert _bytes(target) == _bytes(run.tags["model_folder"]), run.name
     # Without the study's folder the masks come out of the artifacts.
     (tmp_path / "out").rename(tmp_path / "moved")
-    again = rebuild(tracker, cells[-1]["run_id"], tmp_path / "again", Workbench())
+    again = rebuild(tracker, cells[-1].run_id, tmp_path / "again", Workbench())
     assert _bytes(again) == _bytes(target)
 
 
@@ -61,14 +62,14 @@ def test_a_cell_of_version_0_1_0_is_rebuilt_bit_for_bit(study_file, tmp_path):
     tracker = Tracker()
     base = Workbench().checkpoint("tiny-llama")
     for run in _cells(tracker)[1]:
-        merged = Checkpoint(run["tags"]["model_folder"])
+        merged = Checkpoint(run.tags["model_folder"])
         tags = {"base_fingerprint": earlier.fingerprint(base), "merged_fingerprint": earlier.fingerprint(merged)}
-        tracker.log(run["run_id"], tags=tags)
-        target = rebuild(tracker, run["run_id"], tmp_path / run["run_id"], Workbench())
-        assert _bytes(target) == _bytes(merged.folder), run["name"]
-    tracker.log(run["run_id"], tags={"base_fingerprint": earlier.fingerprint(merged)})
+        tracker.log(run.run_id, tags=tags)
+        target = rebuild(tracker, run.run_id, tmp_path / run.run_id, Workbench())
+        assert _bytes(target) == _bytes(merged.folder), run.name
+    tracker.log(run.run_id, tags={"base_fingerprint": earlier.fingerprint(merged)})
     with pytest.raises(UserError, match="has other weights now"):
-        rebuild(tracker, run["run_id"], tmp_path / "other", Workbench())
+        rebuild(tracker, run.run_id, tmp_path / "other", Workbench())
 
 
 def test_of_a_study_the_front_is_kept_whole_and_registered_where_asked(study_file, tmp_path):
@@ -77,11 +78,11 @@ def test_of_a_study_the_front_is_kept_whole_and_registered_where_asked(study_fil
     assert sweep(SweepConfig(config=str(path), output_dir=str(tmp_path / "out"))) == 0
     tracker = Tracker()
     _, cells = _cells(tracker)
-    front = {run["run_id"] for run in pareto_front(cells)}
+    front = {run.run_id for run in pareto_front(cells)}
     assert front
     for run in cells:
-        assert ("registered_as" in run["tags"]) == (run["run_id"] in front)
-        assert any(name.startswith("adapter/") for name in tracker.artifacts(run["run_id"]))
+        assert ("registered_as" in run.tags) == (run.run_id in front)
+        assert any(name.startswith("adapter/") for name in tracker.artifacts(run.run_id))
     assert not list((tmp_path / "out").glob("*/models/*"))  # the registry holds the only copy
 
 
@@ -91,17 +92,17 @@ def test_nothing_is_rebuilt_from_a_run_that_holds_no_adapter(study_file, tmp_pat
     tracker = Tracker()
     parent, (cell,) = _cells(tracker)
     with pytest.raises(UserError, match="holds no adapter"):
-        rebuild(tracker, cell["run_id"], tmp_path / "x", Workbench())
+        rebuild(tracker, cell.run_id, tmp_path / "x", Workbench())
     with pytest.raises(UserError, match="no finished cell"):
-        rebuild(tracker, parent["run_id"], tmp_path / "x", Workbench())
+        rebuild(tracker, parent.run_id, tmp_path / "x", Workbench())
     assert not (tmp_path / "x").exists()
 
 
 def test_the_front_holds_what_nothing_beats_in_both():
     def run(sparsity, accuracy):
-        return {"metrics": {"sparsity/after_merge": sparsity, "eval/accuracy": accuracy}}
+        return Run("cell", metrics={"sparsity/after_merge": sparsity, "eval/accuracy": accuracy})
 
     points = [(0.0, 0.9), (0.5, 0.8), (0.5, 0.7), (0.6, 0.8), (0.9, 0.2), (0.3, 0.85), (0.2, 0.85)]
-    front = pareto_front([run(*point) for point in points] + [{"metrics": {}}])
-    found = [tuple(item["metrics"].values()) for item in front]
+    front = pareto_front([run(*point) for point in points] + [Run("not scored")])
+    found = [tuple(item.metrics.values()) for item in front]
     assert found == [(0.9, 0.2), (0.6, 0.8), (0.3, 0.85), (0.0, 0.9)]

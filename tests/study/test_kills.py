@@ -72,21 +72,21 @@ def _study(database):
     if not database.is_file():
         return None, []
     tracker = Tracker()
-    parents = [run for run in tracker.search() if run["tags"].get("kind") == "study"]
+    parents = [run for run in tracker.search() if run.tags.get("kind") == "study"]
     if not parents:
         return None, []
-    return parents[0], [run for run in tracker.children(parents[0]["run_id"]) if run["tags"]["kind"] == "cell"]
+    return parents[0], [run for run in tracker.children(parents[0].run_id) if run.tags["kind"] == "cell"]
 
 
 def _complete(parent_run_id, cells=CELLS):
     tracker = Tracker()
     children = tracker.children(parent_run_id)
-    runs = [run for run in children if run["tags"].get("kind") == "cell"]
-    finished = Counter(run["tags"]["cell_key"] for run in runs if run["status"] == "FINISHED")
+    runs = [run for run in children if run.tags.get("kind") == "cell"]
+    finished = Counter(run.tags["cell_key"] for run in runs if run.status == "FINISHED")
     assert len(finished) == cells
     assert set(finished.values()) == {1}
-    assert not [run for run in children if run["status"] not in ("FINISHED", "KILLED", "FAILED")]
-    assert tracker.run(parent_run_id)["status"] == "FINISHED"
+    assert not [run for run in children if run.status not in ("FINISHED", "KILLED", "FAILED")]
+    assert tracker.run(parent_run_id).status == "FINISHED"
     return runs
 
 
@@ -97,21 +97,21 @@ def test_a_driver_killed_in_the_middle_is_resumed(driver, tmp_path, capsys):
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     parent, before = _study(database)
-    done = [run["run_id"] for run in before if run["status"] == "FINISHED"]
-    assert parent["status"] == "RUNNING"  # nobody could say otherwise
+    done = [run.run_id for run in before if run.status == "FINISHED"]
+    assert parent.status == "RUNNING"  # nobody could say otherwise
     assert len(done) < CELLS
     masks = [path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*/masks/*/*.safetensors")]
 
     assert sweep(config) == 0  # the same configuration in the same experiment finds it
-    runs = _complete(parent["run_id"])
-    assert len({run["run_id"] for run in runs if run["status"] == "FINISHED"} & set(done)) == len(done)
+    runs = _complete(parent.run_id)
+    assert len({run.run_id for run in runs if run.status == "FINISHED"} & set(done)) == len(done)
     assert masks == [path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*/masks/*/*.safetensors")]
     shown = capsys.readouterr()
     assert f"{len(done)} of {CELLS} cells are done" in shown.out
     assert "holes" not in shown.out
-    same = [run for run in runs if "same_as" in run["tags"] and run["status"] == "FINISHED"]
+    same = [run for run in runs if "same_as" in run.tags and run.status == "FINISHED"]
     assert len(same) == 1  # the two cells at 0 % are one computation
-    assert same[0]["tags"]["same_as"] in {run["run_id"] for run in runs}
+    assert same[0].tags["same_as"] in {run.run_id for run in runs}
 
 
 @pytest.mark.parametrize(
@@ -126,12 +126,12 @@ def test_a_signal_ends_a_study_cleanly_and_says_how_to_go_on(executor, sign, dri
     if executor == "ray":
         pytest.importorskip("ray", reason="ray is an optional extra: pip install 'sparse_ft[ray]'")
     process, _ = driver(executor, 1, cell={"max_steps": 5000}, grid={"model": ["tiny-llama"], "mode": ["dense"]})
-    _wait_for(lambda: any(run["status"] == "RUNNING" for run in _study(tmp_path / "mlflow.db")[1]), process)
+    _wait_for(lambda: any(run.status == "RUNNING" for run in _study(tmp_path / "mlflow.db")[1]), process)
     process.send_signal(sign)
     assert process.wait(120) == 130
     parent, cells = _study(tmp_path / "mlflow.db")
-    assert [parent["status"], *(run["status"] for run in cells)] == ["KILLED", "KILLED"]
-    assert f"-P resume={parent['run_id']}" in (tmp_path / "driver.log").read_text()
+    assert [parent.status, *(run.status for run in cells)] == ["KILLED", "KILLED"]
+    assert f"-P resume={parent.run_id}" in (tmp_path / "driver.log").read_text()
 
 
 @pytest.mark.slow
@@ -143,7 +143,7 @@ def test_a_driver_with_workers_killed_in_the_middle_is_resumed(driver, tmp_path)
     os.kill(process.pid, signal.SIGKILL)  # its workers must notice for themselves
     process.wait()
     assert sweep(config) == 0
-    _complete(_study(database)[0]["run_id"], 9)
+    _complete(_study(database)[0].run_id, 9)
 
 
 @pytest.mark.slow
@@ -152,17 +152,17 @@ def test_one_worker_killed_in_a_study(driver, tmp_path):
     database, killed = tmp_path / "mlflow.db", []
 
     def kill_one():
-        running = [run for run in _study(database)[1] if run["status"] == "RUNNING"]
+        running = [run for run in _study(database)[1] if run.status == "RUNNING"]
         for run in running[:1]:
-            killed.append(run["run_id"])
-            os.kill(int(run["tags"]["worker"].split(" ")[1]), signal.SIGKILL)
+            killed.append(run.run_id)
+            os.kill(int(run.tags["worker"].split(" ")[1]), signal.SIGKILL)
         return bool(killed)
 
     _wait_for(kill_one, process)
     assert process.wait(900) == 0
-    runs = {run["run_id"]: run for run in _complete(_study(database)[0]["run_id"])}
-    assert runs[killed[0]]["status"] == "FAILED"
-    assert runs[killed[0]]["tags"]["failure_class"] == "worker_lost"
+    runs = {run.run_id: run for run in _complete(_study(database)[0].run_id)}
+    assert runs[killed[0]].status == "FAILED"
+    assert runs[killed[0]].tags["failure_class"] == "worker_lost"
 
 
 @pytest.fixture
@@ -191,12 +191,12 @@ def test_a_full_disk_leaves_named_holes_that_a_resumed_study_fills(small_disk, d
     process.send_signal(signal.SIGCONT)
     assert process.wait(900) == 1
     parent, cells = _study(tmp_path / "mlflow.db")
-    failed = [run for run in cells if run["status"] == "FAILED"]
+    failed = [run for run in cells if run.status == "FAILED"]
     assert failed
-    assert {run["tags"]["failure_class"] for run in failed} == {"disk_full"}
+    assert {run.tags["failure_class"] for run in failed} == {"disk_full"}
     shown = (tmp_path / "driver.log").read_text()
     assert "holes" in shown
     assert "disk_full" in shown
     filler.unlink()
     assert sweep(config) == 0
-    _complete(parent["run_id"])
+    _complete(parent.run_id)

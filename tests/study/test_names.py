@@ -33,8 +33,8 @@ def start(study_file, tmp_path):
         path = study_file(grid, cell={"score_untuned": False, "perplexity_tokens": 0, **(cell or {})}, **values)
         status = sweep(SweepConfig(config=str(path), output_dir=str(tmp_path / "out"), resume=resume))
         tracker = Tracker()
-        parent = [run for run in tracker.search() if run["tags"].get("kind") == "study"][-1]
-        cells = [run for run in tracker.children(parent["run_id"]) if run["tags"].get("kind") == "cell"]
+        parent = [run for run in tracker.search() if run.tags.get("kind") == "study"][-1]
+        cells = [run for run in tracker.children(parent.run_id) if run.tags.get("kind") == "cell"]
         return status, parent, cells
 
     return run
@@ -62,7 +62,7 @@ def _add(folder, change):
 
 
 def _checksums(cells, field):
-    return {run["params"][f"cfg/{field}"]: run["tags"]["mask_checksum"] for run in cells}
+    return {run.params[f"cfg/{field}"]: run.tags["mask_checksum"] for run in cells}
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_every_mask_set_has_a_folder_of_its_own(start, axis, cell):
     (field,) = axis
     found = _checksums(cells, field)
     assert len(found) == len(set(found.values())) == 2
-    status, _, again = start({"model": ["tiny-llama"], **axis}, cell=cell, resume=parent["run_id"])
+    status, _, again = start({"model": ["tiny-llama"], **axis}, cell=cell, resume=parent.run_id)
     assert status == 0 and len(again) == len(cells)  # nothing is run again under the other's masks
 
 
@@ -91,16 +91,16 @@ def test_two_models_of_one_last_name_have_their_own_masks(start, model):
     assert status == 0
     for run in cells:
         of = Workbench()
-        (file,) = make_masks(MaskConfig(model=run["params"]["cfg/model"]), of, f"{run['params']['cfg/model']}-masks")
-        assert run["tags"]["mask_checksum"] == file.checksum
+        (file,) = make_masks(MaskConfig(model=run.params["cfg/model"]), of, f"{run.params['cfg/model']}-masks")
+        assert run.tags["mask_checksum"] == file.checksum
     assert len(set(_checksums(cells, "model").values())) == 2
 
 
 def test_one_model_under_two_names_is_one_computation(start, model):
     folders = [str(model("a")), str(model("b"))]
     status, _, cells = start({"model": folders})
-    assert status == 0 and Counter("same_as" in run["tags"] for run in cells) == {False: 1, True: 1}
-    assert {run["params"]["cfg/model"] for run in cells} == set(folders)
+    assert status == 0 and Counter("same_as" in run.tags for run in cells) == {False: 1, True: 1}
+    assert {run.params["cfg/model"] for run in cells} == set(folders)
 
 
 def test_weights_that_change_under_their_name_are_noticed_by_a_resume(start, model, capsys):
@@ -109,15 +109,15 @@ def test_weights_that_change_under_their_name_are_noticed_by_a_resume(start, mod
     status, parent, before = start(grid)
     _add(folder, 0.5)
     capsys.readouterr()
-    status, again, cells = start(grid, resume=parent["run_id"])
+    status, again, cells = start(grid, resume=parent.run_id)
     shown = capsys.readouterr().out
-    assert status == 0 and again["run_id"] == parent["run_id"]
+    assert status == 0 and again.run_id == parent.run_id
     assert f"behind its name has changed: model {folder}.weights" in shown and "0 of 2 cells are done" in shown
-    old = {run["run_id"] for run in before}
-    assert {run["run_id"] in old: "superseded" in run["tags"] for run in cells} == {True: True, False: False}
-    new = [run for run in cells if run["run_id"] not in old]
-    assert {run["tags"]["base_fingerprint"] for run in new} == {Checkpoint(folder).fingerprint}
-    rows = Tracker().fetch(parent["run_id"], "report/summary.csv").read_text().splitlines()
+    old = {run.run_id for run in before}
+    assert {run.run_id in old: "superseded" in run.tags for run in cells} == {True: True, False: False}
+    new = [run for run in cells if run.run_id not in old]
+    assert {run.tags["base_fingerprint"] for run in new} == {Checkpoint(folder).fingerprint}
+    rows = Tracker().fetch(parent.run_id, "report/summary.csv").read_text().splitlines()
     assert len(rows) == 1 + 2
 
 
@@ -130,7 +130,7 @@ def test_rows_that_change_under_their_name_are_noticed_by_a_resume(start, tmp_pa
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     file.write_text("".join(json.dumps({**row, "answer": not row["answer"]}) + "\n" for row in lines))
     capsys.readouterr()
-    status, _, cells = start(grid, cell=cell, resume=parent["run_id"])
+    status, _, cells = start(grid, cell=cell, resume=parent.run_id)
     assert status == 0 and len(cells) == 2
     assert f"data of boolq ({data}).scored_data" in capsys.readouterr().out
 
@@ -140,10 +140,10 @@ def test_given_masks_are_titled_by_what_made_them(start, tmp_path):
     (file,) = make_masks(about, Workbench(), tmp_path / "mine")
     status, _, (run,) = start({"model": ["tiny-llama"], "masks": [str(file.path)]})
     assert status == 0
-    assert run["name"] == "50 % s2s semi_structured magnitude · boolq · tiny-llama"
-    described = {name: run["params"][f"cfg/{name}"] for name in ("method", "importance", "pattern", "sparsity")}
+    assert run.name == "50 % s2s semi_structured magnitude · boolq · tiny-llama"
+    described = {name: run.params[f"cfg/{name}"] for name in ("method", "importance", "pattern", "sparsity")}
     assert described == {"method": "semi_structured", "importance": "magnitude", "pattern": "1:2", "sparsity": "0.5"}
-    assert run["tags"]["mask_checksum"] == file.checksum
+    assert run.tags["mask_checksum"] == file.checksum
 
 
 def test_given_masks_of_other_weights_stop_a_study_before_its_first_run(start, model, tmp_path):
@@ -159,10 +159,10 @@ def test_trials_of_a_search_run_under_the_masks_that_are_given(study_file, tmp_p
     search = {"objective": "loss", "trials": 2, "space": {"lora_r": [2, 4]}}
     path = study_file({}, cell={"model": "tiny-llama", "masks": str(file.path)}, search=search)
     assert sweep(SweepConfig(config=str(path), output_dir=str(tmp_path / "out"))) == 0
-    trials = [run for run in Tracker().search() if run["tags"].get("kind") == "cell"]
-    assert [run["tags"]["mask_checksum"] for run in trials] == [file.checksum] * 2
-    assert {run["params"]["cfg/sparsity"] for run in trials} == {"0.7"}
-    assert {run["metrics"]["sparsity/violations"] for run in trials} == {0}
+    trials = [run for run in Tracker().search() if run.tags.get("kind") == "cell"]
+    assert [run.tags["mask_checksum"] for run in trials] == [file.checksum] * 2
+    assert {run.params["cfg/sparsity"] for run in trials} == {"0.7"}
+    assert {run.metrics["sparsity/violations"] for run in trials} == {0}
 
 
 def test_a_mask_file_that_is_replaced_is_not_taken_for_the_one_that_was_made(tmp_path):
@@ -178,24 +178,24 @@ def test_a_mask_file_that_is_replaced_is_not_taken_for_the_one_that_was_made(tmp
 def test_a_refused_rebuild_leaves_nothing_that_a_later_start_could_adopt(start, tmp_path):
     _, parent, (run,) = start({"model": ["tiny-llama"]}, keep="adapter")
     tracker, folder = Tracker(), tmp_path / "study"
-    tracker.log(run["run_id"], tags={"merged_fingerprint": "0" * 16})
+    tracker.log(run.run_id, tags={"merged_fingerprint": "0" * 16})
     with pytest.raises(UserError, match="not those of run"):
-        rebuild(tracker, run["run_id"], tmp_path / "again", Workbench())
+        rebuild(tracker, run.run_id, tmp_path / "again", Workbench())
     assert not (tmp_path / "again").exists()
     said = []
     for _ in range(2):
-        assert keep_models(tracker, parent["run_id"], folder, True, Workbench(), False, said=said.append) == []
+        assert keep_models(tracker, parent.run_id, folder, True, Workbench(), False, said=said.append) == []
     assert len(said) == 2 and not list(folder.glob("models/*"))
 
 
 def test_a_folder_that_is_not_the_runs_model_is_not_kept_as_it(start, model, tmp_path):
     _, parent, (run,) = start({"model": ["tiny-llama"]}, keep="adapter")
     tracker, folder = Tracker(), tmp_path / "study"
-    (kept,) = keep_models(tracker, parent["run_id"], folder, False, Workbench(), False)
+    (kept,) = keep_models(tracker, parent.run_id, folder, False, Workbench(), False)
     right = Checkpoint(kept).fingerprint
     _add(kept, 0.5)
-    (again,) = keep_models(tracker, parent["run_id"], folder, False, Workbench(), False)
-    assert again == kept and Checkpoint(kept).fingerprint == right == run["tags"]["merged_fingerprint"]
+    (again,) = keep_models(tracker, parent.run_id, folder, False, Workbench(), False)
+    assert again == kept and Checkpoint(kept).fingerprint == right == run.tags["merged_fingerprint"]
 
 
 def test_weights_that_change_while_a_study_runs_stop_its_cells(model, small):

@@ -70,19 +70,19 @@ def test_a_batch_that_does_not_fit_is_halved_once_and_the_step_stays_the_same(sm
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("REPORT")]
     report = json.loads(line.removeprefix("REPORT"))
     tracker = Tracker()
-    tight = [run for run in tracker.children(report["parent"]) if run["start_time"]][-2:]
+    tight = [run for run in tracker.children(report["parent"]) if run.start_time][-2:]
     failed, again = tight
-    assert (failed["status"], again["status"]) == ("FAILED", "FINISHED")
-    assert failed["tags"]["failure_class"] == "out_of_memory"
-    assert "allocate" in tracker.fetch_text(failed["run_id"], "traceback.txt")
-    assert again["run_id"] == report["tight"]
-    assert again["tags"]["cell_key"] == failed["tags"]["cell_key"]
-    assert (again["tags"]["reduced_batch"], again["tags"]["attempt"]) == ("256 -> 128", "2")
-    ran = yaml.safe_load(tracker.fetch_text(again["run_id"], "config.yaml"))
+    assert (failed.status, again.status) == ("FAILED", "FINISHED")
+    assert failed.tags["failure_class"] == "out_of_memory"
+    assert "allocate" in tracker.fetch_text(failed.run_id, "traceback.txt")
+    assert again.run_id == report["tight"]
+    assert again.tags["cell_key"] == failed.tags["cell_key"]
+    assert (again.tags["reduced_batch"], again.tags["attempt"]) == ("256 -> 128", "2")
+    ran = yaml.safe_load(tracker.fetch_text(again.run_id, "config.yaml"))
     assert (ran["batch_size"], ran["gradient_accumulation"]) == (128, 2)
     # Results are compared by the parameters: there it is the planned cell.
-    assert (again["params"]["cfg/batch_size"], again["params"]["cfg/gradient_accumulation"]) == ("256", "1")
+    assert (again.params["cfg/batch_size"], again.params["cfg/gradient_accumulation"]) == ("256", "1")
     # Half the batch twice is the same optimizer step: the loss is that of the run that had the memory.
     free = tracker.run(report["free"])
-    assert again["metrics"]["train/loss"] == pytest.approx(free["metrics"]["train/loss"], rel=1e-5)
-    assert again["metrics"]["eval/loss"] == pytest.approx(free["metrics"]["eval/loss"], rel=1e-4)
+    assert again.metrics["train/loss"] == pytest.approx(free.metrics["train/loss"], rel=1e-5)
+    assert again.metrics["eval/loss"] == pytest.approx(free.metrics["eval/loss"], rel=1e-4)

@@ -46,28 +46,28 @@ def test_two_workers_fill_a_study_and_a_search(study_file, tmp_path, monkeypatch
         assert sweep(SweepConfig(config=str(found), **workers)) == 0
         tracker = Tracker()
         cells = {}
-        for study in (run for run in tracker.search() if run["tags"].get("kind") == "study"):
-            assert study["status"] == "FINISHED"
-            children = tracker.children(study["run_id"])
-            cells[study["name"]] = [run for run in children if run["tags"]["kind"] == "cell"]
-            if study["name"] == "search":
-                assert "search/search.png" in tracker.artifacts(study["run_id"])
+        for study in (run for run in tracker.search() if run.tags.get("kind") == "study"):
+            assert study.status == "FINISHED"
+            children = tracker.children(study.run_id)
+            cells[study.name] = [run for run in children if run.tags["kind"] == "cell"]
+            if study.name == "search":
+                assert "search/search.png" in tracker.artifacts(study.run_id)
         assert {name: len(runs) for name, runs in cells.items()} == {"small": 5, "search": 4}
-        assert {run["status"] for runs in cells.values() for run in runs} == {"FINISHED"}
-        assert {run["tags"]["trial"] for run in cells["search"]} == {"0", "1", "2", "3"}
+        assert {run.status for runs in cells.values() for run in runs} == {"FINISHED"}
+        assert {run.tags["trial"] for run in cells["search"]} == {"0", "1", "2", "3"}
 
         key = {name.lower(): value for name, value in reached.items() if name.startswith("AWS_")}
         s3 = boto3.client("s3", endpoint_url=reached["MLFLOW_S3_ENDPOINT_URL"], **key)
         objects = [entry["Key"] for entry in s3.list_objects_v2(Bucket="team")["Contents"]]
         adapters = [name for name in objects if name.endswith("/adapter/adapter_model.safetensors")]
         assert len(adapters) == 5 + 4 and all(name.startswith("mlflow/") for name in adapters)
-        sparse = next(run for run in cells["small"] if run["params"]["cfg/sparsity"] == "0.6")
-        rebuilt = RebuildConfig(run_id=sparse["run_id"], output_dir=str(tmp_path / "rebuilt"))
+        sparse = next(run for run in cells["small"] if run.params["cfg/sparsity"] == "0.6")
+        rebuilt = RebuildConfig(run_id=sparse.run_id, output_dir=str(tmp_path / "rebuilt"))
         assert rebuild(rebuilt) == 0  # its adapter and masks came back from there
 
         written = {name: s3.get_object(Bucket="team", Key=name)["Body"].read() for name in objects}
         written |= {str(file): file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()}
-        written |= {run["run_id"]: repr(run).encode() for run in tracker.search()}
+        written |= {run.run_id: repr(run).encode() for run in tracker.search()}
         secrets = [PASSWORD.encode(), reached["AWS_SECRET_ACCESS_KEY"].encode()]
         assert not [name for name, content in written.items() if any(secret in content for secret in secrets)]
     shown = "".join(capfd.readouterr())

@@ -50,17 +50,17 @@ def run(tmp_path, small):
 def test_a_trainer_knows_its_run_writes_into_it_and_hears_of_a_smaller_batch(run):
     trainer = OwnTrainer()
     first, second = run(trainer), run(trainer, reduced_batch="2 -> 1")
-    assert (first["status"], second["status"]) == ("FINISHED", "FINISHED")
-    assert [watch.run_id for watch in trainer.watches] == [first["run_id"], second["run_id"]]
+    assert (first.status, second.status) == ("FINISHED", "FINISHED")
+    assert [watch.run_id for watch in trainer.watches] == [first.run_id, second.run_id]
     assert [watch.reduced for watch in trainer.watches] == [False, True]
-    assert Tracker().curve(first["run_id"], "own/loss") == [(1, 0.5), (2, 0.25)]
+    assert Tracker().curve(first.run_id, "own/loss") == [(1, 0.5), (2, 0.25)]
 
 
 def test_what_a_trainer_lacks_ends_a_cell_before_anything_is_loaded(run):
     failed = run(OwnTrainer(["there is no wafer"]))
-    assert failed["tags"]["failure_class"] == "configuration"
-    assert failed["tags"]["failure_message"] == "there is no wafer"
-    assert "base_fingerprint" not in failed["tags"]
+    assert failed.tags["failure_class"] == "configuration"
+    assert failed.tags["failure_message"] == "there is no wafer"
+    assert "base_fingerprint" not in failed.tags
 
 
 def test_a_study_names_its_trainer_and_the_command_overrules_it(study_file):

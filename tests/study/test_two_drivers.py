@@ -27,10 +27,10 @@ def test_one_study_comes_of_it(store, study_file, tmp_path, request):
     assert "is being run already (process" in line or "was taken over in this moment" in line
     assert "Traceback" not in "".join(said)
     tracker = Tracker(uri, f"two {store}")
-    (study,) = [run for run in tracker.search() if run["tags"].get("kind") == "study"]
-    assert study["status"] == "FINISHED"
-    cells = [run for run in tracker.children(study["run_id"]) if run["tags"]["kind"] == "cell"]
-    assert Counter(run["tags"]["cell_key"] for run in cells if run["status"] == "FINISHED") == {
-        run["tags"]["cell_key"]: 1 for run in cells
+    (study,) = [run for run in tracker.search() if run.tags.get("kind") == "study"]
+    assert study.status == "FINISHED"
+    cells = [run for run in tracker.children(study.run_id) if run.tags["kind"] == "cell"]
+    assert Counter(run.tags["cell_key"] for run in cells if run.status == "FINISHED") == {
+        run.tags["cell_key"]: 1 for run in cells
     }
     assert len(cells) == 2

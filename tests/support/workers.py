@@ -46,5 +46,5 @@ def check_that_three_device_errors_stop_a_worker(study: tuple, executor: Callabl
     finally:
         running.close()
     assert [outcome.failure.kind for outcome in queue.outcomes] == ["worker_lost"] * 3
-    assert len({run["tags"]["worker"] for run in tracker.children(parent)}) == 3  # a new process for each
+    assert len({run.tags["worker"] for run in tracker.children(parent)}) == 3  # a new process for each
     assert (queue.left, "3 cells in a row failed alike" in queue.stopped) == (2, True)

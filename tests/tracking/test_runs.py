@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from sparse_ft.errors import UserError
-from sparse_ft.tracking.reading import PARENT
+from sparse_ft.tracking.record import Kind, Tag
 from sparse_ft.tracking.runs import Tracker
 
 
@@ -48,8 +48,8 @@ def test_a_new_store_is_made_silently_with_artifacts_beside_it(tmp_path: Path):
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     there = Tracker(f"sqlite:///{tmp_path}/new/mlflow.db", "study")
     (run,) = there.search()
-    assert run["artifact_uri"].startswith((tmp_path / "new" / "mlruns" / "study").as_uri())
-    assert there.fetch_text(run["run_id"], "x.txt") == "x"
+    assert run.artifact_uri.startswith((tmp_path / "new" / "mlruns" / "study").as_uri())
+    assert there.fetch_text(run.run_id, "x.txt") == "x"
 
 
 def test_the_environment_chooses_store_and_experiment(uri: str, monkeypatch: pytest.MonkeyPatch):
@@ -104,19 +104,19 @@ def test_children_stand_under_their_parent(tracker: Tracker):
     other = tracker.start("another sweep")
     tracker.start_child(other, "stranger")
     children = tracker.children(parent)
-    assert [child["run_id"] for child in children] == ids
-    assert [child["name"] for child in children] == ["cell 0", "cell 1", "cell 2"]
-    assert children[1]["tags"]["index"] == "1" and "empty" not in children[1]["tags"]
-    assert children[0]["parent_run_id"] == parent == children[0]["tags"][PARENT]
-    assert tracker.run(parent)["parent_run_id"] is None
+    assert [child.run_id for child in children] == ids
+    assert [child.name for child in children] == ["cell 0", "cell 1", "cell 2"]
+    assert children[1].tags["index"] == "1" and "empty" not in children[1].tags
+    assert children[0].parent_run_id == parent == children[0].tags["mlflow.parentRunId"]
+    assert tracker.run(parent).parent_run_id is None
 
 
 def test_a_workers_child_is_in_the_parents_experiment(tracker: Tracker):
     parent = tracker.start("sweep")
     worker = Tracker(tracker.uri, "somewhere else")
     child = worker.start_child(parent, "cell")
-    assert tracker.run(child)["experiment_id"] == tracker.experiment_id != worker.experiment_id
-    assert [run["run_id"] for run in worker.children(parent)] == [child]
+    assert tracker.run(child).experiment_id == tracker.experiment_id != worker.experiment_id
+    assert [run.run_id for run in worker.children(parent)] == [child]
 
 
 def test_statuses_and_those_left_running(tracker: Tracker):
@@ -125,12 +125,12 @@ def test_statuses_and_those_left_running(tracker: Tracker):
     for status, run_id in runs.items():
         if status != "RUNNING":
             tracker.finish(run_id, status)
-    assert {run["name"]: run["status"] for run in tracker.children(parent)} == {name: name for name in runs}
+    assert {run.name: run.status for run in tracker.children(parent)} == {name: name for name in runs}
     (left,) = tracker.children(parent, status="RUNNING")
-    assert left["run_id"] == runs["RUNNING"] and left["end_time"] is None
-    tracker.finish(left["run_id"], "KILLED")
+    assert left.run_id == runs["RUNNING"] and left.end_time is None
+    tracker.finish(left.run_id, "KILLED")
     assert tracker.children(parent, status="RUNNING") == []
-    assert tracker.run(left["run_id"])["end_time"] >= left["start_time"]
+    assert tracker.run(left.run_id).end_time >= left.start_time
     with pytest.raises(ValueError, match="DONE"):
         tracker.finish(parent, "DONE")
 
@@ -158,14 +158,14 @@ def test_a_run_ends_as_its_block_ends(error: BaseException | None, status: str, 
             work()
     else:
         work()
-    assert tracker.run(run_id)["status"] == status
+    assert tracker.run(run_id).status == status
 
 
 def test_reopening_a_parent(tracker: Tracker):
     parent = tracker.start("sweep")
     tracker.finish(parent, "KILLED")
     tracker.reopen(parent)
-    assert tracker.run(parent)["status"] == "RUNNING" and tracker.run(parent)["end_time"] is None
+    assert tracker.run(parent).status == "RUNNING" and tracker.run(parent).end_time is None
     with pytest.raises(UserError, match="0123"):
         tracker.reopen("0123")
 
@@ -183,8 +183,8 @@ def test_the_run_of_mlflow_run_is_adopted(tracker: Tracker, monkeypatch: pytest.
     # ".50" and "0.5" under one key would be refused by the store, and the run would fail
     entry_point.log(made, params={"sparsity": 0.5, "model": "x", "cfg/sparsity": 0.5})
     run = tracker.run(made)
-    assert run["params"] == {"sparsity": ".50", "model": "tiny-llama", "cfg/sparsity": "0.5"}
-    assert run["name"] == "train" and run["tags"]["kind"] == "train"
+    assert run.params == {"sparsity": ".50", "model": "tiny-llama", "cfg/sparsity": "0.5"}
+    assert run.name == "train" and run.tags["kind"] == "train"
     assert len(tracker.search()) == 1
 
 
@@ -210,13 +210,15 @@ def test_one_call_logs_everything(tracker: Tracker, monkeypatch: pytest.MonkeyPa
         run_id,
         params={"cfg/r": 16, "cfg/mode": Mode.DENSE, "cfg/data_dir": None},
         metrics={"eval/accuracy": 0.5, "eval/loss": None, "train/loss": math.nan, "eval/perplexity": math.inf},
-        tags={"kind": "cell", "same_as": None},
+        tags={Tag.KIND: Kind.CELL, "same_as": None},
         curves={"loss_curve": [(0, 3.0), (10, 2.0), (20, 1.5), (30, math.nan), (40, -math.inf)]},
     )
-    assert len(calls) == 1
+    (call,) = calls
+    assert {type(text) for tag in call["tags"] for text in (tag.key, tag.value)} == {str}  # of no class of ours
     run = tracker.run(run_id)
-    assert run["params"] == {"cfg/r": "16", "cfg/mode": "dense", "cfg/data_dir": "none"}
-    assert run["metrics"] == {"eval/accuracy": 0.5, "loss_curve": 1.5} and "same_as" not in run["tags"]
+    assert run.tags["kind"] == "cell"
+    assert run.params == {"cfg/r": "16", "cfg/mode": "dense", "cfg/data_dir": "none"}
+    assert run.metrics == {"eval/accuracy": 0.5, "loss_curve": 1.5} and "same_as" not in run.tags
     assert tracker.curve(run_id, "loss_curve") == [(0, 3.0), (10, 2.0), (20, 1.5)]
     tracker.log(run_id)
     assert len(calls) == 1
@@ -233,8 +235,8 @@ def test_more_than_a_batch_holds(tracker: Tracker):
         curves={"loss": curve},
     )
     run = tracker.run(run_id)
-    assert len(run["params"]) == 250 and len(run["metrics"]) == 31
-    assert all(run["tags"][f"t{index}"] == str(index) for index in range(120))
+    assert len(run.params) == 250 and len(run.metrics) == 31
+    assert all(run.tags[f"t{index}"] == str(index) for index in range(120))
     assert tracker.curve(run_id, "loss") == curve
 
 
@@ -242,7 +244,7 @@ def test_long_values_are_cut_and_do_not_fail(tracker: Tracker):
     run_id = tracker.start("long")
     tracker.log(run_id, params={"long": "x" * 7000}, tags={"long": "y" * 9000})
     run = tracker.run(run_id)
-    assert run["params"]["long"] == "x" * 5997 + "..." and run["tags"]["long"].endswith("y...")
+    assert run.params["long"] == "x" * 5997 + "..." and run.tags["long"].endswith("y...")
 
 
 def test_artifacts_of_every_kind(tracker: Tracker, tmp_path: Path):
@@ -277,10 +279,8 @@ def test_searching(tracker: Tracker):
         run_id = tracker.start(f"run {accuracy}")
         tracker.log(run_id, metrics={"eval/accuracy": accuracy}, tags={"kind": "cell"})
     tracker.start("no cell")
-    assert [run["name"] for run in tracker.search()] == ["run 0.4", "run 0.6", "no cell"]
-    assert [run["name"] for run in tracker.search("metrics.`eval/accuracy` > 0.5 and tags.kind = 'cell'")] == [
-        "run 0.6"
-    ]
+    assert [run.name for run in tracker.search()] == ["run 0.4", "run 0.6", "no cell"]
+    assert [run.name for run in tracker.search("metrics.`eval/accuracy` > 0.5 and tags.kind = 'cell'")] == ["run 0.6"]
     with pytest.raises(UserError, match="nonsense"):
         tracker.search("nonsense ? query")
 
@@ -292,8 +292,8 @@ def test_system_metrics_of_this_machine(tracker: Tracker):
     run_id = tracker.start("measured")
     with tracker.system_metrics(run_id, seconds=0.2):
         time.sleep(2)
-    names = tracker.run(run_id)["metrics"]
-    assert "system/cpu_utilization_percentage" in names and tracker.run(run_id)["status"] == "RUNNING"
+    names = tracker.run(run_id).metrics
+    assert "system/cpu_utilization_percentage" in names and tracker.run(run_id).status == "RUNNING"
 
 
 WORKER = """
@@ -332,10 +332,10 @@ def test_four_processes_write_to_one_sqlite_store_that_none_of_them_finds_there(
     errors = [process.communicate()[1] for process in workers]
     assert [process.returncode for process in workers] == [0] * 4, errors
     children = tracker.children(parent)
-    assert sorted(run["name"] for run in children) == sorted(f"{w}-{c}" for w in range(4) for c in range(15))
+    assert sorted(run.name for run in children) == sorted(f"{w}-{c}" for w in range(4) for c in range(15))
     for run in children:
-        assert run["status"] == "FINISHED" and len(run["params"]) == 40 and len(run["metrics"]) == 21
-    assert len(tracker.curve(children[-1]["run_id"], "loss")) == 50
+        assert run.status == "FINISHED" and len(run.params) == 40 and len(run.metrics) == 21
+    assert len(tracker.curve(children[-1].run_id, "loss")) == 50
 
 
 @pytest.mark.slow
@@ -347,8 +347,8 @@ def test_a_server_keeps_runs_and_artifacts(server: str, tmp_path: Path, capfd: p
     tracker.log_dict(child, {"a": 1}, "config.yaml")
     tracker.finish(child)
     (run,) = tracker.children(parent)
-    assert run["status"] == "FINISHED" and run["metrics"] == {"a": 1.0, "loss": 0.5}
-    assert run["artifact_uri"].startswith("mlflow-artifacts:")
+    assert run.status == "FINISHED" and run.metrics == {"a": 1.0, "loss": 0.5}
+    assert run.artifact_uri.startswith("mlflow-artifacts:")
     assert tracker.fetch_text(child, "config.yaml") == "a: 1\n"
     assert tracker.artifacts(child) == ["config.yaml"]
     captured = capfd.readouterr()

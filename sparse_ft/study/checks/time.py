@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 from sparse_ft.progress import duration
 from sparse_ft.settings.cell import CellConfig
 from sparse_ft.settings.field import named
 from sparse_ft.study.plan import Plan
 from sparse_ft.tracking.parameters import flatten_config
+from sparse_ft.tracking.record import Kind, Run
 
 __all__ = ["estimate_time"]
 
@@ -18,21 +18,21 @@ __all__ = ["estimate_time"]
 _NO_MATTER = named(CellConfig, time=False)
 
 
-def estimate_time(plan: Plan, runs: Sequence[Mapping[str, Any]], workers: int) -> Iterator[str]:
+def estimate_time(plan: Plan, runs: Sequence[Run], workers: int) -> Iterator[str]:
     """How long a plan takes, in words, from the FINISHED cells among ``runs``: the mean time of those with the same
     model, task, mode and settings, where there are none of those with another mode. Cells like none are not counted.
 
     Args:
         plan: what is to be run; cells that are only recorded take no time.
-        runs: as `sparse_ft.tracking.runs.Tracker.search` returns them.
+        runs: of an experiment, of whatever kind.
         workers: how many work at once.
     """
     measured: dict[tuple, list[float]] = defaultdict(list)
     for run in runs:
-        if run["tags"].get("kind") != "cell" or run["status"] != "FINISHED" or "same_as" in run["tags"]:
+        if run.kind != Kind.CELL or not run.is_finished or run.same_as is not None:
             continue
-        for kind in _kinds(run["params"]):
-            measured[kind].append(run["end_time"] - run["start_time"])
+        for kind in _kinds(run.params):
+            measured[kind].append(run.seconds)
     found = [next(filter(measured.__contains__, _kinds(flatten_config(cell.canonical()))), None)
              for cell in plan.computed]  # fmt: skip
     known = [kind for kind in found if kind is not None]

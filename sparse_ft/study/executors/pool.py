@@ -162,7 +162,7 @@ class WorkerPool(ABC):
     def _open_run(self, job: Job) -> str:
         """The run of a job whose worker was lost before it could say which: no two workers have the same job."""
         open_runs = self._tracker.children(self._setup.parent_run_id, "RUNNING") if job.key_tag else []
-        return next((run["run_id"] for run in open_runs if run["tags"].get(job.key_tag) == job.key), "")
+        return next((run.run_id for run in open_runs if run.tags.get(job.key_tag) == job.key), "")
 
 
 class ProgressMessages(Progress):

@@ -27,6 +27,7 @@ from sparse_ft.study.search.trials import TrialJob, open_search, open_storage
 from sparse_ft.study.session import Session
 from sparse_ft.study.start import STUDY_FILE, changes
 from sparse_ft.study.study_file import Study
+from sparse_ft.tracking.record import Tag, best_name
 from sparse_ft.tracking.runs import Tracker
 
 __all__ = ["Search", "plan_search"]
@@ -125,13 +126,13 @@ class Search(Session):
         for file in (write_json(folder / "trials.json", records), figure):
             tracker.log_file(parent, file, "search")
         for trial in best:
-            tracker.log(trial.user_attrs["run_id"], tags={"best": True})
+            tracker.log(trial.user_attrs["run_id"], tags={Tag.BEST: True})
         if len(names) == 2:
             points = {round(100 * trial.values[1]): trial.values[0] for trial in best}
             tracker.log(parent, curves={"pareto/accuracy": sorted(points.items())})
         elif best:
-            tags = {f"best/{key}": value for key, value in best[0].params.items()}
-            tracker.log(parent, metrics={f"best/{names[0]}": best[0].values[0]}, tags=tags)
+            tags = {best_name(key): value for key, value in best[0].params.items()}
+            tracker.log(parent, metrics={best_name(names[0]): best[0].values[0]}, tags=tags)
         self.console.print(best_table(best, self.settings))
         self._print(f"figure: {figure}")
 

@@ -20,6 +20,7 @@ from sparse_ft.settings.cell import CellConfig, mask_set_of
 from sparse_ft.settings.parser import Parser
 from sparse_ft.settings.search import SearchSettings
 from sparse_ft.study.jobs import CellJob, Job, Outcome
+from sparse_ft.tracking.record import Tag
 
 __all__ = ["Judge", "TrialJob", "open_search", "open_storage", "propose"]
 
@@ -86,7 +87,7 @@ class TrialJob(Job):
         elif cell.pruned:
             given = mask_file(cell.masks)
             cell, masks = given.settle(cell), given.file
-        tags = {"trial": str(trial.number), "search": self.name}
+        tags = {Tag.TRIAL: str(trial.number), Tag.SEARCH: self.name}
         key, judge = f"{self.name}-{trial.number}", Judge(trial, self.settings.rungs(cell.max_steps))
         return CellJob(cell, masks, self.folder / key, key=key, attempt=self.attempt, tags=tags, judge=judge)
 

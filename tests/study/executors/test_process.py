@@ -15,8 +15,8 @@ from sparse_ft.study.queue import Queue
 
 
 def _worker_of(tracker, parent, key):
-    (run,) = [run for run in tracker.children(parent, "RUNNING") if run["tags"]["cell_key"] == key]
-    return int(run["tags"]["worker"].split(" ")[1])
+    (run,) = [run for run in tracker.children(parent, "RUNNING") if run.tags["cell_key"] == key]
+    return int(run.tags["worker"].split(" ")[1])
 
 
 def test_a_killed_worker_costs_its_cell_one_try_and_a_slow_cell_its_worker(study, tmp_path):
@@ -39,11 +39,11 @@ def test_a_killed_worker_costs_its_cell_one_try_and_a_slow_cell_its_worker(study
         lost = [outcome for outcome, over in listen.outcomes if not over]
         assert [(outcome.job.key, outcome.failure.kind) for outcome in lost] == [(killed[0][0], "worker_lost")]
         assert "signal 9" in lost[0].failure.message
-        statuses = sorted((run["status"], run["tags"]["attempt"]) for run in tracker.children(parent))
+        statuses = sorted((run.status, run.tags["attempt"]) for run in tracker.children(parent))
         assert statuses == [("FAILED", "1"), ("FINISHED", "1"), ("FINISHED", "2")]
         (failed,) = tracker.children(parent, "FAILED")
-        assert failed["tags"]["failure_class"] == "worker_lost"
-        assert len({run["tags"]["worker"] for run in tracker.children(parent)}) == 2  # the killed one and its successor
+        assert failed.tags["failure_class"] == "worker_lost"
+        assert len({run.tags["worker"] for run in tracker.children(parent)}) == 2  # the killed one and its successor
 
         executor._limit = 2.0
         queue = Queue([slow], max_retries=0)
@@ -80,9 +80,9 @@ def test_two_workers_share_gpus_threads_and_scores_and_say_how_far_they_are(stud
     assert any(stage.startswith("score") for stage in listen.stages)
     runs = tracker.children(parent)
     # All cells start from the same weights: three take over the score that one of them has measured.
-    assert len({run["tags"]["untuned_measured_by"] for run in runs}) == 1
+    assert len({run.tags["untuned_measured_by"] for run in runs}) == 1
     assert len(list((tmp_path / "untuned").glob("*.json"))) == 1
-    assert all(run["metrics"]["time/overhead_seconds"] > 0 for run in runs)
+    assert all(run.metrics["time/overhead_seconds"] > 0 for run in runs)
     assert not (tmp_path / "cells").exists() or not any((tmp_path / "cells").iterdir())
 
 
@@ -113,4 +113,4 @@ def test_a_device_error_in_the_drivers_own_process_ends_the_phase(study):
     SerialExecutor(BrokenDevice(**vars(setup)), Watching()).run(queue)
     assert [outcome.failure.kind for outcome in queue.outcomes] == []
     assert (queue.left, "this process can use it no more" in queue.stopped) == (3, True)
-    assert [run["tags"]["failure_class"] for run in tracker.children(parent)] == ["worker_lost"]
+    assert [run.tags["failure_class"] for run in tracker.children(parent)] == ["worker_lost"]

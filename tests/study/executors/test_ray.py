@@ -47,9 +47,9 @@ def test_a_node_killed_in_the_middle_of_the_smoke_study_costs_no_cell(cluster, s
         while not over.wait(0.1):
             if not (tmp_path / "mlflow.db").is_file():
                 continue
-            running = [run for run in Tracker().search() if run["status"] == "RUNNING" and run["tags"].get("cell_key")]
+            running = [run for run in Tracker().search() if run.status == "RUNNING" and run.tags.get("cell_key")]
             if len(running) == 2:
-                killed.extend(run["run_id"] for run in running)
+                killed.extend(run.run_id for run in running)
                 cluster.remove_node(second, allow_graceful=False)
                 return
 
@@ -61,17 +61,17 @@ def test_a_node_killed_in_the_middle_of_the_smoke_study_costs_no_cell(cluster, s
         over.set()
         thread.join()
     tracker = Tracker()
-    (parent,) = [run for run in tracker.search() if run["tags"].get("kind") == "study"]
-    runs = [run for run in tracker.children(parent["run_id"]) if run["tags"]["kind"] == "cell"]
-    finished = Counter(run["tags"]["cell_key"] for run in runs if run["status"] == "FINISHED")
+    (parent,) = [run for run in tracker.search() if run.tags.get("kind") == "study"]
+    runs = [run for run in tracker.children(parent.run_id) if run.tags["kind"] == "cell"]
+    finished = Counter(run.tags["cell_key"] for run in runs if run.status == "FINISHED")
     assert (len(finished), set(finished.values())) == (CELLS, {1})
-    (lost,) = [run for run in runs if run["status"] != "FINISHED"]
-    assert lost["run_id"] in killed
-    assert (lost["status"], lost["tags"]["failure_class"]) == ("FAILED", "worker_lost")
-    (again,) = [run for run in runs if run["tags"]["attempt"] == "2"]
-    assert again["tags"]["cell_key"] == lost["tags"]["cell_key"]
-    assert again["metrics"]["sparsity/violations"] == 0
-    assert parent["metrics"]["study/holes"] == 0
+    (lost,) = [run for run in runs if run.status != "FINISHED"]
+    assert lost.run_id in killed
+    assert (lost.status, lost.tags["failure_class"]) == ("FAILED", "worker_lost")
+    (again,) = [run for run in runs if run.tags["attempt"] == "2"]
+    assert again.tags["cell_key"] == lost.tags["cell_key"]
+    assert again.metrics["sparsity/violations"] == 0
+    assert parent.metrics["study/holes"] == 0
 
 
 def test_a_device_error_costs_its_actor_and_three_in_a_row_the_worker(study):

@@ -28,7 +28,7 @@ def run_search(study_file, tmp_path):
         )
         status = sweep(SweepConfig(config=str(path), output_dir=str(tmp_path / "out")))
         tracker = Tracker()
-        (parent,) = [run for run in tracker.search() if run["tags"].get("kind") == "study"]
+        (parent,) = [run for run in tracker.search() if run.tags.get("kind") == "study"]
         (trials,) = (tmp_path / "out").glob("*/trials.json")
         return status, tracker, parent, json.loads(trials.read_text())
 
@@ -38,19 +38,19 @@ def run_search(study_file, tmp_path):
 def test_one_objective_ends_with_the_best_trial(run_search, tmp_path, capsys):
     space = {"learning_rate": RATE, "lora_r": [2, 4], "max_steps": {"low": 2, "high": 4, "step": 2}}
     status, tracker, parent, trials = run_search({"space": space, "trials": 3})
-    assert (status, parent["status"], parent["tags"]["complete"]) == (0, "FINISHED", "true")
+    assert (status, parent.status, parent.tags["complete"]) == (0, "FINISHED", "true")
     assert [trial["state"] for trial in trials] == ["COMPLETE"] * 3
-    cells = {run["run_id"]: run for run in tracker.children(parent["run_id"]) if run["tags"]["kind"] == "cell"}
+    cells = {run.run_id: run for run in tracker.children(parent.run_id) if run.tags["kind"] == "cell"}
     assert len(cells) == 3
     for trial in trials:
         run = cells[trial["run_id"]]
-        assert trial["values"]["eval/loss"] == run["metrics"]["eval/loss"]
-        assert float(run["params"]["cfg/learning_rate"]) == trial["params"]["learning_rate"]
+        assert trial["values"]["eval/loss"] == run.metrics["eval/loss"]
+        assert float(run.params["cfg/learning_rate"]) == trial["params"]["learning_rate"]
     best = min(trials, key=lambda trial: trial["values"]["eval/loss"])
     assert [trial["best"] for trial in trials] == [trial is best for trial in trials]
-    assert parent["metrics"]["best/eval/loss"] == best["values"]["eval/loss"]
-    assert cells[best["run_id"]]["tags"]["best"] == "true"
-    assert {"search/search.png", "search/trials.json"} <= set(tracker.artifacts(parent["run_id"]))
+    assert parent.metrics["best/eval/loss"] == best["values"]["eval/loss"]
+    assert cells[best["run_id"]].tags["best"] == "true"
+    assert {"search/search.png", "search/trials.json"} <= set(tracker.artifacts(parent.run_id))
     assert "best trial" in capsys.readouterr().out
 
 
@@ -58,12 +58,12 @@ def test_two_objectives_end_with_a_front_over_shared_masks(run_search):
     space = {"sparsity": [0.2, 0.8], "lora_r": [2, 4]}
     status, tracker, parent, trials = run_search({"space": space, "trials": 4, "objective": "accuracy_sparsity"})
     assert status == 0
-    children = tracker.children(parent["run_id"])
-    assert len([run for run in children if run["tags"]["kind"] == "masks"]) == 1
+    children = tracker.children(parent.run_id)
+    assert len([run for run in children if run.tags["kind"] == "masks"]) == 1
     for trial in trials:
         assert trial["values"]["sparsity/after_merge"] == pytest.approx(trial["params"]["sparsity"], abs=1e-3)
     assert any(trial["best"] for trial in trials)
-    assert tracker.curve(parent["run_id"], "pareto/accuracy")
+    assert tracker.curve(parent.run_id, "pareto/accuracy")
 
 
 def test_trials_that_fall_behind_are_stopped_and_are_no_cells(run_search):
@@ -76,11 +76,11 @@ def test_trials_that_fall_behind_are_stopped_and_are_no_cells(run_search):
     for trial in trials:
         run = tracker.run(trial["run_id"])
         stopped = trial["state"] == "PRUNED"
-        assert run["tags"]["kind"] == ("stopped trial" if stopped else "cell")
-        assert ("eval/accuracy" in run["metrics"]) != stopped
-        assert [step for step, _ in tracker.curve(run["run_id"], "eval/loss_while_training")] == [2]
+        assert run.tags["kind"] == ("stopped trial" if stopped else "cell")
+        assert ("eval/accuracy" in run.metrics) != stopped
+        assert [step for step, _ in tracker.curve(run.run_id, "eval/loss_while_training")] == [2]
         assert list(trial["losses"]) == ["2"]
-        assert "train/tokens_per_second" not in run["metrics"]  # scoring in between would count as training
+        assert "train/tokens_per_second" not in run.metrics  # scoring in between would count as training
 
 
 def test_a_trial_whose_worker_is_gone_is_proposed_again(tmp_path):
@@ -107,12 +107,12 @@ def test_a_search_resumes_with_the_trials_that_are_left(study_file, tmp_path):
     config = SweepConfig(config=str(path), output_dir=str(tmp_path / "out"))
     assert sweep(config) == 0
     tracker = Tracker()
-    (parent,) = [run for run in tracker.search() if run["tags"].get("kind") == "study"]
+    (parent,) = [run for run in tracker.search() if run.tags.get("kind") == "study"]
     study_file({}, name="search", cell={"model": "tiny-llama", "mode": "dense"}, search={**search, "trials": 3})
-    assert sweep(SweepConfig(**{**vars(config), "resume": parent["run_id"]})) == 0
-    cells = [run for run in tracker.children(parent["run_id"]) if run["tags"]["kind"] == "cell"]
+    assert sweep(SweepConfig(**{**vars(config), "resume": parent.run_id})) == 0
+    cells = [run for run in tracker.children(parent.run_id) if run.tags["kind"] == "cell"]
     assert len(cells) == 3
-    assert {run["status"] for run in cells} == {"FINISHED"}
+    assert {run.status for run in cells} == {"FINISHED"}
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ def test_a_search_is_not_resumed_under_other_choices(study_file, tmp_path):
         return SweepConfig(config=str(path), output_dir=str(tmp_path / "out"), **values)
 
     assert sweep(config([2, 4])) == 0
-    (parent,) = [run for run in Tracker().search() if run["tags"].get("kind") == "study"]
+    (parent,) = [run for run in Tracker().search() if run.tags.get("kind") == "study"]
     with pytest.raises(UserError, match=r"resume: .*lora_r: \[2, 4\] -> \[2, 4, 8\]"):
-        sweep(config([2, 4, 8], resume=parent["run_id"]))
-    assert Tracker().run(parent["run_id"]) == parent  # nothing was written
+        sweep(config([2, 4, 8], resume=parent.run_id))
+    assert Tracker().run(parent.run_id) == parent  # nothing was written
