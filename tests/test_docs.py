@@ -2,11 +2,14 @@
 
 import ast
 import importlib
+import io
 import json
 import re
+import runpy
 import subprocess
 import sys
 import tomllib
+from contextlib import redirect_stdout
 from dataclasses import fields
 from functools import cache
 from itertools import pairwise
@@ -153,9 +156,14 @@ def known_by_mlflow(name: str, options: list[str]) -> None:
 
 @cache
 def usage(module: str) -> str:
-    more = ["run"] if module == "lm_eval" else []
-    return subprocess.run([sys.executable, "-m", module, *more, "--help"], cwd=ROOT, check=True, capture_output=True,
-                          text=True).stdout  # fmt: skip
+    """What a module's --help shows, in this process: in ones of their own they would all load torch anew."""
+    shown, words = io.StringIO(), [module, *(["run"] if module == "lm_eval" else []), "--help"]
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(shown), pytest.raises(SystemExit) as end:
+        patch.setattr(sys, "argv", words)
+        patch.chdir(ROOT)
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    assert end.value.code == 0
+    return shown.getvalue()
 
 
 def assert_flags(module: str, options: list[str]) -> None:
