@@ -1,0 +1,120 @@
+"""Swaps against all pairs of every row tried out one after the other."""
+
+import pytest
+import torch
+
+from sparse_ft.pruning.patterns import group_mask, row_mask
+from sparse_ft.pruning.swaps import swap_together, swap_weights
+
+WAYS = [swap_weights, swap_together]
+
+
+def problem(rows=6, columns=16, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(columns, columns, generator=generator, dtype=dtype)
+    x = torch.randn(3 * columns, columns, generator=generator, dtype=dtype) @ mix
+    weight = torch.randn(rows, columns, generator=generator, dtype=dtype)
+    return weight, x.T @ x, torch.rand(rows, columns, generator=generator) < 0.2
+
+
+def errors(weight, mask, gram):
+    lost = weight.double() * ~mask
+    return ((lost @ gram.double()) * lost).sum(1)
+
+
+def start(weight, gram, group):
+    scores = weight.abs() * gram.diagonal().sqrt()
+    half = weight.shape[1] // 2
+    return row_mask(scores, half) if group is None else group_mask(scores, group // 2, group)
+
+
+def tried_out(weight, mask, gram, group, locked, limit):
+    mask, taken = mask.clone(), 0
+    columns = range(weight.shape[1])
+    for row in range(len(weight)):
+        for _ in range(limit):
+            best, pair = float(errors(weight[row : row + 1], mask[row : row + 1], gram)) * (1 - 1e-7), None
+            for u in columns:
+                for p in columns:
+                    if not mask[row, u] or mask[row, p] or locked[row, p] or u // group != p // group:
+                        continue
+                    other = mask[row : row + 1].clone()
+                    other[0, u], other[0, p] = False, True
+                    error = float(errors(weight[row : row + 1], other, gram))
+                    if error < best:
+                        best, pair = error, (u, p)
+            if pair is None:
+                break
+            mask[row, pair[0]], mask[row, pair[1]] = False, True
+            taken += 1
+    return mask, taken
+
+
+@pytest.mark.parametrize("group", [None, 4, 8])
+@pytest.mark.parametrize("way", WAYS)
+def test_every_step_is_the_best_of_all_pairs(way, group):
+    weight, gram, locked = problem(rows=4, columns=16)
+    mask = start(weight, gram, group)
+    for limit in (1, 2, 3, 100):
+        for pruned in (None, locked & ~mask):
+            oracle = torch.zeros_like(mask) if pruned is None else pruned
+            new, taken = way(weight, mask, gram, group, pruned, limit)
+            expected, count = tried_out(weight, mask, gram, group or 16, oracle, limit)
+            assert torch.equal(new, expected)
+            assert taken == count
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("group", [None, 4, 16])
+@pytest.mark.parametrize("way", WAYS)
+def test_errors_only_fall_and_counts_stay(way, group, dtype):
+    for seed in range(5):
+        weight, gram, locked = problem(20, 64, seed, dtype)
+        mask = start(weight, gram, group)
+        copy = mask.clone()
+        before = errors(weight, mask, gram)
+        for limit in (1, 5, 100):
+            new, taken = way(weight, mask, gram, group, locked & ~mask, limit)
+            after = errors(weight, new, gram)
+            assert (after <= before).all()
+            assert (before > after).sum() <= taken <= limit * 20
+            assert torch.equal(new.view(20, -1, group or 64).sum(2), mask.view(20, -1, group or 64).sum(2))
+            assert not (new & locked & ~mask).any()
+            before = after
+        assert after.sum() < 0.9 * errors(weight, mask, gram).sum()
+        assert torch.equal(mask, copy)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_mask_that_no_swap_betters_stays(way):
+    weight, gram, _ = problem()
+    mask, taken = way(weight, start(weight, gram, None), gram)
+    assert taken > 0
+    again, more = way(weight, mask, gram)
+    assert more == 0
+    assert torch.equal(again, mask)
+    for full in (torch.ones_like(mask), torch.zeros_like(mask)):
+        same, none = way(weight, full, gram)
+        assert none == 0
+        assert torch.equal(same, full)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_weights_of_dead_inputs_make_room(way):
+    weight, gram, _ = problem()
+    gram[3] = 0
+    gram[:, 3] = 0
+    mask = start(weight, gram, None)
+    mask[:, 3], mask[:, 4] = True, False
+    new, _ = way(weight, mask, gram)
+    assert not new[:, 3].any()
+
+
+def test_rows_are_shared_out_where_memory_is_short(monkeypatch):
+    weight, gram, _ = problem()
+    mask = start(weight, gram, None)
+    whole = swap_together(weight, mask, gram)
+    monkeypatch.setattr("sparse_ft.pruning.swaps._PAIRS", 2 * 16 * 16)
+    parts = swap_together(weight, mask, gram)
+    assert torch.equal(whole[0], parts[0])
+    assert whole[1] == parts[1]
