@@ -1,6 +1,7 @@
-"""How a level is shared out between blocks: the same everywhere, or by outliers (OWL).
+"""How a level is shared out between blocks: the same everywhere, by outliers (OWL), or by medians (DLP).
 
-Yin et al.: Outlier Weighed Layerwise Sparsity (2023), arXiv:2310.05175.
+Yin et al.: Outlier Weighed Layerwise Sparsity (2023), arXiv:2310.05175. Chen et al.: Dynamic Layerwise Pruning (ICML
+2025), arXiv:2505.23807.
 """
 
 from __future__ import annotations
@@ -10,9 +11,18 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from sparse_ft.pruning.histogram import exact_count
+from sparse_ft.pruning.histogram import cut_counts, exact_count
+from sparse_ft.pruning.kernels import add_digit_histogram, add_histogram
 
-__all__ = ["outlier_share", "owl_deviations", "owl_sparsities", "row_counts", "tensor_counts"]
+__all__ = [
+    "dlp_deviations",
+    "middle_score",
+    "outlier_share",
+    "owl_deviations",
+    "owl_sparsities",
+    "row_counts",
+    "tensor_counts",
+]
 
 
 def outlier_share(scores: Sequence[torch.Tensor], times: float) -> float:
@@ -38,6 +48,39 @@ def owl_deviations(shares: Sequence[float], spread: float) -> np.ndarray:
         return np.zeros_like(values)
     scaled = (values - values.min()) / reach * 2 * spread
     return scaled - scaled.mean()
+
+
+def middle_score(scores: Sequence[torch.Tensor]) -> float:
+    """The median of a block's scores |w| * ||x|| (the lower one of two), exact, without a copy of them all.
+
+    Args:
+        scores: float32, none below 0; read twice, a tensor at a time.
+    """
+    bits = [score.detach().float().cpu().contiguous().view(torch.int32).numpy().view(np.uint32) for score in scores]
+    high, low = np.zeros(65536, np.uint32), np.zeros((1, 65536), np.uint32)
+    for keys in bits:  # floats that are not negative are in the order of their bits
+        add_histogram((keys >> np.uint32(16)).astype(np.uint16).reshape(-1), high)
+    cut = cut_counts(high, [(sum(keys.size for keys in bits) + 1) // 2])[0]
+    for keys in bits:
+        add_digit_histogram(keys.reshape(-1), np.array([cut.key], np.int64), low)
+    fine = cut_counts(low[0], [cut.ties])[0]
+    return float(np.array(cut.key << 16 | fine.key, np.uint32).view(np.float32))
+
+
+def dlp_deviations(medians: Sequence[float], spread: float) -> np.ndarray:
+    """How much denser than the mean each block is to be: the more, the lower its median score (DLP).
+
+    A block's relative importance is 1 - median / sum of the medians, brought to -spread to spread around its mean.
+
+    Args:
+        medians: of the scores |w| * ||x||, per block.
+        spread: DLP's alpha; the paper takes 0.15.
+
+    Returns:
+        float64 ``[blocks]``, mean 0; zeros if all blocks are alike.
+    """
+    values = np.asarray(medians, np.float64)
+    return owl_deviations(1 - values / max(values.sum(), np.finfo(np.float64).tiny), spread)
 
 
 def owl_sparsities(level: float, deviations: np.ndarray, sizes: Sequence[int]) -> np.ndarray:

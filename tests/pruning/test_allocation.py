@@ -2,7 +2,14 @@ import numpy as np
 import pytest
 import torch
 
-from sparse_ft.pruning.allocation import outlier_share, owl_deviations, owl_sparsities, tensor_counts
+from sparse_ft.pruning.allocation import (
+    dlp_deviations,
+    middle_score,
+    outlier_share,
+    owl_deviations,
+    owl_sparsities,
+    tensor_counts,
+)
 
 LEVELS = [0.0, 0.03, 0.1, 0.5, 0.500001, 0.9, 0.99, 1.0]
 SIZES = [1000, 3000, 500, 1000]
@@ -43,6 +50,36 @@ def test_counts_are_exact_and_grow():
     for name, values in counts.items():
         assert values == sorted(values)
         assert all(abs(v - share * sizes[name]) <= 2 for v, share in zip(values, shares[name], strict=True))
+
+
+@pytest.mark.parametrize("sizes", [[(1, 1)], [(3, 4), (2, 5)], [(40, 50), (1, 1), (30, 7)], [(2, 3, 4)]])
+def test_the_middle_score_is_the_median(sizes):
+    generator = torch.Generator().manual_seed(0)
+    scores = [torch.randn(size, generator=generator).abs() for size in sizes]
+    assert middle_score(scores) == float(torch.cat([score.flatten() for score in scores]).median())
+    ties = [torch.randint(0, 3, size, generator=generator).float() for size in sizes]
+    assert middle_score(ties) == float(torch.cat([score.flatten() for score in ties]).median())
+
+
+def test_dlp_is_the_papers():
+    medians = torch.tensor([0.3, 0.1, 0.7, 0.4], dtype=torch.float64)
+    importance = 1 - medians / medians.sum()  # their get_dlp_ratios, densities around 1 - sparsity
+    scaled = (importance - importance.min()) * (1 / (importance.max() - importance.min()) * 0.15 * 2)
+    densities = scaled - scaled.mean() + (1 - 0.7)
+    assert np.allclose(1 - owl_sparsities(0.7, dlp_deviations(medians.tolist(), 0.15), [1000] * 4), densities)
+    assert not dlp_deviations([0.1, 0.1], 0.15).any()
+    assert not dlp_deviations([0.0, 0.0], 0.15).any()
+
+
+def test_dlp_gives_exact_sums_that_grow():
+    deviations = dlp_deviations([0.2, 0.05, 0.3, 0.1], 0.15)
+    sizes = {f"t{i}": size for i, size in enumerate(SIZES)}
+    values = np.array([owl_sparsities(level, deviations, SIZES) for level in LEVELS])
+    counts = tensor_counts(LEVELS, sizes, {name: values[:, i].tolist() for i, name in enumerate(sizes)})
+    for index, level in enumerate(LEVELS):
+        assert sum(numbers[index] for numbers in counts.values()) == round(level * sum(SIZES))
+    assert all(numbers == sorted(numbers) for numbers in counts.values())
+    assert counts["t1"][3] / 3000 < 0.5 < counts["t2"][3] / 500  # the lower the median, the denser
 
 
 @pytest.mark.parametrize("seed", range(4))
