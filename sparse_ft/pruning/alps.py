@@ -52,7 +52,7 @@ def alps(
     if pattern is None and k in (0, weight.numel()):
         kept = torch.full_like(weight, k == 0, dtype=torch.bool)
         return weight * kept, kept
-    scaled = weight * hessian.scale
+    scaled = (weight * hessian.scale).contiguous()
     best = _search(scaled, hessian, k, pattern, pruned, iterations)
     kept = keep_largest(best.abs(), k, pruned) if pattern is None else group_mask(best.abs(), *pattern)
     support = kept.to(weight.dtype)

@@ -48,7 +48,7 @@ def keep_largest(magnitudes: torch.Tensor, k: int, pruned: torch.Tensor | None =
     """
     if k == 0:
         return torch.ones_like(magnitudes, dtype=torch.bool)
-    values = magnitudes if pruned is None else magnitudes.masked_fill(pruned, -1)
+    values = (magnitudes if pruned is None else magnitudes.masked_fill(pruned, -1)).contiguous()
     bound = kth_smallest(values.clone(), k)
     kept = values > bound
     spared = kept.numel() - int(kept.sum()) - k
