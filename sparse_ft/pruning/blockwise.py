@@ -205,7 +205,8 @@ class BlockPruner:
                 owner = watch.owner(name, expert)
                 if owner not in shared:
                     note = partial(self._note, name if expert is None else f"{name}[{expert}]")
-                    shared[owner] = Inputs(watch.hessian(name, expert), shape[-1], self.model.device, note)
+                    seen = watch.hessian(name, expert), watch.tokens(name, expert)
+                    shared[owner] = Inputs(*seen, shape[-1], self.model.device, note)
                 found[name, expert] = shared[owner]
         return found
 

@@ -6,10 +6,14 @@ Meng et al.: ALPS (NeurIPS 2024), arXiv:2406.07831, section 3.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
-__all__ = ["DAMPING", "Normalised", "damping_for", "normalise", "output_error"]
+if TYPE_CHECKING:
+    from sparse_ft.pruning.rules import Inputs
+
+__all__ = ["DAMPING", "Normalised", "damping_for", "normalise", "normalised", "output_error"]
 
 DAMPING = 0.01  # of the mean diagonal, as in SparseGPT and ALPS
 
@@ -63,6 +67,15 @@ def normalise(hessian: torch.Tensor, damping: float = DAMPING) -> Normalised:
     matrix /= scale[..., :, None]
     matrix.diagonal(dim1=-2, dim2=-1).fill_(1)
     return Normalised(matrix, scale, dead, damping)
+
+
+def normalised(inputs: Inputs) -> Normalised:
+    """`normalise` of inputs that some token came to, damped as many or as few of them ask for, which is said. For
+    `Inputs.once`: matrices that share inputs share it."""
+    damping = damping_for(inputs.tokens, inputs.columns)
+    if damping > DAMPING:
+        inputs.note(f"{inputs.tokens} tokens came to its {inputs.columns} inputs; damped with {damping:.3g}")
+    return normalise(inputs.hessian, damping)
 
 
 def output_error(weight: torch.Tensor, original: torch.Tensor, hessian: Normalised) -> float:

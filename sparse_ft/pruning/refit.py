@@ -7,12 +7,21 @@ from __future__ import annotations
 
 import torch
 
-from sparse_ft.pruning.hessian import Normalised
+from sparse_ft.pruning.hessian import Normalised, normalised
+from sparse_ft.pruning.rules import Inputs
 
-__all__ = ["refit", "solve_on_support"]
+__all__ = ["refit", "solve_on_support", "update"]
 
 _ITERATIONS = 30
 _TOLERANCE = 1e-3
+
+
+def update(weight: torch.Tensor, kept: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+    """The best weights under a given mask; see `refit`. Where no token came they stay what they are."""
+    if inputs.hessian is None:
+        inputs.note("no calibration token came here; its weights are not updated")
+        return weight * kept
+    return refit(weight, kept, inputs.once(normalised))
 
 
 def refit(
@@ -24,7 +33,8 @@ def refit(
 ) -> torch.Tensor:
     """Minimises tr((W - W0) H (W - W0)^T) over all W that are zero where the mask is False.
 
-    Kept weights of dead inputs stay as they are: nothing answers for them, and they answer for nothing.
+    Kept weights of dead inputs stay as they are: nothing answers for them, and they answer for nothing. So do rows that
+    lose nothing, to the bit.
 
     Args:
         weight: W0, float32 (or float64) ``[..., R, C]``; a leading dimension is one of experts. Not modified.
@@ -38,7 +48,7 @@ def refit(
     """
     scale = hessian.scale[..., None, :]
     solution = solve_on_support(weight * scale, mask.to(weight.dtype), hessian.matrix, None, iterations, tolerance)
-    return solution.div_(scale)
+    return torch.where(mask.all(-1, keepdim=True), weight, solution.div_(scale))
 
 
 def solve_on_support(

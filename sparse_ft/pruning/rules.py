@@ -19,15 +19,22 @@ class Inputs:
 
     Attributes:
         hessian: X^T X over the tokens, float32 ``[C, C]``, not to be modified; None where no token came.
+        tokens: how many came.
         columns: C.
         device: of the computation.
         note: takes a remark for the metadata, which names the matrix.
     """
 
     def __init__(
-        self, hessian: torch.Tensor | None, columns: int, device: torch.device, note: Callable[[str], None]
+        self,
+        hessian: torch.Tensor | None,
+        tokens: int,
+        columns: int,
+        device: torch.device,
+        note: Callable[[str], None],
     ) -> None:
-        self.hessian, self.columns, self.device, self.note = hessian, columns, device, note
+        self.hessian, self.tokens, self.columns = hessian, tokens, columns
+        self.device, self.note = device, note
         self._derived: dict[Callable, Any] = {}
 
     def once(self, derive: Callable[[Inputs], T]) -> T:

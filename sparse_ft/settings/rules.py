@@ -115,6 +115,7 @@ UPDATES = {
     for update in (
         Update("none", "No update", None),
         Update("sparsegpt", "SparseGPT", "sparsegpt:update"),
+        Update("refit", "Refit", "refit:update"),
     )
 }
 

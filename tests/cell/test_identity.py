@@ -30,7 +30,7 @@ AXES = {
     "mode": dict(zip(modes := ("dense", "sparse_to_dense", "sparse_to_sparse", "full"), modes, strict=True)),
     "method": dict(zip(methods := ("unstructured", "random", "semi_structured"), methods, strict=True)),
     "importance": {"magnitude": 0, "wanda": 1},
-    "update": {"auto": 0, "none": 0, "sparsegpt": 1},  # none is the importances' own
+    "update": {"auto": 0, "none": 0, "sparsegpt": 1, "refit": 2},  # none is the importances' own
     "pattern": {"2:4": 0, "1:2": 1},
     "calibration_samples": {4: 0, 8: 1},
     "seed": {0: 0, 1: 1},

@@ -33,7 +33,9 @@ def test_a_file_says_what_made_it_whatever_stands_beside_its_name(files):
     assert plain.key() != updated.key()
 
 
-@pytest.mark.parametrize(("of_file", "asked"), [("none", "sparsegpt"), ("sparsegpt", "none")])
+@pytest.mark.parametrize(
+    ("of_file", "asked"), [("none", "sparsegpt"), ("none", "refit"), ("sparsegpt", "none"), ("sparsegpt", "refit")]
+)
 def test_an_update_that_a_file_did_not_have_is_refused_and_not_passed_over(files, of_file, asked):
     cell = CellConfig(model="tiny-llama", masks=str(files[of_file].file.path), update=asked)
     with pytest.raises(UserError, match=f"update is {asked}, and the masks .* were made with update {of_file}"):

@@ -93,3 +93,19 @@ def eliminated(weight, kept, hessian, damping=0.01):
 @pytest.fixture(name="eliminated")
 def _eliminated():
     return eliminated
+
+
+def least_squares(weight, kept, hessian, damping=0.01):
+    """Row by row the normal equations of the kept weights S: H_SS w_S = (H w0)_S."""
+    weight, size = weight.double(), weight.shape[1]
+    damped = hessian.double() + damping * hessian.diagonal().mean().double() * torch.eye(size, dtype=torch.float64)
+    new = torch.zeros_like(weight)
+    for row, stay in enumerate(kept):
+        if stay.any():
+            new[row, stay] = torch.linalg.solve(damped[stay][:, stay], (damped @ weight[row])[stay])
+    return new
+
+
+@pytest.fixture(name="least_squares")
+def _least_squares():
+    return least_squares

@@ -159,9 +159,13 @@ class KillAfter(Progress):
                 raise Killed
 
 
-@pytest.mark.parametrize("importance", ["wanda", "sparsegpt"])
-def test_a_killed_run_goes_on_at_its_block(tiny_model, text, tmp_path, importance):
-    folder, how = tiny_model("tiny-llama"), {"importance": importance, "sparsities": (0.4, 0.7)}
+@pytest.mark.parametrize(
+    "how",
+    [{"importance": "wanda"}, {"importance": "sparsegpt"}, {"importance": "magnitude", "update": "refit"}],
+    ids=lambda how: "-".join(how.values()),
+)
+def test_a_killed_run_goes_on_at_its_block(tiny_model, text, tmp_path, how):
+    folder, how = tiny_model("tiny-llama"), how | {"sparsities": (0.4, 0.7)}
     _, whole = generate(folder, text, tmp_path / "whole", **how)
     with pytest.raises(Killed):
         generate(folder, text, tmp_path / "killed", KillAfter(True), **how)
@@ -178,8 +182,9 @@ def test_a_killed_run_goes_on_at_its_block(tiny_model, text, tmp_path, importanc
     _, resumed = generate(folder, text, tmp_path / "killed", Watching(False), **how)
     assert set(seen) == {"block 2 of 2"}
     assert [result.checksum for result in resumed] == [result.checksum for result in whole]
-    if importance == "sparsegpt":
-        for left, right in zip(resumed, whole, strict=True):
+    for left, right in zip(resumed, whole, strict=True):
+        assert (left.checkpoint is None) == (right.checkpoint is None) == (how["importance"] == "wanda")
+        if left.checkpoint is not None:
             assert Checkpoint(left.checkpoint).fingerprint == Checkpoint(right.checkpoint).fingerprint
     assert not state.exists()
 
@@ -195,15 +200,21 @@ def test_other_text_does_not_resume(tiny_model, text, tmp_path):
 
 def test_an_expert_without_tokens_is_said(tiny_model, tmp_path):
     text = torch.full((1, 3), 7)  # one token visits 2 of 4 experts
-    for importance in ("wanda", "sparsegpt"):
+    for importance, update in (("wanda", "auto"), ("sparsegpt", "auto"), ("wanda", "refit"), ("magnitude", "refit")):
         said = []
         progress = Progress()
         progress.say = said.append
-        how = {"importance": importance}
-        generator, (result,) = generate(tiny_model("tiny-mixtral"), text, tmp_path / importance, progress, **how)
+        how, out = {"importance": importance, "update": update}, tmp_path / f"{importance}-{update}"
+        generator, (result,) = generate(tiny_model("tiny-mixtral"), text, out, progress, **how)
         assert said == generator.notes
         assert any("no calibration token came here" in note for note in generator.notes)
         assert result.load().metadata["notes"] == generator.notes[:20]
+        if update == "refit":  # of an expert that they reach in the first block
+            assert any(
+                "layers.0.block_sparse_moe" in note
+                and note.endswith("3 tokens came to its 40 inputs; damped with 0.133")
+                for note in generator.notes
+            )
 
 
 def test_more_damping_is_said(tiny_model, text, tmp_path, monkeypatch):
@@ -239,27 +250,36 @@ def test_a_users_own_importance_sees_activations(tiny_model, text, tmp_path):
 def wanda_with(surgeon, sparsity):
     def prune(weight, x):
         _, kept = rows_of_wanda(sparsity)(weight, x)
-        return surgeon(weight, kept, x.T @ x).float(), kept
+        return surgeon(weight, kept, x).float(), kept
 
     return prune
 
 
-def test_wandas_mask_with_the_update_is_both_formulas_in_turn(tiny_model, text, tmp_path, eliminated):
+@pytest.mark.parametrize("update", ["sparsegpt", "refit"])
+def test_wandas_mask_with_the_update_is_both_formulas_in_turn(
+    tiny_model, text, tmp_path, eliminated, least_squares, update
+):
+    def surgeon(weight, kept, x):
+        if update == "sparsegpt":
+            return eliminated(weight, kept, x.T @ x)
+        return least_squares(weight, kept, x.T @ x, 0.01 * max(1, x.shape[1] / len(x)))
+
     folder, how = tiny_model("tiny-llama"), {"importance": "wanda", "scope": "row", "sparsities": (0.5,)}
-    _, (result,) = generate(folder, text, tmp_path / "update", update="sparsegpt", **how)
-    whole, oracle = in_memory(folder, text, wanda_with(eliminated, 0.5))
+    _, (result,) = generate(folder, text, tmp_path / "update", update=update, **how)
+    whole, oracle = in_memory(folder, text, wanda_with(surgeon, 0.5))
     masks, made = result.load(), load_model(result.checkpoint, "float32", "cpu")
     assert agreement(masks, oracle) > 0.9995  # two sums of float32 may order a near tie otherwise
     for name in masks:
         difference = (made.get_parameter(name) - whole.get_parameter(name)).norm()
-        assert difference < 0.02 * whole.get_parameter(name).norm()
+        assert difference < 0.05 * whole.get_parameter(name).norm()
     # What goes into the first block hangs on no mask: there the mask is that of Wanda without an update, to the bit.
     _, (plain,) = generate(folder, text, tmp_path / "plain", **how)
     first = [name for name in masks if ".layers.0." in name]
     assert all(torch.equal(masks[name], plain.load()[name]) for name in first)
-    assert plain.checkpoint is None and result.metadata["update"] == "sparsegpt" and "update" not in plain.metadata
+    assert plain.checkpoint is None and result.metadata["update"] == update and "update" not in plain.metadata
 
 
+@pytest.mark.parametrize("update", ["sparsegpt", "refit"])
 @pytest.mark.parametrize("kind", ["tiny-llama", "tiny-mixtral"])
 @pytest.mark.parametrize(
     "how",
@@ -273,10 +293,10 @@ def test_wandas_mask_with_the_update_is_both_formulas_in_turn(tiny_model, text, 
     ],
     ids=lambda how: "-".join(str(value) for value in how.values()),
 )
-def test_masks_made_beforehand_stay_what_they_are(tiny_model, text, tmp_path, kind, how):
+def test_masks_made_beforehand_stay_what_they_are(tiny_model, text, tmp_path, kind, how, update):
     folder, how = tiny_model(kind), {"sparsities": (0.4, 0.7), **how}
     _, plain = generate(folder, text, tmp_path / "plain", **how)
-    _, updated = generate(folder, text, tmp_path / "updated", update="sparsegpt", **how)
+    _, updated = generate(folder, text, tmp_path / "updated", update=update, **how)
     for before, after in zip(plain, updated, strict=True):
         assert before.checksum == after.checksum and before.checkpoint is None
         assert validate_checkpoint(after.checkpoint, after.load()).ok
@@ -285,8 +305,11 @@ def test_masks_made_beforehand_stay_what_they_are(tiny_model, text, tmp_path, ki
         assert after.metadata["source_fingerprint"] == old.fingerprint
         masks = after.load()
         changed = {name for name in masks if not torch.equal(new.tensor(name), old.tensor(name) * masks[name])}
-        # Only in a row that keeps a weight after a pruned one is there one to answer.
-        expected = {name for name, mask in masks.items() if bool((mask & ((~mask).cumsum(1) > 0)).any())}
+        # Only in a row that keeps a weight (to SparseGPT: after a pruned one) is there one to answer.
+        gone = {
+            name: (~mask).cumsum(-1) if update == "sparsegpt" else (~mask).sum(-1, True) for name, mask in masks.items()
+        }
+        expected = {name for name, mask in masks.items() if bool((mask & (gone[name] > 0)).any())}
         assert changed == expected if kind == "tiny-llama" else changed <= expected  # some experts see no text
         assert len(changed) > 0.9 * len(expected) > 0
 

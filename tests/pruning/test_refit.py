@@ -6,6 +6,7 @@ import torch
 from sparse_ft.pruning.hessian import normalise, output_error
 from sparse_ft.pruning.patterns import group_mask, layer_mask, row_mask
 from sparse_ft.pruning.refit import refit
+from sparse_ft.pruning.sparsegpt import inverse_factor, update_columns
 
 
 def problem(rows=12, columns=24, tokens=60, seed=0, dtype=torch.float64):
@@ -13,16 +14,6 @@ def problem(rows=12, columns=24, tokens=60, seed=0, dtype=torch.float64):
     mix = torch.randn(columns, columns, generator=generator, dtype=dtype)
     x = torch.randn(tokens, columns, generator=generator, dtype=dtype) @ mix
     return torch.randn(rows, columns, generator=generator, dtype=dtype), x.T @ x
-
-
-def direct(weight, mask, hessian, damping=0.01):
-    """Row by row: H_SS w_S = (H w0)_S."""
-    damped = hessian + damping * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=hessian.dtype)
-    new = torch.zeros_like(weight)
-    for row, kept in enumerate(mask):
-        if kept.any():
-            new[row, kept] = torch.linalg.solve(damped[kept][:, kept], (damped @ weight[row])[kept])
-    return new
 
 
 def masks(weight, hessian):
@@ -40,7 +31,7 @@ def masks(weight, hessian):
 
 
 @pytest.mark.parametrize("kind", ["row", "layer, one row empty, one full", "2:4", "columns", "random"])
-def test_every_row_is_the_least_squares_optimum(kind):
+def test_every_row_is_the_least_squares_optimum(least_squares, kind):
     weight, hessian = problem()
     mask = masks(weight, hessian)[kind]
     copies = weight.clone(), mask.clone()
@@ -48,22 +39,34 @@ def test_every_row_is_the_least_squares_optimum(kind):
     assert torch.equal(weight, copies[0])
     assert torch.equal(mask, copies[1])
     assert (new[~mask] == 0).all()
-    torch.testing.assert_close(new, direct(weight, mask, hessian), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(new, least_squares(weight, mask, hessian), rtol=1e-6, atol=1e-6)
 
 
 def test_nothing_kept_and_all_kept():
     weight, hessian = problem()
     parts = normalise(hessian)
     assert not refit(weight, torch.zeros_like(weight, dtype=torch.bool), parts).any()
-    torch.testing.assert_close(refit(weight, torch.ones_like(weight, dtype=torch.bool), parts), weight)
+    mask = torch.rand(weight.shape, generator=torch.Generator().manual_seed(2)) < 0.5
+    mask[[1, 4]] = True
+    assert torch.equal(refit(weight, mask, parts)[[1, 4]], weight[[1, 4]])
+    assert torch.equal(refit(weight, torch.ones_like(mask), parts), weight)
 
 
-def test_float32_comes_near_the_optimum_within_its_iterations():
+def test_float32_comes_near_the_optimum_within_its_iterations(least_squares):
     weight, hessian = problem(rows=40, columns=64, tokens=600, dtype=torch.float32)
     mask, parts = masks(weight, hessian)["row"], normalise(hessian)
-    best = output_error(direct(weight.double(), mask, hessian.double()).float(), weight, parts)
+    best = output_error(least_squares(weight.double(), mask, hessian.double()).float(), weight, parts)
     assert output_error(refit(weight, mask, parts), weight, parts) < 1.05 * best
     assert output_error(weight * mask, weight, parts) > 2 * best
+
+
+@pytest.mark.parametrize("kind", ["row", "2:4", "columns", "random"])
+def test_it_is_never_behind_sparsegpts_update(kind):
+    for seed in range(20):
+        weight, hessian = problem(rows=20, columns=48, tokens=400, seed=seed, dtype=torch.float32)
+        mask, parts = masks(weight, hessian)[kind], normalise(hessian)
+        greedy = update_columns(weight, inverse_factor(hessian)[0], mask)
+        assert output_error(refit(weight, mask, parts), weight, parts) < output_error(greedy, weight, parts)
 
 
 def test_it_ends_where_it_is_told_to():
@@ -89,13 +92,13 @@ def test_dead_inputs_keep_their_weights_and_disturb_nothing():
     torch.testing.assert_close(new[:, live], alone, rtol=1e-6, atol=1e-6)
 
 
-def test_experts_are_refitted_together_as_each_alone():
+def test_experts_are_refitted_together_as_each_alone(least_squares):
     problems = [problem(seed=seed) for seed in range(3)]
     weight, hessian = (torch.stack(parts) for parts in zip(*problems, strict=True))
     hessian[1] = 0  # no token came here
     mask = torch.rand(weight.shape, generator=torch.Generator().manual_seed(5)) < 0.4
     new = refit(weight, mask, normalise(hessian), 200, 1e-10)
     for index in (0, 2):
-        oracle = direct(weight[index], mask[index], hessian[index])
+        oracle = least_squares(weight[index], mask[index], hessian[index])
         torch.testing.assert_close(new[index], oracle, rtol=1e-6, atol=1e-6)
     assert torch.equal(new[1], weight[1] * mask[1])

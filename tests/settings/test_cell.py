@@ -41,6 +41,7 @@ def test_fields_that_cannot_matter_make_no_other_cell(values, changes):
     ("values", "own", "other"),
     [
         ({"importance": "wanda", "scope": "row"}, "none", "sparsegpt"),
+        ({"importance": "wanda", "scope": "row"}, "none", "refit"),
         ({"importance": "sparsegpt"}, "sparsegpt", "none"),
         ({"method": "random"}, "none", "sparsegpt"),
     ],
