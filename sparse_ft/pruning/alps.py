@@ -11,17 +11,37 @@ from collections.abc import Callable
 import torch
 from torch.nn.functional import hardshrink
 
-from sparse_ft.pruning.hessian import Normalised
+from sparse_ft.pruning.hessian import Normalised, normalised
 from sparse_ft.pruning.patterns import group_mask
 from sparse_ft.pruning.refit import solve_on_support
+from sparse_ft.pruning.rules import Inputs
 from sparse_ft.pruning.selection import group_bounds, keep_largest, kth_smallest
 
-__all__ = ["alps"]
+__all__ = ["alps", "choose", "kept_inverses"]
 
 _FIRST_PENALTY, _LEAST_PENALTY, _LAST_PENALTY = 0.1, 1e-3, 1e6
 _LOOK = 3  # iterations between two looks at the support
 _SETTLED = 3e-4  # of the kept weights: so few changed that the rest is not worth its iterations
 _REFIT, _TOLERANCE = 10, 3e-4
+_ROOM = 2**28  # bytes of inverses that are kept for the other matrices with the same inputs
+
+Inverses = Callable[[float], torch.Tensor]
+
+
+def choose(
+    weight: torch.Tensor,
+    inputs: Inputs,
+    k: int = 0,
+    pattern: tuple[int, int] | None = None,
+    pruned: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """ALPS's mask and weights of one matrix; see `alps`. Where no token came the smallest magnitudes go."""
+    if inputs.hessian is None:
+        inputs.note("no calibration token came here; pruned by magnitude, without weight update")
+        kept = keep_largest(weight.abs(), k, pruned) if pattern is None else group_mask(weight.abs(), *pattern)
+        return weight * kept, kept
+    hessian = inputs.once(normalised)
+    return alps(weight, hessian, k, pattern, pruned, inverses=inputs.once(_shared_inverses))
 
 
 def alps(
@@ -31,6 +51,7 @@ def alps(
     pattern: tuple[int, int] | None = None,
     pruned: torch.Tensor | None = None,
     iterations: int = 300,
+    inverses: Inverses | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Prunes exactly ``k`` weights of a matrix, or N of every M, and gives those that stay their best values.
 
@@ -41,6 +62,7 @@ def alps(
         pattern: (N, M): keep N of every M columns; M must divide C.
         pruned: bool ``[R, C]``, weights that go in any case (nested levels); at most ``k``. Not with ``pattern``.
         iterations: of ADMM, at most; the support settles after 30 to 40.
+        inverses: `kept_inverses` of the Hessian's matrix, where other weights have the same inputs.
 
     Returns:
         the new weights (zero where pruned) and the mask, True = kept. Takes the memory of six more weights and
@@ -53,12 +75,12 @@ def alps(
         kept = torch.full_like(weight, k == 0, dtype=torch.bool)
         return weight * kept, kept
     scaled = (weight * hessian.scale).contiguous()
-    best = _search(scaled, hessian, k, pattern, pruned, iterations)
+    best = _search(scaled, hessian, k, pattern, pruned, iterations, inverses or kept_inverses(hessian.matrix, 0))
     kept = keep_largest(best.abs(), k, pruned) if pattern is None else group_mask(best.abs(), *pattern)
     support = kept.to(weight.dtype)
     start = torch.where(hessian.dead, scaled, best).mul_(support)
     new = solve_on_support(scaled, support, hessian.matrix, start, _REFIT, _TOLERANCE)
-    return new.div_(hessian.scale), kept
+    return torch.where(kept.all(-1, keepdim=True), weight, new.div_(hessian.scale)), kept
 
 
 def _search(
@@ -68,15 +90,17 @@ def _search(
     pattern: tuple[int, int] | None,
     pruned: torch.Tensor | None,
     iterations: int,
+    inverses: Inverses,
 ) -> torch.Tensor:
     """Normalised weights whose largest magnitudes are those to keep."""
     if bool(hessian.dead.all()):
         return scaled  # no token came here: magnitudes decide
     target = scaled.masked_fill(hessian.dead, 0)  # what multiplies nothing but zeros goes first
     if pattern is not None:
-        return _search_groups(target, hessian.matrix, *pattern, iterations)
+        return _search_groups(target, hessian.matrix, *pattern, iterations, inverses)
     free = None if pruned is None else (~pruned).to(scaled.dtype)
-    return _admm(target, hessian.matrix, lambda values: _keep(values, k, free), scaled.numel() - k, iterations)
+    kept = scaled.numel() - k
+    return _admm(target, hessian.matrix, lambda values: _keep(values, k, free), kept, iterations, inverses)
 
 
 def _keep(values: torch.Tensor, k: int, free: torch.Tensor | None) -> torch.Tensor:
@@ -86,7 +110,9 @@ def _keep(values: torch.Tensor, k: int, free: torch.Tensor | None) -> torch.Tens
     return kept if free is None else kept.mul_(free)
 
 
-def _search_groups(target: torch.Tensor, matrix: torch.Tensor, stay: int, group: int, iterations: int) -> torch.Tensor:
+def _search_groups(
+    target: torch.Tensor, matrix: torch.Tensor, stay: int, group: int, iterations: int, inverses: Inverses
+) -> torch.Tensor:
     """N:M, with the columns in such an order that the members of each group lie in planes of their own."""
     if stay == group:
         return target
@@ -98,7 +124,9 @@ def _search_groups(target: torch.Tensor, matrix: torch.Tensor, stay: int, group:
         magnitudes = planes.abs()
         return planes.mul(magnitudes > group_bounds(magnitudes, group - stay)).view(rows, columns)
 
-    best = _admm(target[:, order], matrix[order][:, order], project, target.numel() // group * stay, iterations)
+    kept = target.numel() // group * stay
+    ordered = target[:, order], matrix[order][:, order]
+    best = _admm(*ordered, project, kept, iterations, lambda penalty: inverses(penalty)[order][:, order])
     return best[:, order.argsort()]
 
 
@@ -108,6 +136,7 @@ def _admm(
     project: Callable[[torch.Tensor], torch.Tensor],
     kept: int,
     iterations: int,
+    inverses: Inverses,
 ) -> torch.Tensor:
     """B of the last iteration: near the least squares' optimum, and near what ``project`` lets stand.
 
@@ -116,10 +145,11 @@ def _admm(
         matrix: A ``[C, C]``, 1 on the diagonal.
         project: values to new values of which those that go are 0.
         kept: how many weights stay.
+        inverses: of A + rho I, by rho.
     """
     linear = target @ matrix
     penalty, moved = _FIRST_PENALTY, False
-    inverse = _inverse(matrix, penalty)
+    inverse = inverses(penalty)
     sparse = project(target)
     last = sparse != 0
     # B + V/rho is split by the projection into D, what is kept, and the rest, which is V/rho of the next iteration.
@@ -144,8 +174,37 @@ def _admm(
             split, before, last = sparse.clone(), penalty, sparse != 0
         else:
             break
-        inverse = _inverse(matrix, penalty)
+        inverse = inverses(penalty)
     return right @ inverse
+
+
+def kept_inverses(matrix: torch.Tensor, room: int = _ROOM) -> Inverses:
+    """(A + rho I)^-1 by rho: what was asked for before is not computed again, as far as it was kept.
+
+    Searches with one A begin with the same penalties, and mostly go through the same ones for a while.
+
+    Args:
+        matrix: A, ``[C, C]``.
+        room: so many bytes are kept, of the first ones asked for.
+
+    Raises:
+        RuntimeError: the returned function, where A + rho I cannot be factorised.
+    """
+    kept: dict[float, torch.Tensor] = {}
+
+    def inverse(penalty: float) -> torch.Tensor:
+        if penalty in kept:
+            return kept[penalty]
+        found = _inverse(matrix, penalty)
+        if (len(kept) + 1) * found.nbytes <= room:
+            kept[penalty] = found
+        return found
+
+    return inverse
+
+
+def _shared_inverses(inputs: Inputs) -> Inverses:
+    return kept_inverses(inputs.once(normalised).matrix)
 
 
 def _inverse(matrix: torch.Tensor, penalty: float) -> torch.Tensor:

@@ -108,6 +108,15 @@ RULES = {
             scopes=("layer",),
             update="sparsegpt",
         ),
+        Rule(
+            "alps",
+            "ALPS",
+            HESSIANS,
+            "alps:choose",
+            methods=("unstructured", "semi_structured"),
+            scopes=("layer",),
+            update="refit",
+        ),
     )
 }
 UPDATES = {

@@ -17,6 +17,8 @@ from sparse_ft.pruning import Calibration, MaskGenerator, PruningSettings
         ("tiny-llama", {"importance": "sparsegpt", "scope": "layer"}),
         ("tiny-mistral", {"importance": "sparsegpt", "method": "semi_structured"}),
         ("tiny-mixtral", {"importance": "wanda", "scope": "row", "update": "refit"}),
+        ("tiny-mistral", {"importance": "alps"}),
+        ("tiny-llama", {"importance": "alps", "method": "semi_structured"}),
         ("tiny-llama", {"importance": "taylor", "method": "structured", "scope": "layer"}),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),

@@ -63,12 +63,12 @@ def test_magnitude_masks_cover_every_linear_map_of_the_blocks(phi3, tmp_path):
         assert weight[~mask].max() <= weight[mask].min()
 
 
-@pytest.mark.parametrize("importance", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("importance", ["wanda", "sparsegpt", "alps"])
 def test_rules_that_read_text_run_block_by_block(phi3, tmp_path, importance):
     text = torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(0))
     made = generate(phi3, tmp_path, text, importance=importance)
     assert made.pruned == round(made.weights / 2)
-    if importance == "sparsegpt":
+    if importance != "wanda":
         assert validate_checkpoint(made.checkpoint, made.load()).ok
 
 

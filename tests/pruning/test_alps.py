@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from sparse_ft.pruning.alps import alps
+from sparse_ft.pruning.alps import alps, choose, kept_inverses
 from sparse_ft.pruning.hessian import Normalised, normalise, output_error
 from sparse_ft.pruning.patterns import group_mask
+from sparse_ft.pruning.rules import Inputs
 from sparse_ft.pruning.sparsegpt import inverse_factor, prune_columns
 
 KINDS = ("even", "mixed", "uneven", "few tokens")
@@ -155,6 +156,52 @@ def test_where_no_token_came_the_smallest_weights_go_and_the_others_stay_as_they
     new, kept = alps(weight, nothing, pattern=(2, 4))
     assert torch.equal(kept, group_mask(weight.abs(), 2, 4))
     assert torch.equal(new, weight * kept)
+
+
+@pytest.mark.parametrize("pattern", [None, (2, 4)])
+def test_matrices_that_share_inputs_share_factorisations_and_come_out_as_each_alone(monkeypatch, pattern):
+    _, hessian = problem()
+    weights = [problem(rows, seed=seed)[0] for seed, rows in enumerate((32, 16, 16))]
+    factorised, cholesky = [], torch.linalg.cholesky_ex
+
+    def counted(matrix):
+        factorised.append(matrix)
+        return cholesky(matrix)
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", counted)
+    parts = normalise(hessian)
+    apart = [alps(weight, parts, weight.numel() // 2, pattern) for weight in weights]
+    alone = len(factorised)
+    notes = []
+    inputs = Inputs(hessian, 32, 32, hessian.device, notes.append)
+    together = [choose(weight, inputs, weight.numel() // 2, pattern) for weight in weights]
+    for (left, mask), (right, other) in zip(apart, together, strict=True):
+        assert torch.equal(mask, other) and torch.equal(left, right)
+    assert len(factorised) - alone < 0.7 * alone and notes == []
+
+
+def test_no_more_inverses_are_kept_than_there_is_room_for():
+    parts = normalise(problem()[1])
+    inverses = kept_inverses(parts.matrix, room=2 * parts.matrix.nbytes)
+    found = [inverses(penalty) for penalty in (0.1, 0.2, 0.3)]
+    again = [inverses(penalty) for penalty in (0.1, 0.2, 0.3)]
+    assert [one is other for one, other in zip(found, again, strict=True)] == [True, True, False]
+    assert torch.equal(found[2], again[2])
+
+
+@pytest.mark.parametrize("pattern", [None, (2, 4)])
+def test_where_there_is_no_hessian_magnitudes_decide_and_that_is_said(pattern):
+    weight, _ = problem()
+    notes, k = [], 0 if pattern else 300
+    inputs = Inputs(None, 0, 32, weight.device, notes.append)
+    new, kept = choose(weight, inputs, k, pattern)
+    oracle, mask = alps(weight, normalise(torch.zeros(32, 32)), k, pattern)
+    assert torch.equal(kept, mask) and torch.equal(new, oracle)
+    before = torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) < 0.2
+    if pattern is None:
+        _, nested = choose(weight, inputs, k, pruned=before)
+        assert int((~nested).sum()) == 300 and not (nested & before).any()
+    assert set(notes) == {"no calibration token came here; pruned by magnitude, without weight update"}
 
 
 def test_a_hessian_that_cannot_be_factorised_is_an_error():

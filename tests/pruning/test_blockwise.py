@@ -9,7 +9,9 @@ from sparse_ft.models.checkpoint import Checkpoint
 from sparse_ft.models.loading import apply_masks, load_model
 from sparse_ft.progress import Progress
 from sparse_ft.pruning import Calibration, MaskGenerator, PruningSettings
+from sparse_ft.pruning.alps import alps
 from sparse_ft.pruning.blocks import InputWatch
+from sparse_ft.pruning.hessian import damping_for, normalise
 from sparse_ft.pruning.sparsegpt import inverse_factor, prune_columns
 from sparse_ft.validation import validate_checkpoint
 
@@ -64,6 +66,14 @@ def layers_of_sparsegpt(sparsity):
     return prune
 
 
+def layers_of_alps(sparsity):
+    def prune(weight, x):
+        hessian = normalise(x.T @ x, damping_for(*x.shape))
+        return alps(weight, hessian, k=round(sparsity * weight.numel()))
+
+    return prune
+
+
 def agreement(masks, oracle):
     same = sum(int((masks[name] == oracle[name]).sum()) for name in oracle)
     return same / sum(mask.numel() for mask in oracle.values())
@@ -77,10 +87,11 @@ def test_wanda_is_the_dense_formula(tiny_model, text, tmp_path):
     assert agreement(masks, oracle) > 0.9995  # two sums of float32 may order a near tie otherwise
 
 
-def test_sparsegpt_changes_the_weights_as_in_memory(tiny_model, text, tmp_path):
+@pytest.mark.parametrize(("importance", "rule"), [("sparsegpt", layers_of_sparsegpt), ("alps", layers_of_alps)])
+def test_what_chooses_and_updates_changes_the_weights_as_in_memory(tiny_model, text, tmp_path, importance, rule):
     folder = tiny_model("tiny-mistral")
-    _, (result,) = generate(folder, text, tmp_path, importance="sparsegpt", sparsities=(0.5,))
-    whole, oracle = in_memory(folder, text, layers_of_sparsegpt(0.5))
+    _, (result,) = generate(folder, text, tmp_path, importance=importance, sparsities=(0.5,))
+    whole, oracle = in_memory(folder, text, rule(0.5))
     masks = result.load()
     assert agreement(masks, oracle) > 0.999
     pruned = load_model(result.checkpoint, "float32", "cpu")
@@ -113,6 +124,8 @@ def test_the_pruned_checkpoint_is_what_the_masks_belong_to(tiny_model, text, tmp
         {"importance": "wanda", "method": "structured"},
         {"importance": "sparsegpt"},
         {"importance": "sparsegpt", "allocation": "owl"},
+        {"importance": "alps"},
+        {"importance": "alps", "allocation": "owl"},
         {"importance": "wanda", "allocation": "owl", "scope": "layer"},
         {"importance": "taylor", "scope": "global"},
     ],
@@ -161,7 +174,12 @@ class KillAfter(Progress):
 
 @pytest.mark.parametrize(
     "how",
-    [{"importance": "wanda"}, {"importance": "sparsegpt"}, {"importance": "magnitude", "update": "refit"}],
+    [
+        {"importance": "wanda"},
+        {"importance": "sparsegpt"},
+        {"importance": "alps"},
+        {"importance": "magnitude", "update": "refit"},
+    ],
     ids=lambda how: "-".join(how.values()),
 )
 def test_a_killed_run_goes_on_at_its_block(tiny_model, text, tmp_path, how):
@@ -200,7 +218,13 @@ def test_other_text_does_not_resume(tiny_model, text, tmp_path):
 
 def test_an_expert_without_tokens_is_said(tiny_model, tmp_path):
     text = torch.full((1, 3), 7)  # one token visits 2 of 4 experts
-    for importance, update in (("wanda", "auto"), ("sparsegpt", "auto"), ("wanda", "refit"), ("magnitude", "refit")):
+    for importance, update in (
+        ("wanda", "auto"),
+        ("sparsegpt", "auto"),
+        ("alps", "auto"),
+        ("wanda", "refit"),
+        ("magnitude", "refit"),
+    ):
         said = []
         progress = Progress()
         progress.say = said.append
@@ -209,7 +233,7 @@ def test_an_expert_without_tokens_is_said(tiny_model, tmp_path):
         assert said == generator.notes
         assert any("no calibration token came here" in note for note in generator.notes)
         assert result.load().metadata["notes"] == generator.notes[:20]
-        if update == "refit":  # of an expert that they reach in the first block
+        if update == "refit" or importance == "alps":  # of an expert that they reach in the first block
             assert any(
                 "layers.0.block_sparse_moe" in note
                 and note.endswith("3 tokens came to its 40 inputs; damped with 0.133")
@@ -314,8 +338,9 @@ def test_masks_made_beforehand_stay_what_they_are(tiny_model, text, tmp_path, ki
         assert len(changed) > 0.9 * len(expected) > 0
 
 
-def test_sparsegpts_mask_alone_leaves_the_weights(tiny_model, text, tmp_path):
-    folder, how = tiny_model("tiny-mixtral"), {"importance": "sparsegpt", "sparsities": (0.3, 0.6)}
+@pytest.mark.parametrize("importance", ["sparsegpt", "alps"])
+def test_a_mask_alone_leaves_the_weights(tiny_model, text, tmp_path, importance):
+    folder, how = tiny_model("tiny-mixtral"), {"importance": importance, "sparsities": (0.3, 0.6)}
     _, alone = generate(folder, text, tmp_path / "alone", update="none", **how)
     _, both = generate(folder, text, tmp_path / "both", **how)
     assert [result.checkpoint for result in alone] == [None, None] and None not in [r.checkpoint for r in both]

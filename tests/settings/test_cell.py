@@ -43,6 +43,7 @@ def test_fields_that_cannot_matter_make_no_other_cell(values, changes):
         ({"importance": "wanda", "scope": "row"}, "none", "sparsegpt"),
         ({"importance": "wanda", "scope": "row"}, "none", "refit"),
         ({"importance": "sparsegpt"}, "sparsegpt", "none"),
+        ({"importance": "alps"}, "refit", "sparsegpt"),
         ({"method": "random"}, "none", "sparsegpt"),
     ],
 )

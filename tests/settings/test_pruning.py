@@ -25,6 +25,8 @@ from sparse_ft.settings.rules import RULES
         ({"importance": "wanda", "scope": "global"}, "known to collapse"),
         ({"importance": "sparsegpt", "method": "structured"}, "SparseGPT prunes"),
         ({"importance": "sparsegpt", "scope": "row"}, "Take scope layer"),
+        ({"importance": "alps", "method": "structured"}, "ALPS prunes unstructured or semi_structured"),
+        ({"importance": "alps", "scope": "global"}, "ALPS chooses within scope layer"),
         ({"method": "structured", "scope": "row"}, "whole channels and heads"),
         ({"method": "semi_structured", "scope": "global"}, "N of every M neighbours"),
         ({"method": "semi_structured", "pattern": "4:4"}, "4:4 is none"),
@@ -74,6 +76,6 @@ def test_what_needs_text():
     needs = {name: PruningSettings(importance=name).rule.needs for name in RULES}
     assert needs == {
         "magnitude": "none", "gradient": "gradients", "taylor": "gradients", "wanda": "activations",
-        "sparsegpt": "hessians",
+        "sparsegpt": "hessians", "alps": "hessians",
     }  # fmt: skip
     assert PruningSettings(importance=lambda w, s: w).rule.needs == "none"
