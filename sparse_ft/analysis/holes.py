@@ -105,9 +105,9 @@ def _key(cell: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _rule(cell: Mapping[str, Any]) -> str | None:
-    """The importance as the table has it, with the update that a plan names beside it."""
+    """The importance as the table has it, with what a plan says that follows it."""
     importance = cell.get("importance")
-    return importance if importance is None else rule_label(importance, cell.get("update"))
+    return importance if importance is None else rule_label(importance, cell)
 
 
 def _is_present(cell: Mapping[str, Any], present: set[tuple[Any, ...]]) -> bool:

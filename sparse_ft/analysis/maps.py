@@ -18,7 +18,7 @@ from sparse_ft.analysis.panels import Sheet, short_names
 from sparse_ft.analysis.style import LEVEL_COLOURS, line_handle
 from sparse_ft.analysis.table import NO_METHOD, series_label
 from sparse_ft.settings.modes import DENSE, mode_label
-from sparse_ft.settings.rules import rule_label
+from sparse_ft.settings.rules import STEPS, rule_label
 from sparse_ft.tracking.record import Run, Tag, by_level
 
 __all__ = ["heatmap_figure", "layer_figure"]
@@ -85,7 +85,8 @@ def layer_figure(runs: Iterable[Run], title: str = "") -> Figure | None:
         params = run.params
         model = str(params.get("cfg/model") or "model")
         about = [params.get(f"cfg/{name}") for name in ("method", "importance", "scope")]
-        label = series_label(about[0] or "unknown", rule_label(about[1] or NO_METHOD, params.get("cfg/update")))
+        steps = {step: params.get(f"cfg/{step}") for step in STEPS}
+        label = series_label(about[0] or "unknown", rule_label(about[1] or NO_METHOD, steps))
         label = " ".join(part for part in (label, about[2]) if part and part != NO_METHOD)
         for level, blocks in by_level(run.tags, Tag.BLOCK_SPARSITY).items():
             records.append({"model": model, "task": label, "level": level, "blocks": json.loads(blocks)})

@@ -15,7 +15,7 @@ from sparse_ft.errors import UserError
 from sparse_ft.settings.cell import CellConfig
 from sparse_ft.settings.field import named
 from sparse_ft.settings.modes import DENSE
-from sparse_ft.settings.rules import rule_label
+from sparse_ft.settings.rules import STEPS, rule_label
 from sparse_ft.tracking.record import Kind, Run, Tag
 
 __all__ = [
@@ -124,11 +124,11 @@ def grouped_table(cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def series_label(method: str, importance: str | None) -> str:
-    """Name of a line: the method, its importance where it has one (random pruning does not), and an update besides."""
+    """Name of a line: the method, its importance where it has one (random pruning does not), and what follows it."""
     if method == NO_METHOD:
         return DENSE.label
-    chosen, plus, update = (importance or NO_METHOD).partition("+")
-    return (method if method == "random" or chosen == NO_METHOD else f"{method} {chosen}") + plus + update
+    chosen, plus, steps = (importance or NO_METHOD).partition("+")
+    return (method if method == "random" or chosen == NO_METHOD else f"{method} {chosen}") + plus + steps
 
 
 def _latest(runs: Sequence[Run]) -> list[Run]:
@@ -193,10 +193,11 @@ def _record(run: Run) -> dict[str, Any]:
         record |= {"method": NO_METHOD, "importance": NO_METHOD, "scope": NO_METHOD, "sparsity": 0.0}
     for name in ("method", "importance", "scope"):
         record[name] = record[name] or NO_METHOD
-    record["importance"] = rule_label(record["importance"], _value(params.get("cfg/update")))
+    steps = {step: _value(params.get(f"cfg/{step}")) for step in STEPS}
+    record["importance"] = rule_label(record["importance"], steps)
     for key, value in params.items():
         group, _, name = key.partition("/")
-        if group in ("cfg", "protocol", "identity") and not (group == "cfg" and name in (*IDENTITY, "update")):
+        if group in ("cfg", "protocol", "identity") and not (group == "cfg" and name in (*IDENTITY, *STEPS)):
             record[f"{group}_{name}".replace("/", "_")] = _value(value)
     for key, value in run.metrics.items():
         record[_metric_name(key)] = _number(value)

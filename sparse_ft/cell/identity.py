@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +22,8 @@ from sparse_ft.errors import ModelUnavailableError, UserError
 from sparse_ft.models.devices import resolve_device, resolve_dtype
 from sparse_ft.settings.cell import CellConfig
 from sparse_ft.settings.commands import MaskConfig
-from sparse_ft.settings.field import named, plain_values
+from sparse_ft.settings.field import named, plain_values, unsaid
+from sparse_ft.settings.rules import AUTO
 from sparse_ft.settings.scoring import CORPORA
 
 __all__ = [
@@ -99,10 +101,10 @@ def mask_key(config: MaskConfig, bench: Workbench) -> str:
     Raises:
         UserError: a model or calibration text that cannot be had.
     """
-    said = plain_values(config)
-    values = {name: said[name] for name in named(MaskConfig, masks=True)} | {"levels": list(config.levels)}
-    if config.other_update is None:
-        values.pop("update")
+    config = replace(config, update=config.other_update or AUTO)
+    said, left_out = plain_values(config), unsaid(config)
+    values = {name: said[name] for name in named(MaskConfig, masks=True) if name not in left_out}
+    values |= {"levels": list(config.levels)}
     model = bench.model_digests(config.model)
     behind = {"weights": model["weights"], "model_config": model["model_config"], "versions": sparse_ft.__version__}
     if config.needs_calibration:

@@ -21,7 +21,7 @@ from sparse_ft.pruning.generator import MaskGenerator
 from sparse_ft.pruning.output import MaskFile
 from sparse_ft.settings.cell import CellConfig
 from sparse_ft.settings.commands import MaskConfig
-from sparse_ft.settings.rules import AUTO
+from sparse_ft.settings.rules import STEPS
 
 __all__ = [
     "GivenMasks",
@@ -145,14 +145,16 @@ class GivenMasks:
         """The cell with the fields that the file settles: it is named by what made its masks.
 
         Raises:
-            UserError: it asks for another update. What stays is updated where masks are made, and never afterwards.
+            UserError: it asks for another update or refinement. Both are done where masks are made, never afterwards.
         """
-        settled = replace(cell, **self.described)
-        if cell.update != AUTO and cell.updating != settled.updating:
-            raise UserError(
-                f"update is {cell.update}, and the masks {self.file.path} were made with update"
-                f" {settled.updating.name}: masks of a file are taken as they are. Leave update out, or make them anew."
-            )
+        settled, blank = replace(cell, **self.described), MaskConfig()
+        asked, made = ({"refine": kind.refining.name, "update": kind.updating.name} for kind in (cell, settled))
+        for step in STEPS:
+            if getattr(cell, step) != getattr(blank, step) and asked[step] != made[step]:
+                raise UserError(
+                    f"{step} is {asked[step]}, and the masks {self.file.path} were made with {step} {made[step]}: masks"
+                    f" of a file are taken as they are. Leave {step} out, or make them anew."
+                )
         return settled
 
 
@@ -193,7 +195,7 @@ def _described(about: Mapping[str, Any]) -> dict[str, Any]:
     if described.get("method") == "random":
         described.update(importance=None, scope=None)
     return described | {
-        "update": about.get("update", AUTO),  # said only where it is not the importance's own
+        **{step: about.get(step, getattr(blank, step)) for step in STEPS},  # said only where names speak of it
         "pattern": about.get("pattern", blank.pattern),
         "allocation": about.get("allocation", blank.allocation),
         "calibration_samples": calibration.get("samples", blank.calibration_samples),

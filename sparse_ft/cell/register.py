@@ -53,9 +53,9 @@ def register_cell(
 
 
 def _rule(cell: CellConfig) -> str:
-    """The importance, with an update that is not its own."""
+    """The importance, with what follows it."""
     values = cell.canonical()
-    return rule_label(values["importance"], values.get("update"))
+    return rule_label(values["importance"], values)
 
 
 def _card(cell: CellConfig, result: CellResult, address: str | None) -> str:

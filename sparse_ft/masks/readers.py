@@ -17,6 +17,7 @@ import numpy as np
 from safetensors import safe_open
 
 from sparse_ft.masks.mask_set import packed_shape
+from sparse_ft.settings.rules import STEPS
 
 __all__ = ["HEADER_KEY", "NotOursError", "parse_header", "read_npz", "read_pt", "read_safetensors"]
 
@@ -24,7 +25,7 @@ HEADER_KEY = "sparse_ft_masks"
 _LARGEST_HEADER = 64 << 20  # bytes; that of an eight-expert model of 70 B weights has 1.5 MB
 _NUMBERS = ("sparsity", "achieved")
 _COUNTS = ("samples", "length")  # of the calibration text
-_TEXTS = ("method", "importance", "update", "scope", "model", "fingerprint", "source_fingerprint", "pattern",
+_TEXTS = ("method", "importance", *STEPS, "scope", "model", "fingerprint", "source_fingerprint", "pattern",
           "allocation")  # fmt: skip
 # What the pickle of a mask file names. Anything else, harmless or not, is another file's.
 _PICKLED = {"torch._utils _rebuild_tensor_v2", "torch ByteStorage", "collections OrderedDict"}

@@ -1,4 +1,5 @@
-"""Rules that look at activations (Wanda, SparseGPT, OWL, a user's own) and updates of what stays, block after block.
+"""Rules that look at activations (Wanda, SparseGPT, OWL, a user's own), what betters masks, and updates of what stays,
+block after block.
 
 As in the papers' code a block is scored on what the blocks pruned before it give out. Every level therefore has
 hidden states of its own; a weight pruned at a level is pruned at every higher one.
@@ -119,7 +120,7 @@ def dense_scores(
 
 @dataclass
 class BlockPruner:
-    """Prunes block after block at every level and updates what stays; the visitor of `run_blocks`.
+    """Prunes block after block at every level, betters masks and updates what stays; the visitor of `run_blocks`.
 
     Attributes:
         counts: weights to prune by tensor (of each row for scope ``row``) and level; unused for N:M and structured.
@@ -134,8 +135,9 @@ class BlockPruner:
 
     def run(self, token_ids: torch.Tensor, progress: Progress = SILENT) -> None:
         """Goes through all blocks that are not done yet."""
-        hessians = HESSIANS in (self.settings.rule.needs, self.settings.updating.needs)
-        run_blocks(self.model, token_ids, len(self.settings.levels), self, self.state, hessians, progress)
+        settings = self.settings
+        hessians = HESSIANS in (settings.rule.needs, settings.refining.needs, settings.updating.needs)
+        run_blocks(self.model, token_ids, len(settings.levels), self, self.state, hessians, progress)
 
     def __call__(self, block: int, level: int, watch: InputWatch, before: Results) -> Results:
         names, rule, update = self.model.names(block), self.settings.rule, self.settings.updating
@@ -150,6 +152,8 @@ class BlockPruner:
             function = load(rule.function)
             scores = {name: _scores(self.model, watch, name, function, self.state) for name in names}
             masks = self._choose(scores, level, pruned)
+        if self.settings.refines:
+            masks, own = self._refined(masks, inputs, pruned), {}
         results = {name: pack_bits(mask) for name, mask in masks.items()}
         for name, mask in masks.items():
             if not update.changes_weights:
@@ -234,6 +238,26 @@ class BlockPruner:
                 )
             masks[name], weights[name] = kept.reshape(old.shape), new.reshape(old.shape).to(old.dtype)
         return masks, weights
+
+    def _refined(self, masks: Results, inputs: Mapping[tuple[str, int | None], Inputs], pruned: Results) -> Results:
+        """Better masks of the same counts."""
+        refine, better = load(self.settings.refining.function), {}
+        for name, mask in masks.items():
+            stack, old = self._stack(name)
+            kept = mask.reshape(stack.shape).to(self.model.device)
+            before = pruned[name].reshape(stack.shape).to(self.model.device) if name in pruned else None
+            new = [
+                refine(
+                    stack[index],
+                    kept[index],
+                    inputs[name, expert],
+                    pattern=self._pattern,
+                    pruned=None if before is None else before[index],
+                )
+                for index, expert in enumerate(_experts(old.shape))
+            ]
+            better[name] = torch.stack(new).reshape(old.shape)
+        return better
 
     def _updated(self, name: str, mask: torch.Tensor, inputs: Mapping[tuple[str, int | None], Inputs]) -> torch.Tensor:
         """The weights of a tensor under its mask, in the checkpoint's dtype."""

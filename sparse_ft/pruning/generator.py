@@ -126,13 +126,20 @@ class MaskGenerator:
 
     def _write(self, files: LevelFiles, folder: Path) -> list[Path | None]:
         """Makes the masks; returns each level's pruned checkpoint, where the weights that stay are updated."""
-        if self.settings.rule.needs in (ACTIVATIONS, HESSIANS) and self.settings.scope != "global":
+        settings = self.settings
+        if settings.rule.needs in (ACTIVATIONS, HESSIANS) and settings.scope != "global":
             return self._write_blockwise(files, folder)
-        with self._source(folder) as source:
-            self._write_from(source, self._counts(folder), files)
-        if self.settings.updating.changes_weights:
-            return self._write_blockwise(files, folder, given=files.packed)
-        return [None] * len(self.settings.levels)
+        # What is bettered afterwards is written apart: masks on disk cannot be written twice.
+        drafts = LevelFiles(folder, settings.label, settings.levels, self.shapes) if settings.refines else files
+        try:
+            with self._source(folder) as source:
+                self._write_from(source, self._counts(folder), drafts)
+            if settings.refines or settings.updating.changes_weights:
+                return self._write_blockwise(files, folder, given=drafts.packed)
+        finally:
+            if drafts is not files:
+                drafts.abort()
+        return [None] * len(settings.levels)
 
     def _write_from(self, source: KeySource, counts: Counts, sink: MaskSink) -> None:
         settings = self.settings
@@ -161,7 +168,7 @@ class MaskGenerator:
         pruner = BlockPruner(model, self.settings, self._counts(folder) if given is None else {}, state, given)
         pruner.run(self._tokens, self.progress)
         levels = range(len(self.settings.levels))
-        for level in levels if given is None else ():
+        for level in levels if given is None or self.settings.refines else ():
             for block in range(model.count):
                 for name, packed in pruner.packed(level, block).items():
                     files.append(level, name, packed)
@@ -337,8 +344,7 @@ class MaskGenerator:
             about["pattern"] = f"{settings.n}:{settings.m}"
         if settings.allocation != "uniform":
             about["allocation"] = settings.allocation
-        if settings.other_update is not None:
-            about["update"] = settings.other_update
+        about |= settings.steps
         if checkpoint is not None:  # the masks belong to the updated weights
             about["source_fingerprint"] = about["fingerprint"]
             about["fingerprint"] = open_checkpoint(checkpoint).fingerprint

@@ -9,7 +9,10 @@ import numpy as np
 import torch
 from numba import njit
 
-__all__ = ["swap_together", "swap_weights"]
+from sparse_ft.pruning.patterns import row_mask
+from sparse_ft.pruning.rules import Inputs
+
+__all__ = ["refine", "swap_together", "swap_weights"]
 
 _LIMIT = 100
 _PAIRS = 2**26  # pairs of weights looked at together on an accelerator: 256 MiB a temporary
@@ -17,6 +20,31 @@ _NEVER = 1e30  # what it costs to swap a weight that is no candidate; finite, as
 _LEVELS = 8
 _FAST = {"nnan", "nsz", "reassoc", "contract"}  # without which a minimum is not vectorised
 _NOISE = 1e-7  # of the row's error: a smaller gain may be rounding
+
+
+def refine(
+    weight: torch.Tensor,
+    kept: torch.Tensor,
+    inputs: Inputs,
+    pattern: tuple[int, int] | None = None,
+    pruned: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """A mask with a smaller error and as many weights in every row (in every group of ``pattern``); see `swap_weights`.
+
+    Args:
+        weight: float32 ``[R, C]``. Not modified.
+        kept: bool ``[R, C]``, True = kept. Not modified.
+        pruned: bool ``[R, C]``, weights that go in any case (nested levels). Where the mask keeps some of a row, as
+            many others stay instead, of those that it prunes the ones with the highest |w| ||x||.
+    """
+    if pruned is not None and bool((kept & pruned).any()):
+        norms = weight.new_ones(inputs.columns) if inputs.hessian is None else inputs.hessian.diagonal().sqrt()
+        scores = (weight.abs() * norms).masked_fill(kept, torch.finfo(weight.dtype).max)
+        kept = row_mask(scores, (~kept).sum(1).cpu().numpy(), pruned)
+    if inputs.hessian is None:
+        inputs.note("no calibration token came here; its mask is not refined")
+        return kept
+    return swap_weights(weight, kept, inputs.hessian, pattern[1] if pattern else None, pruned)[0]
 
 
 def swap_weights(

@@ -10,11 +10,12 @@ from typing import Any
 
 from sparse_ft.levels import level_label
 from sparse_ft.settings.commands import TRAINERS, MaskConfig
-from sparse_ft.settings.field import Settings, defaults, named, part_of, plain_values, setting
+from sparse_ft.settings.field import Settings, defaults, named, part_of, plain_values, setting, unsaid
 from sparse_ft.settings.lora import LoraSettings
 from sparse_ft.settings.model import DataSettings, ModelSettings
 from sparse_ft.settings.modes import MODES, SPARSE_TO_SPARSE
 from sparse_ft.settings.pruning import RecipeSettings
+from sparse_ft.settings.rules import AUTO, STEPS
 from sparse_ft.settings.scoring import ScoringSettings
 from sparse_ft.settings.training import TrainingSettings
 
@@ -80,11 +81,11 @@ class CellConfig(
         the others (the pruning of a dense cell, the pattern of masks that have none) are none or their default, so
         that two cells which compute the same say the same. An update stands there only where it is not the
         importance's own."""
-        values: dict[str, Any] = {"update": self.other_update}
+        values: dict[str, Any] = {"update": self.other_update or AUTO}
         blank = []
         if not self.pruned:
-            values.update(masks=None, method=None, importance=None, update=None, scope=None, sparsity=0.0)
-            blank += ["pattern", "allocation", "calibration_samples", "calibration_seq_len", "force"]
+            values.update(masks=None, method=None, importance=None, scope=None, sparsity=0.0)
+            blank += [*STEPS, "pattern", "allocation", "calibration_samples", "calibration_seq_len", "force"]
         elif self.method == "random":
             values.update(importance=None, scope=None)
             blank += ["allocation"]
@@ -99,10 +100,9 @@ class CellConfig(
         if self.dtype == "float32":
             values.update(rounding="nearest")  # whatever was asked
         values |= {name: value for name, value in defaults(CellConfig).items() if name in blank}
-        said = plain_values(replace(self, **values))
-        later = {"include_path": self.include_path, "update": values["update"]}  # keys of versions without them stay
-        names = named(CellConfig, result=True, flag=True)
-        return {name: said[name] for name in names if later.get(name, "") is not None}
+        cell = replace(self, **values)
+        said, left_out = plain_values(cell), unsaid(cell)
+        return {name: said[name] for name in named(CellConfig, result=True, flag=True) if name not in left_out}
 
     def key(self) -> str:
         """What the cell asks for, by name: SHA-256 (16 hex digits) of its canonical form. What it computes also
@@ -117,7 +117,7 @@ class CellConfig(
         if not self.pruned:
             return f"dense · {self.task} · {model}"
         kind = self.method if self.method == "random" or not self.importance else f"{self.method} {self.importance}"
-        kind += f"+{self.other_update}" if self.other_update else ""
+        kind += "".join(f"+{step}" for step in self.steps.values())
         return f"{level_label(self.sparsity)} % {MODES[self.mode].short} {kind} · {self.task} · {model}"
 
     def problems(self) -> Iterator[str]:

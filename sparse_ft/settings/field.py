@@ -8,7 +8,18 @@ from typing import Any, TypeVar
 
 from sparse_ft.errors import UserError
 
-__all__ = ["Settings", "defaults", "is_flag", "is_optional", "named", "part_of", "plain", "plain_values", "setting"]
+__all__ = [
+    "Settings",
+    "defaults",
+    "is_flag",
+    "is_optional",
+    "named",
+    "part_of",
+    "plain",
+    "plain_values",
+    "setting",
+    "unsaid",
+]
 
 T = TypeVar("T")
 
@@ -29,6 +40,7 @@ def setting(
     needed: bool = False,
     named: bool = False,
     time: bool = True,
+    later: bool = False,
 ) -> Any:
     """A field of a settings dataclass, with everything that is to be known of it.
 
@@ -48,6 +60,7 @@ def setting(
         needed: whether it decides which model, data or masks a cell needs.
         named: whether it is a name, and a cell's identity holds what it stands for.
         time: whether it changes how long a cell takes.
+        later: whether keys were made before it was there: at its default it stands in none.
     """
     about = {name: value for name, value in locals().items() if name != "default"}
     return field(default=default, metadata=about)
@@ -71,6 +84,11 @@ def part_of(kind: type, settings: Any) -> dict[str, Any]:
 def plain_values(settings: Any) -> dict[str, Any]:
     """The value of every flag as a file holds it: a word, a number, true or false."""
     return {entry.name: plain(entry, getattr(settings, entry.name)) for entry in fields(settings) if is_flag(entry)}
+
+
+def unsaid(settings: Any) -> set[str]:
+    """The fields that keys do not speak of, so that those made before such a field was there stay what they are."""
+    return {e.name for e in fields(settings) if e.metadata["later"] and getattr(settings, e.name) == e.default}
 
 
 def plain(entry: Field, value: Any) -> Any:

@@ -49,4 +49,5 @@ class DataSettings(Settings):
         path=(),
         needed=True,
         named=True,
+        later=True,
     )

@@ -15,12 +15,15 @@ from sparse_ft.settings.rules import (
     ACTIVATIONS,
     AUTO,
     GRADIENTS,
+    HESSIANS,
     METHODS,
     NOTHING,
     RANDOM,
+    REFINEMENTS,
     RULES,
     SCOPES,
     UPDATES,
+    Refinement,
     Rule,
     Update,
 )
@@ -44,10 +47,17 @@ class RecipeSettings(Settings):
         choices=METHODS,
     )
     importance: str | None = _rule("magnitude", "what decides which weights go (random needs none).", choices=RULES)
+    refine: str = _rule(
+        "none",
+        "what betters the masks, for weights that keep their values: nothing, or swaps of a pruned and a kept weight.",
+        choices=REFINEMENTS,
+        later=True,
+    )
     update: str = _rule(
         AUTO,
         "what becomes of the weights that stay; auto is the importance's own update.",
         choices=(AUTO, *UPDATES),
+        later=True,
     )
     scope: str | None = _rule(
         "layer",
@@ -89,6 +99,16 @@ class RecipeSettings(Settings):
         return RULES.get(self.importance) or Rule(self.importance, self.importance, ACTIVATIONS, "")
 
     @property
+    def refining(self) -> Refinement:
+        """What betters the masks."""
+        return REFINEMENTS.get(self.refine) or REFINEMENTS["none"]
+
+    @property
+    def refines(self) -> bool:
+        """Whether masks are bettered after they were chosen."""
+        return self.refining.function is not None
+
+    @property
     def updating(self) -> Update:
         """What becomes of the weights that stay."""
         return UPDATES.get(self.update) or UPDATES[self.rule.update]
@@ -99,9 +119,15 @@ class RecipeSettings(Settings):
         return None if self.updating.name == self.rule.update else self.updating.name
 
     @property
+    def steps(self) -> dict[str, str]:
+        """What follows the choice of the mask, by the field that says it, where names have to speak of it."""
+        said = {"refine": self.refine if self.refines else None, "update": self.other_update}
+        return {step: value for step, value in said.items() if value is not None}
+
+    @property
     def needs_calibration(self) -> bool:
         """Whether the masks, or the weights that stay, depend on text."""
-        if self.updating.needs != NOTHING:
+        if {self.refining.needs, self.updating.needs} != {NOTHING}:
             return True
         return self.method != "random" and (self.rule.needs != NOTHING or self.allocation == "owl")
 
@@ -178,9 +204,21 @@ class PruningSettings(RecipeSettings):
             yield str(error)
 
     def _refusals(self) -> list[tuple[bool, str]]:
-        n, m, rule = self.n, self.m, self.rule
+        n, m, rule, refining = self.n, self.m, self.rule, self.refining
         grouped = self.method == "semi_structured"
         return [
+            *(
+                (
+                    word in refining.refused,
+                    f"refine {refining.name}, {kind} {word}: {refining.refused.get(word)}. Leave refine out.",
+                )
+                for kind, word in (("method", self.method), ("scope", self.scope))
+            ),
+            (
+                self.refines and rule.needs == HESSIANS and self.updating.changes_weights,
+                f"{rule.title} chooses its mask for weights that are updated, and refine {refining.name} betters it for"
+                " weights that keep their values. Leave refine out, or take update none.",
+            ),
             (
                 self.method == "random" and self.importance not in ("magnitude", None),
                 f"method random looks at no weight, so importance {self.importance} means nothing. Leave it out.",

@@ -1,4 +1,4 @@
-"""The rules by which weights go, and the updates of those that stay: one row each. No torch here.
+"""The rules by which weights go, what betters a mask, and the updates of what stays: one row each. No torch here.
 
 A row names its function, ``module:function`` of `sparse_ft.pruning`, which is loaded when it is used.
 """
@@ -17,9 +17,12 @@ __all__ = [
     "METHODS",
     "NOTHING",
     "RANDOM",
+    "REFINEMENTS",
     "RULES",
     "SCOPES",
+    "STEPS",
     "UPDATES",
+    "Refinement",
     "Rule",
     "Update",
     "rule_label",
@@ -29,6 +32,7 @@ NOTHING, GRADIENTS, ACTIVATIONS, HESSIANS = "none", "gradients", "activations", 
 AUTO = "auto"  # of the updates: the importance's own
 METHODS = ("unstructured", "structured", "random", "semi_structured")
 SCOPES = ("global", "layer", "row")
+STEPS = ("refine", "update")  # what may follow the choice of a mask, in its order: the fields that say it
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,27 @@ class Rule:
     scopes: tuple[str, ...] = SCOPES
     collapses: Mapping[str, str] = field(default_factory=dict)
     update: str = "none"
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """What betters a mask for weights that keep their values, before any update.
+
+    Attributes:
+        function: ``(weight, kept, Inputs, pattern, pruned) -> kept`` (see `sparse_ft.pruning.swaps`); None leaves
+            masks as they are.
+        refused: methods and scopes that it does not go with, and why.
+    """
+
+    name: str
+    title: str
+    function: str | None
+    refused: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def needs(self) -> str:
+        """What it looks at beside weights and masks."""
+        return NOTHING if self.function is None else HESSIANS
 
 
 @dataclass(frozen=True)
@@ -119,6 +144,22 @@ RULES = {
         ),
     )
 }
+REFINEMENTS = {
+    refinement.name: refinement
+    for refinement in (
+        Refinement("none", "No refinement", None),
+        Refinement(
+            "swaps",
+            "SparseSwaps",
+            "swaps:refine",
+            refused={
+                "structured": "whole channels and heads go together, and a swap takes single weights",
+                "random": "random masks are the control that others have to beat, and bettered ones are none",
+                "global": "one ranking over the model decides between rows, and swaps undo it within every row",
+            },
+        ),
+    )
+}
 UPDATES = {
     update.name: update
     for update in (
@@ -129,8 +170,13 @@ UPDATES = {
 }
 
 
-def rule_label(importance: str, update: str | None = None) -> str:
-    """A choice and an update as tables and titles name them: ``wanda``, ``wanda+sparsegpt``. ``update`` is not named
-    where it is the importance's own."""
-    own = RULES[importance].update if importance in RULES else RANDOM.update
-    return importance if update in (None, AUTO, own) else f"{importance}+{update}"
+def rule_label(importance: str, said: Mapping[str, str | None]) -> str:
+    """A choice and what follows it as tables and titles name them: ``wanda``, ``wanda+swaps+refit``.
+
+    Args:
+        said: the STEPS by name, among others. None is not named, nor an update that is the importance's own.
+    """
+    rule = RULES.get(importance, RANDOM)
+    own = {"update": (None, AUTO, rule.update)}
+    steps = [said.get(step) for step in STEPS if said.get(step) not in own.get(step, (None, "none"))]
+    return "+".join([importance, *steps]) if steps else importance

@@ -20,6 +20,7 @@ from sparse_ft.settings.field import defaults
 from sparse_ft.settings.modes import DENSE, MODES
 from sparse_ft.settings.parser import Parser
 from sparse_ft.settings.pruning import RecipeSettings
+from sparse_ft.settings.rules import STEPS
 from sparse_ft.study.study_file import Study
 
 __all__ = ["Plan", "PlannedCell", "PlannedMasks", "make_plan"]
@@ -44,7 +45,7 @@ class PlannedMasks:
         parts = [config.model.rstrip("/").split("/")[-1], config.label]
         if config.method != "random":
             parts += [config.importance, config.scope]
-        parts += [f"{config.other_update}-update"] if config.other_update else []
+        parts += [f"{value}-{step}" for step, value in config.steps.items()]
         parts += [config.allocation] if config.allocation != "uniform" else []
         parts += [config.task] if config.needs_calibration else []
         parts += [f"seed{config.seed}"] if config.seed != 0 else []
@@ -145,7 +146,7 @@ def make_plan(study: Study) -> Plan:
 
 
 def _titles(cells: Sequence[CellConfig], grid: Mapping[str, list[Any]]) -> Iterator[str]:
-    shown = ("model", "task", "method", "importance", "update", "sparsity", "mode")
+    shown = ("model", "task", "method", "importance", *STEPS, "sparsity", "mode")
     axes = [axis for axis, values in grid.items() if len(values) > 1 and axis not in shown]
     for cell in cells:
         values = cell.canonical()

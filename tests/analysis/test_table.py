@@ -186,14 +186,21 @@ def test_an_update_besides_names_the_line_and_the_importance():
     update = {"cfg/update": "sparsegpt"}
     rows = [cell(importance="wanda"), cell(importance="wanda", params=update, tags={"cell_key": "u"})]
     rows += [cell(method="random", importance="none", params=update), cell(importance="sparsegpt")]
+    steps = {"cfg/update": "refit", "cfg/refine": "swaps"}
+    rows += [cell(importance="wanda", params=steps, tags={"cell_key": "s"})]
+    rows += [cell(importance="alps", params={"cfg/update": "none"}, tags={"cell_key": "n"})]
+    rows += [cell(importance="taylor", params={"cfg/update": "auto", "cfg/refine": "none"}, tags={"cell_key": "t"})]
     table = cell_table(rows)
     assert dict(zip(table["series"], table["importance"], strict=True)) == {
         "unstructured wanda": "wanda",
         "unstructured wanda+sparsegpt": "wanda+sparsegpt",
         "random+sparsegpt": "none+sparsegpt",
         "unstructured sparsegpt": "sparsegpt",
+        "unstructured wanda+swaps+refit": "wanda+swaps+refit",
+        "unstructured alps+none": "alps+none",
+        "unstructured taylor": "taylor",
     }
-    assert set(table["variant"]) == {""} and len(grouped_table(table)) == 4
+    assert set(table["variant"]) == {""} and len(grouped_table(table)) == 7
 
 
 def test_mean_deviation_and_error_over_seeds():

@@ -14,6 +14,7 @@ from sparse_ft.cell.identity import cell_identity, cell_key, check_identity, mas
 from sparse_ft.cell.workbench import Workbench
 from sparse_ft.errors import UserError
 from sparse_ft.settings.cell import CellConfig, mask_set_of
+from sparse_ft.settings.commands import MaskConfig
 from sparse_ft.settings.field import part_of
 from sparse_ft.settings.scoring import ScoringSettings
 from sparse_ft.tasks.made import made_data_dir
@@ -31,6 +32,7 @@ AXES = {
     "method": dict(zip(methods := ("unstructured", "random", "semi_structured"), methods, strict=True)),
     "importance": {"magnitude": 0, "wanda": 1},
     "update": {"auto": 0, "none": 0, "sparsegpt": 1, "refit": 2},  # none is the importances' own
+    "refine": {"none": 0, "swaps": 1},
     "pattern": {"2:4": 0, "1:2": 1},
     "calibration_samples": {4: 0, 8: 1},
     "seed": {0: 0, 1: 1},
@@ -102,13 +104,14 @@ def _masks_mean(meaning):
     """An oracle of its own for what masks depend on; None where there are none."""
     if meaning["mode"] == "dense":
         return None
-    model, method, seed, update = (meaning[name] for name in ("model", "method", "seed", "update"))
+    model, method, seed = (meaning[name] for name in ("model", "method", "seed"))
+    steps = meaning["refine"], meaning["update"]
     ranked = None if method == "random" else meaning["importance"]
     grouped = meaning["pattern"] if method == "semi_structured" else None
-    if not ranked and not update:
+    if not ranked and not any(steps):
         return (model, method, seed) if method == "random" else (model, method, grouped)
     text = meaning["data_dir"] == 2  # calibration reads the training split
-    return model, method, grouped, ranked, update, text, meaning["calibration_samples"], meaning["dtype"], seed
+    return model, method, grouped, ranked, steps, text, meaning["calibration_samples"], meaning["dtype"], seed
 
 
 def _result_means(meaning):
@@ -140,6 +143,15 @@ def _of_masks(cell, bench):
 
 def test_keys_of_mask_sets(cells, bench):
     _one_to_one((_masks_mean(meaning), _of_masks(cell, bench)) for cell, meaning in cells)
+
+
+def test_a_key_of_masks_speaks_of_nothing_that_was_not_there_when_it_was_made(bench, monkeypatch):
+    monkeypatch.setattr("sparse_ft.cell.identity._digest", lambda value, length=16: value)
+    values, _ = mask_key(MaskConfig(model="tiny-llama"), bench)
+    assert set(values) == {"method", "importance", "scope", "pattern", "allocation", "calibration_samples",
+                           "calibration_seq_len", "seed", "format", "levels"}  # fmt: skip
+    more, _ = mask_key(MaskConfig(model="tiny-llama", refine="swaps", update="refit", data_dir="made"), bench)
+    assert more == values | {"refine": "swaps", "update": "refit"}
 
 
 def test_keys_of_cells(cells, bench):

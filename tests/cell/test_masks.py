@@ -15,12 +15,12 @@ TEXT = {"data_dir": "made", "calibration_samples": 4, "calibration_seq_len": 16}
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Magnitude's masks without an update, and with SparseGPT's."""
+    """Magnitude's masks as they are, with SparseGPT's update, and bettered by swaps."""
     folder, bench = tmp_path_factory.mktemp("masks"), Workbench()
     asked = MaskConfig(model="tiny-llama", **TEXT)
+    kinds = {"none": {}, "sparsegpt": {"update": "sparsegpt"}, "swaps": {"refine": "swaps"}}
     return {
-        update: mask_file(make_masks(replace(asked, update=update), bench, folder / update)[0].path)
-        for update in ("none", "sparsegpt")
+        name: mask_file(make_masks(replace(asked, **how), bench, folder / name)[0].path) for name, how in kinds.items()
     }
 
 
@@ -41,3 +41,12 @@ def test_an_update_that_a_file_did_not_have_is_refused_and_not_passed_over(files
     with pytest.raises(UserError, match=f"update is {asked}, and the masks .* were made with update {of_file}"):
         files[of_file].settle(cell)
     assert files[of_file].settle(replace(cell, update=of_file)) == files[of_file].settle(replace(cell, update="auto"))
+
+
+def test_a_refinement_that_a_file_did_not_have_is_refused_and_not_passed_over(files):
+    cell = CellConfig(model="tiny-llama", masks=str(files["none"].file.path), refine="swaps")
+    with pytest.raises(UserError, match=r"refine is swaps, and the masks .* were made with refine none"):
+        files["none"].settle(cell)
+    settled = files["swaps"].settle(cell)
+    assert settled.title == "50 % s2s unstructured magnitude+swaps · boolq · tiny-llama"
+    assert settled == files["swaps"].settle(replace(cell, refine="none"))

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from sparse_ft.pruning.patterns import group_mask, row_mask
-from sparse_ft.pruning.swaps import swap_together, swap_weights
+from sparse_ft.pruning.rules import Inputs
+from sparse_ft.pruning.swaps import refine, swap_together, swap_weights
 
 WAYS = [swap_weights, swap_together]
 
@@ -118,3 +119,36 @@ def test_rows_are_shared_out_where_memory_is_short(monkeypatch):
     parts = swap_together(weight, mask, gram)
     assert torch.equal(whole[0], parts[0])
     assert whole[1] == parts[1]
+
+
+def test_a_level_above_a_bettered_one_begins_with_what_that_pruned():
+    weight, gram, _ = problem(rows=10, columns=32, dtype=torch.float32)
+    scores, notes = weight.abs(), []
+    inputs = Inputs(gram, 96, 32, gram.device, notes.append)
+    low, high = (row_mask(scores, k) for k in (8, 10))
+    below = refine(weight, low, inputs)
+    assert not torch.equal(below, low) and bool((high & ~below).any())
+    above = refine(weight, high, inputs, pruned=~below)
+    assert not (above & ~below).any() and (above.sum(1) == 22).all()
+    # Of what the mask prunes, the rest of the row is filled up with the smallest |w| ||x||, and then bettered.
+    filled = high & below
+    for row in range(10):
+        order = (weight[row].abs() * gram.diagonal().sqrt()).argsort()
+        free = [c for c in order.tolist() if below[row, c] and not high[row, c]]
+        missing = 10 - int((~below[row]).sum())
+        filled[row] = below[row].clone()
+        filled[row, free[:missing]] = False
+    expected, _ = swap_weights(weight, filled, gram, None, ~below)
+    assert torch.equal(above, expected) and notes == []
+
+
+def test_without_a_token_a_mask_stays_and_levels_are_nested_still():
+    weight, _, _ = problem(rows=6, columns=16, dtype=torch.float32)
+    notes = []
+    inputs = Inputs(None, 0, 16, weight.device, notes.append)
+    kept = row_mask(weight.abs(), 8)
+    assert torch.equal(refine(weight, kept, inputs), kept)
+    pruned = ~row_mask(-weight.abs(), 3)  # the largest ones went below
+    nested = refine(weight, kept, inputs, pruned=pruned)
+    assert not (nested & pruned).any() and (nested.sum(1) == 8).all()
+    assert set(notes) == {"no calibration token came here; its mask is not refined"}

@@ -56,9 +56,18 @@ def test_an_update_is_spoken_of_where_it_is_not_the_importances_own(values, own,
     assert replace(plain, mode="dense").canonical() == replace(apart, mode="dense").canonical()
 
 
-def test_an_update_reads_text_whatever_the_masks_do():
-    kind = mask_set_of(CellConfig(update="sparsegpt", calibration_samples=8, seed=3, task="gsm8k"))
+@pytest.mark.parametrize("how", [{"update": "sparsegpt"}, {"refine": "swaps"}])
+def test_what_follows_a_mask_reads_text_whatever_the_masks_do(how):
+    kind = mask_set_of(CellConfig(calibration_samples=8, seed=3, task="gsm8k", **how))
     assert (kind.task, kind.calibration_samples, kind.seed) == ("gsm8k", 8, 3)
+
+
+def test_a_refinement_is_spoken_of_where_there_is_one():
+    plain, better = CellConfig(importance="wanda"), CellConfig(importance="wanda", refine="swaps")
+    assert "refine" not in plain.canonical() and better.canonical()["refine"] == "swaps"
+    assert mask_set_of(plain) != mask_set_of(better) and plain.key() != better.key()
+    assert Parser(CellConfig).values(better.canonical(), "its config.yaml").key() == better.key()
+    assert replace(plain, mode="dense").canonical() == replace(better, mode="dense").canonical()
 
 
 def test_the_same_fields_tell_cells_apart_where_they_matter():
@@ -83,6 +92,10 @@ def test_the_same_fields_tell_cells_apart_where_they_matter():
         (
             CellConfig(importance="wanda", update="sparsegpt"),
             "50 % s2s unstructured wanda+sparsegpt · boolq · smollm2-135m",
+        ),
+        (
+            CellConfig(importance="wanda", refine="swaps", update="refit"),
+            "50 % s2s unstructured wanda+swaps+refit · boolq · smollm2-135m",
         ),
         (CellConfig(method="random", update="sparsegpt"), "50 % s2s random+sparsegpt · boolq · smollm2-135m"),
     ],

@@ -27,6 +27,12 @@ from sparse_ft.settings.rules import RULES
         ({"importance": "sparsegpt", "scope": "row"}, "Take scope layer"),
         ({"importance": "alps", "method": "structured"}, "ALPS prunes unstructured or semi_structured"),
         ({"importance": "alps", "scope": "global"}, "ALPS chooses within scope layer"),
+        ({"refine": "luck"}, "refine 'luck' is none of none, swaps"),
+        ({"refine": "swaps", "method": "structured"}, "refine swaps, method structured: whole channels and heads"),
+        ({"refine": "swaps", "method": "random"}, "refine swaps, method random: random masks are the control"),
+        ({"refine": "swaps", "scope": "global"}, "refine swaps, scope global: one ranking over the model"),
+        ({"refine": "swaps", "importance": "alps"}, "ALPS chooses its mask for weights that are updated"),
+        ({"refine": "swaps", "importance": "sparsegpt", "update": "refit"}, "SparseGPT chooses its mask for weights"),
         ({"method": "structured", "scope": "row"}, "whole channels and heads"),
         ({"method": "semi_structured", "scope": "global"}, "N of every M neighbours"),
         ({"method": "semi_structured", "pattern": "4:4"}, "4:4 is none"),
@@ -63,6 +69,9 @@ def test_all_that_is_wrong_is_said_at_once():
         {"method": "semi_structured", "pattern": "2:3", "sparsities": (1 - 2 / 3,)},
         {"method": "structured", "scope": "global", "importance": "taylor"},
         {"importance": lambda w, s: w, "statistics": "gradients"},
+        {"importance": "sparsegpt", "update": "none", "refine": "swaps"},
+        {"importance": "wanda", "update": "refit", "refine": "swaps"},
+        {"method": "semi_structured", "refine": "swaps"},
     ],
 )
 def test_what_makes_sense_passes(how):
@@ -73,6 +82,7 @@ def test_what_needs_text():
     assert not PruningSettings().needs_calibration
     assert not PruningSettings(method="random").needs_calibration
     assert PruningSettings(allocation="owl").needs_calibration
+    assert PruningSettings(refine="swaps").needs_calibration
     needs = {name: PruningSettings(importance=name).rule.needs for name in RULES}
     assert needs == {
         "magnitude": "none", "gradient": "gradients", "taylor": "gradients", "wanda": "activations",
