@@ -19,8 +19,8 @@ __all__ = [
     "middle_score",
     "outlier_share",
     "owl_deviations",
-    "owl_sparsities",
     "row_counts",
+    "sparsities_at",
     "tensor_counts",
 ]
 
@@ -83,7 +83,7 @@ def dlp_deviations(medians: Sequence[float], spread: float) -> np.ndarray:
     return owl_deviations(1 - values / max(values.sum(), np.finfo(np.float64).tiny), spread)
 
 
-def owl_sparsities(level: float, deviations: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
+def sparsities_at(level: float, deviations: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
     """Sparsity of each block: level - deviation, shifted so that the whole is at the level exactly.
 
     Where level - deviation leaves 0..1 it is clipped and the others make up for it. Each block's value grows

@@ -17,7 +17,7 @@ import torch
 
 from sparse_ft.masks.mask_set import pack_bits, unpack_bits
 from sparse_ft.progress import SILENT, Progress
-from sparse_ft.pruning.allocation import outlier_share, tensor_counts
+from sparse_ft.pruning.allocation import tensor_counts
 from sparse_ft.pruning.blocks import BlockModel, HiddenStates, InputWatch
 from sparse_ft.pruning.blockstate import BlockState
 from sparse_ft.pruning.importance import Importance, Statistics, score, wanda, with_floor
@@ -29,7 +29,7 @@ from sparse_ft.pruning.structure import choose_units, families, family_scores, w
 from sparse_ft.settings.pruning import PruningSettings
 from sparse_ft.settings.rules import HESSIANS
 
-__all__ = ["BlockPruner", "dense_scores", "outlier_shares", "run_blocks"]
+__all__ = ["BlockPruner", "block_figures", "dense_scores", "run_blocks"]
 
 Results = dict[str, torch.Tensor]
 Visit = Callable[[int, int, InputWatch, Results], Results]
@@ -84,20 +84,28 @@ def run_blocks(
     progress.stop()
 
 
-def outlier_shares(
-    model: BlockModel, token_ids: torch.Tensor, times: float, state: BlockState, progress: Progress = SILENT
+def block_figures(
+    model: BlockModel,
+    token_ids: torch.Tensor,
+    figure: Callable[[Sequence[torch.Tensor]], float],
+    state: BlockState,
+    progress: Progress = SILENT,
 ) -> list[float]:
-    """OWL's outlier share of every block of the dense model (see `allocation.outlier_share`)."""
+    """What ``figure`` says of the scores |w| ||x|| of every block of the dense model.
+
+    Args:
+        figure: such as `allocation.outlier_share`.
+    """
 
     def visit(block: int, stream: int, watch: InputWatch, before: Results) -> Results:
         scores = []
         for name in model.names(block):
             weight = model.checkpoint.tensor(name).to(model.device)
             scores.append(wanda(weight, _statistics(watch, name, weight)))
-        return {"share": torch.tensor([outlier_share(scores, times)], dtype=torch.float64)}
+        return {"figure": torch.tensor([figure(scores)], dtype=torch.float64)}
 
-    run_blocks(model, token_ids, 1, visit, state, progress=progress, stage="count outliers")
-    return [float(state.tensor(block, 0, "share")) for block in range(model.count)]
+    run_blocks(model, token_ids, 1, visit, state, progress=progress, stage="look at blocks")
+    return [float(state.tensor(block, 0, "figure")) for block in range(model.count)]
 
 
 def dense_scores(

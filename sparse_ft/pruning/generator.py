@@ -30,7 +30,7 @@ from sparse_ft.pruning.streaming import MaskSink, Pool, write_global, write_grou
 from sparse_ft.pruning.structure import choose_units, families, family_scores, write_units
 from sparse_ft.settings.field import part_of
 from sparse_ft.settings.pruning import PruningSettings
-from sparse_ft.settings.rules import ACTIVATIONS, GRADIENTS, HESSIANS, MAGNITUDE, NOTHING, RANDOM
+from sparse_ft.settings.rules import ACTIVATIONS, GRADIENTS, HESSIANS, MAGNITUDE, NOTHING, RANDOM, UNIFORM
 
 # What looks at text computes with torch, and is imported where it is needed: magnitudes and random masks need none.
 if TYPE_CHECKING:
@@ -244,31 +244,34 @@ class MaskGenerator:
     def _counts(self, folder: Path) -> Counts:
         """How many weights of each tensor (scope row: of each of its rows) every level prunes."""
         levels, rows = self.settings.levels, self.settings.scope == "row"
-        if self.settings.allocation == "uniform":
+        if self.settings.allocating is UNIFORM:
             return {
                 name: [exact_count(level, shape[-1] if rows else math.prod(shape)) for level in levels]
                 for name, shape in self.shapes.items()
             }
         from sparse_ft.pruning.allocation import row_counts, tensor_counts
 
-        shares = self._owl_shares(folder)
+        shares = self._shares(folder)
         counts = tensor_counts(levels, {name: math.prod(shape) for name, shape in self.shapes.items()}, shares)
         if rows:  # each row rounded by itself would miss the whole
             return {n: [row_counts(k, math.prod(self.shapes[n][:-1])) for k in ks] for n, ks in counts.items()}
         return counts
 
-    def _owl_shares(self, folder: Path) -> dict[str, list[float]]:
-        """OWL's sparsity of each tensor at each level: that of its block."""
-        from sparse_ft.pruning.allocation import owl_deviations, owl_sparsities
-        from sparse_ft.pruning.blockwise import outlier_shares
+    def _shares(self, folder: Path) -> dict[str, list[float]]:
+        """The sparsity of each tensor at each level: that of its block."""
+        from sparse_ft.pruning.allocation import sparsities_at
+        from sparse_ft.pruning.blockwise import block_figures
 
-        settings = self.settings
-        model, state = self._block_model(), self._state(folder, "owl")
-        outliers = outlier_shares(model, self._tokens, settings.owl_outlier, state, self.progress)
+        settings, allocating = self.settings, self.settings.allocating
+        model, state = self._block_model(), self._state(folder, allocating.name)
+        options = [getattr(settings, name) for name in allocating.options]
+        figures = block_figures(
+            model, self._tokens, lambda s: load(allocating.figure)(s, *options), state, self.progress
+        )
         self._finish_state(state)
-        deviations = owl_deviations(outliers, settings.owl_range)
+        deviations = load(allocating.deviations)(figures, getattr(settings, allocating.spread))
         sizes = [sum(math.prod(self.shapes[name]) for name in model.names(b)) for b in range(model.count)]
-        by_level = [owl_sparsities(level, deviations, sizes) for level in settings.levels]
+        by_level = [sparsities_at(level, deviations, sizes) for level in settings.levels]
         return {name: [float(values[self._block(name)]) for values in by_level] for name in self.shapes}
 
     def _block(self, name: str) -> int:
@@ -342,7 +345,7 @@ class MaskGenerator:
             about["calibration"] = {"samples": samples, "length": length, **self.calibration.description}
         if settings.method == "semi_structured":
             about["pattern"] = f"{settings.n}:{settings.m}"
-        if settings.allocation != "uniform":
+        if settings.allocating is not UNIFORM:
             about["allocation"] = settings.allocation
         about |= settings.steps
         if checkpoint is not None:  # the masks belong to the updated weights

@@ -13,6 +13,7 @@ from sparse_ft.settings import shared
 from sparse_ft.settings.field import Settings, setting
 from sparse_ft.settings.rules import (
     ACTIVATIONS,
+    ALLOCATIONS,
     AUTO,
     GRADIENTS,
     HESSIANS,
@@ -22,16 +23,16 @@ from sparse_ft.settings.rules import (
     REFINEMENTS,
     RULES,
     SCOPES,
+    UNIFORM,
     UPDATES,
+    Allocation,
     Refinement,
     Rule,
     Update,
+    allocations_help,
 )
 
-__all__ = ["ALLOCATIONS", "PruningSettings", "RecipeSettings"]
-
-ALLOCATIONS = ("uniform", "owl")
-
+__all__ = ["PruningSettings", "RecipeSettings"]
 
 _rule = partial(setting, masks=True, needed=True, time=False)
 
@@ -65,9 +66,7 @@ class RecipeSettings(Settings):
         choices=SCOPES,
     )
     pattern: str = _rule("2:4", "kept:group for semi_structured masks, such as 2:4.")
-    allocation: str = _rule(
-        "uniform", "uniform, or owl: layers with more outliers keep more (layer scope).", choices=ALLOCATIONS
-    )
+    allocation: str = _rule(UNIFORM.name, allocations_help(), choices=ALLOCATIONS)
     calibration_samples: int = _rule(64, "number of calibration sequences, for importances that need any.")
     calibration_seq_len: int = _rule(256, "tokens of each calibration sequence.")
     force: bool = _rule(False, "allow pruning that is known to collapse (global wanda).", masks=False, named=True)
@@ -97,6 +96,11 @@ class RecipeSettings(Settings):
             return RANDOM
         # What a mask file says of itself may be an importance of one's own, whose scores looked at who knows what.
         return RULES.get(self.importance) or Rule(self.importance, self.importance, ACTIVATIONS, "")
+
+    @property
+    def allocating(self) -> Allocation:
+        """How a level is shared out."""
+        return ALLOCATIONS.get(self.allocation, UNIFORM)
 
     @property
     def refining(self) -> Refinement:
@@ -129,7 +133,7 @@ class RecipeSettings(Settings):
         """Whether the masks, or the weights that stay, depend on text."""
         if {self.refining.needs, self.updating.needs} != {NOTHING}:
             return True
-        return self.method != "random" and (self.rule.needs != NOTHING or self.allocation == "owl")
+        return self.method != "random" and {self.rule.needs, self.allocating.needs} != {NOTHING}
 
     @property
     def label(self) -> str:
@@ -163,6 +167,7 @@ class PruningSettings(RecipeSettings):
     )
     owl_outlier: float = setting(5.0, "OWL's M: an outlier is M times the mean.", flag=False)
     owl_range: float = setting(0.08, "OWL's lambda: the largest deviation.", flag=False)
+    dlp_range: float = setting(0.15, "DLP's alpha: the largest deviation.", flag=False)
 
     @property
     def rule(self) -> Rule:
@@ -196,15 +201,18 @@ class PruningSettings(RecipeSettings):
             yield f"sparsities name one level twice: {', '.join(map(str, levels))}."
         if self.needs_calibration and (self.calibration_samples < 1 or self.calibration_seq_len < 2):
             yield "calibration_samples must be at least 1 and calibration_seq_len at least 2."
-        if self.owl_outlier <= 0 or not 0 <= self.owl_range <= 0.5:
-            yield "owl_outlier must be above 0 and owl_range between 0 and 0.5."
+        if self.owl_outlier <= 0:
+            yield f"owl_outlier is {self.owl_outlier}; it must be above 0."
+        for name in (row.spread for row in ALLOCATIONS.values() if row.spread):
+            if not 0 <= getattr(self, name) <= 0.5:
+                yield f"{name} is {getattr(self, name)}; it must lie between 0 and 0.5."
         try:
             _ = self.n
         except UserError as error:
             yield str(error)
 
     def _refusals(self) -> list[tuple[bool, str]]:
-        n, m, rule, refining = self.n, self.m, self.rule, self.refining
+        n, m, rule, refining, allocating = self.n, self.m, self.rule, self.refining, self.allocating
         grouped = self.method == "semi_structured"
         return [
             *(
@@ -252,7 +260,8 @@ class PruningSettings(RecipeSettings):
                 f" {', '.join(f'{level:g}' for level in self.sparsities)}.",
             ),
             (
-                self.allocation == "owl" and (self.method != "unstructured" or self.scope == "global"),
-                "OWL gives every block its own sparsity: it needs method unstructured and scope layer or row.",
+                self.method not in allocating.methods or self.scope not in allocating.scopes,
+                f"{allocating.title} gives every block its own sparsity: it needs method"
+                f" {' or '.join(allocating.methods)} and scope {' or '.join(allocating.scopes)}.",
             ),
         ]

@@ -1,4 +1,5 @@
-"""The rules by which weights go, what betters a mask, and the updates of what stays: one row each. No torch here.
+"""The rules by which weights go, how levels are shared out, what betters a mask, and the updates of what stays: one row
+each. No torch here.
 
 A row names its function, ``module:function`` of `sparse_ft.pruning`, which is loaded when it is used.
 """
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field
 
 __all__ = [
     "ACTIVATIONS",
+    "ALLOCATIONS",
     "AUTO",
     "GRADIENTS",
     "HESSIANS",
@@ -21,10 +23,13 @@ __all__ = [
     "RULES",
     "SCOPES",
     "STEPS",
+    "UNIFORM",
     "UPDATES",
+    "Allocation",
     "Refinement",
     "Rule",
     "Update",
+    "allocations_help",
     "rule_label",
 ]
 
@@ -60,6 +65,35 @@ class Rule:
     scopes: tuple[str, ...] = SCOPES
     collapses: Mapping[str, str] = field(default_factory=dict)
     update: str = "none"
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """How a level is shared out between blocks.
+
+    Attributes:
+        which: the blocks that keep more, for --help.
+        figure: ``(a block's scores |w| ||x||, tensor by tensor, *options) -> float``; None: all are at the level.
+        deviations: ``(figures of all blocks, spread) -> how much denser than the level each is``.
+        options: the fields of PruningSettings that the figure is given.
+        spread: the field that says how far a block may be from the level.
+        methods, scopes: those that it goes with.
+    """
+
+    name: str
+    title: str
+    which: str = ""
+    figure: str | None = None
+    deviations: str = ""
+    options: tuple[str, ...] = ()
+    spread: str = ""
+    methods: tuple[str, ...] = ("unstructured",)
+    scopes: tuple[str, ...] = ("layer", "row")
+
+    @property
+    def needs(self) -> str:
+        """What it looks at beside the weights."""
+        return NOTHING if self.figure is None else ACTIVATIONS
 
 
 @dataclass(frozen=True)
@@ -144,6 +178,30 @@ RULES = {
         ),
     )
 }
+UNIFORM = Allocation("uniform", "Uniform", methods=METHODS, scopes=SCOPES)
+ALLOCATIONS = {
+    allocation.name: allocation
+    for allocation in (
+        UNIFORM,
+        Allocation(
+            "owl",
+            "OWL",
+            "those with more outliers",
+            "allocation:outlier_share",
+            "allocation:owl_deviations",
+            options=("owl_outlier",),
+            spread="owl_range",
+        ),
+        Allocation(
+            "dlp",
+            "DLP",
+            "those with a lower median score",
+            "allocation:middle_score",
+            "allocation:dlp_deviations",
+            spread="dlp_range",
+        ),
+    )
+}
 REFINEMENTS = {
     refinement.name: refinement
     for refinement in (
@@ -168,6 +226,12 @@ UPDATES = {
         Update("refit", "Refit", "refit:update"),
     )
 }
+
+
+def allocations_help() -> str:
+    """What there is to choose from, in one sentence."""
+    uneven = (f"{row.which} keep more ({row.name})" for row in ALLOCATIONS.values() if row.figure is not None)
+    return f"how a level is shared out between blocks: alike ({UNIFORM.name}), or {', or '.join(uneven)}."
 
 
 def rule_label(importance: str, said: Mapping[str, str | None]) -> str:

@@ -17,7 +17,7 @@ from sparse_ft.pruning import Calibration, MaskGenerator, PruningSettings
         ("tiny-llama", {"importance": "sparsegpt", "scope": "layer"}),
         ("tiny-mistral", {"importance": "sparsegpt", "method": "semi_structured"}),
         ("tiny-mixtral", {"importance": "wanda", "scope": "row", "update": "refit"}),
-        ("tiny-mistral", {"importance": "alps"}),
+        ("tiny-mistral", {"importance": "alps", "allocation": "dlp"}),
         ("tiny-llama", {"importance": "alps", "method": "semi_structured"}),
         ("tiny-llama", {"importance": "taylor", "method": "structured", "scope": "layer"}),
     ],

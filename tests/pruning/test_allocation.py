@@ -7,7 +7,7 @@ from sparse_ft.pruning.allocation import (
     middle_score,
     outlier_share,
     owl_deviations,
-    owl_sparsities,
+    sparsities_at,
     tensor_counts,
 )
 
@@ -31,7 +31,7 @@ def test_deviations_are_the_papers():
 @pytest.mark.parametrize("level", LEVELS)
 def test_blocks_average_to_the_level(level):
     deviations = owl_deviations([0.01, 0.05, 0.2, 0.02], 0.08)
-    values = owl_sparsities(level, deviations, SIZES)
+    values = sparsities_at(level, deviations, SIZES)
     assert np.all((values >= 0) & (values <= 1))
     assert np.average(values, weights=SIZES) == pytest.approx(level, abs=1e-9)
     if level == 0.5:  # nothing to clip: the paper's rule, up to the blocks' different sizes
@@ -42,7 +42,7 @@ def test_counts_are_exact_and_grow():
     deviations = owl_deviations([0.01, 0.05, 0.2, 0.02], 0.08)
     sizes = {f"t{i}": size for i, size in enumerate(SIZES)}
     shares = {
-        f"t{i}": [float(owl_sparsities(level, deviations, SIZES)[i]) for level in LEVELS] for i in range(len(SIZES))
+        f"t{i}": [float(sparsities_at(level, deviations, SIZES)[i]) for level in LEVELS] for i in range(len(SIZES))
     }
     counts = tensor_counts(LEVELS, sizes, shares)
     for index, level in enumerate(LEVELS):
@@ -66,7 +66,7 @@ def test_dlp_is_the_papers():
     importance = 1 - medians / medians.sum()  # their get_dlp_ratios, densities around 1 - sparsity
     scaled = (importance - importance.min()) * (1 / (importance.max() - importance.min()) * 0.15 * 2)
     densities = scaled - scaled.mean() + (1 - 0.7)
-    assert np.allclose(1 - owl_sparsities(0.7, dlp_deviations(medians.tolist(), 0.15), [1000] * 4), densities)
+    assert np.allclose(1 - sparsities_at(0.7, dlp_deviations(medians.tolist(), 0.15), [1000] * 4), densities)
     assert not dlp_deviations([0.1, 0.1], 0.15).any()
     assert not dlp_deviations([0.0, 0.0], 0.15).any()
 
@@ -74,7 +74,7 @@ def test_dlp_is_the_papers():
 def test_dlp_gives_exact_sums_that_grow():
     deviations = dlp_deviations([0.2, 0.05, 0.3, 0.1], 0.15)
     sizes = {f"t{i}": size for i, size in enumerate(SIZES)}
-    values = np.array([owl_sparsities(level, deviations, SIZES) for level in LEVELS])
+    values = np.array([sparsities_at(level, deviations, SIZES) for level in LEVELS])
     counts = tensor_counts(LEVELS, sizes, {name: values[:, i].tolist() for i, name in enumerate(sizes)})
     for index, level in enumerate(LEVELS):
         assert sum(numbers[index] for numbers in counts.values()) == round(level * sum(SIZES))

@@ -191,6 +191,9 @@ def test_the_pruned_checkpoint_is_what_the_masks_belong_to(tiny_model, text, tmp
         {"importance": "alps"},
         {"importance": "alps", "allocation": "owl"},
         {"importance": "wanda", "allocation": "owl", "scope": "layer"},
+        {"importance": "wanda", "allocation": "dlp", "scope": "row"},
+        {"importance": "magnitude", "allocation": "dlp", "update": "refit"},
+        {"importance": "alps", "allocation": "dlp"},
         {"importance": "wanda", "scope": "row", "refine": "swaps"},
         {"importance": "wanda", "allocation": "owl", "scope": "row", "refine": "swaps"},
         {"importance": "magnitude", "scope": "layer", "refine": "swaps"},
@@ -206,7 +209,7 @@ def test_levels_are_nested_and_exact(tiny_model, text, tmp_path, kind, how):
     previous = None
     for level, result in zip(levels, results, strict=True):
         masks = result.load()
-        if how.get("allocation") == "owl" or how.get("scope") == "global":
+        if "allocation" in how or how.get("scope") == "global":
             assert masks.n_pruned == round(level * masks.n_weights)
         elif how.get("method") == "structured":
             assert masks.sparsity == pytest.approx(level, abs=0.2)
@@ -219,6 +222,41 @@ def test_levels_are_nested_and_exact(tiny_model, text, tmp_path, kind, how):
             assert not any((masks[name] & ~previous[name]).any() for name in masks)
         previous = masks
     assert not list(tmp_path.glob(".*"))  # no state, and no masks before they were bettered
+
+
+def direct_owl(scores):
+    share = [float((block > 5 * block.mean()).double().mean()) for block in scores]
+    return torch.tensor(share, dtype=torch.float64), 0.08
+
+
+def direct_dlp(scores):
+    medians = torch.tensor([float(block.median()) for block in scores], dtype=torch.float64)
+    return 1 - medians / medians.sum(), 0.15
+
+
+@pytest.mark.parametrize("kind", ["tiny-llama", "tiny-mistral"])
+@pytest.mark.parametrize(("allocation", "direct"), [("owl", direct_owl), ("dlp", direct_dlp)])
+def test_blocks_are_as_dense_as_the_papers_formula_says(tiny_model, text, tmp_path, kind, allocation, direct):
+    folder, scores = tiny_model(kind), []
+
+    def watch(weight, x):
+        scores.append((weight.abs() * x.norm(dim=0)).flatten())
+        return weight, torch.ones_like(weight, dtype=torch.bool)
+
+    _, whole = in_memory(folder, text, watch)
+    blocks = sorted({name.split(".")[2] for name in whole}, key=int)
+    of = [torch.cat([s for s, n in zip(scores, whole, strict=True) if n.split(".")[2] == block]) for block in blocks]
+    figures, spread = direct(of)
+    scaled = (figures - figures.min()) / (figures.max() - figures.min()) * 2 * spread
+    expected = 0.6 - (scaled - scaled.mean())  # blocks are of one size, and nothing is clipped
+    _, (result,) = generate(folder, text, tmp_path, allocation=allocation, sparsities=(0.6,))
+    masks = result.load()
+    for block, sparsity in zip(blocks, expected.tolist(), strict=True):
+        names = [name for name in masks if name.split(".")[2] == block]
+        pruned = sum(int((~masks[name]).sum()) for name in names)
+        assert pruned == pytest.approx(sparsity * sum(masks.weights(name) for name in names), abs=len(names))
+    assert masks.n_pruned == round(0.6 * masks.n_weights) and result.metadata["allocation"] == allocation
+    assert len(set(expected.tolist())) == len(blocks) > 1
 
 
 class Killed(BaseException):

@@ -74,7 +74,7 @@ def test_the_same_fields_tell_cells_apart_where_they_matter():
     for values, changes in [
         ({"importance": "wanda"}, {"calibration_samples": 8, "scope": "row", "allocation": "owl"}),
         ({"method": "semi_structured"}, {"pattern": "1:2"}),
-        ({"allocation": "owl"}, {"calibration_seq_len": 8}),
+        ({"allocation": "owl"}, {"calibration_seq_len": 8, "allocation": "dlp"}),
     ]:
         cell = CellConfig(**values)
         for name, value in changes.items():

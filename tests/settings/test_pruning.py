@@ -20,7 +20,9 @@ from sparse_ft.settings.rules import RULES
         ({"sparsities": (0.5, 0.5)}, "one level twice"),
         ({"threads": 0}, "threads is 0"),
         ({"importance": "taylor", "calibration_samples": 0}, "calibration_samples"),
-        ({"owl_range": 0.7}, "owl_range"),
+        ({"owl_range": 0.7}, "owl_range is 0.7; it must lie between 0 and 0.5"),
+        ({"dlp_range": -0.1}, "dlp_range is -0.1"),
+        ({"owl_outlier": 0}, "owl_outlier is 0; it must be above 0"),
         ({"method": "random", "importance": "wanda"}, "looks at no weight"),
         ({"importance": "wanda", "scope": "global"}, "known to collapse"),
         ({"importance": "sparsegpt", "method": "structured"}, "SparseGPT prunes"),
@@ -40,6 +42,7 @@ from sparse_ft.settings.rules import RULES
         ({"method": "semi_structured", "sparsities": (0.7,)}, "2:4 has sparsity 0.5 and no other"),
         ({"allocation": "owl", "scope": "global"}, "OWL gives every block"),
         ({"allocation": "owl", "method": "structured"}, "OWL gives every block"),
+        ({"allocation": "dlp", "method": "semi_structured"}, "DLP gives every block .* it needs method unstructured"),
     ],
 )
 def test_what_makes_no_sense_is_refused_in_one_line(how, says):
@@ -82,6 +85,7 @@ def test_what_needs_text():
     assert not PruningSettings().needs_calibration
     assert not PruningSettings(method="random").needs_calibration
     assert PruningSettings(allocation="owl").needs_calibration
+    assert PruningSettings(allocation="dlp").needs_calibration
     assert PruningSettings(refine="swaps").needs_calibration
     needs = {name: PruningSettings(importance=name).rule.needs for name in RULES}
     assert needs == {

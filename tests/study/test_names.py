@@ -69,7 +69,7 @@ def _checksums(cells, field):
     ("axis", "cell"),
     [
         ({"task": ["boolq", "hellaswag"]}, CALIBRATED),
-        ({"allocation": ["uniform", "owl"]}, CALIBRATED | {"scope": "layer", "sparsity": 0.7}),
+        ({"allocation": ["owl", "dlp"]}, CALIBRATED | {"scope": "layer", "sparsity": 0.7}),
         ({"pattern": ["2:4", "1:2"]}, {"method": "semi_structured"}),
         ({"calibration_samples": [2, 8]}, CALIBRATED | {"sparsity": 0.6}),
     ],
