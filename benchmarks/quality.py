@@ -30,42 +30,53 @@ from sparse_ft.pruning import Calibration, MaskGenerator, PruningSettings
 
 SAMPLES, LENGTH = 64, 256
 
-# name, settings, and the (importance, sparsity, N:M) that the papers' code is asked for
+WANDA = {"importance": "wanda", "scope": "row"}
+SPARSEGPT, ALPS = {"importance": "sparsegpt"}, {"importance": "alps"}
+REFIT, SWAPS, BLOCK = {"update": "refit"}, {"refine": "swaps"}, {"reconstruct": "block"}
+LEVELS = {f"{level} %": {"sparsities": (level / 100,)} for level in (30, 50, 60, 70, 80)}
+LEVELS["2:4"] = {"method": "semi_structured", "sparsities": (0.5,), "scope": "layer"}
+MANY = ("50 %", "60 %", "70 %", "80 %", "2:4")
+NEWER = {
+    "wanda, row, + swaps": WANDA | SWAPS,
+    "wanda, row, + refit": WANDA | REFIT,
+    "wanda, row, + swaps + refit": WANDA | SWAPS | REFIT,
+    "sparsegpt + refit": SPARSEGPT | REFIT,
+    "sparsegpt + block": SPARSEGPT | BLOCK,
+    "alps": ALPS,
+    "alps + block": ALPS | BLOCK,
+}
+SHARED_OUT = {"wanda, row, + {}": WANDA, "alps + {}": ALPS, "alps + {} + block": ALPS | BLOCK}
+
+
+def row(name: str, what: str, how: dict, published: tuple | None = None) -> tuple[str, dict, tuple | None]:
+    """Name, settings, and the (importance, sparsity, N:M) that the papers' code is asked for."""
+    return f"{name}, {what}", how | LEVELS[what], published
+
+
 ROWS = [
-    (
-        "magnitude, layer, 50 %",
-        {"importance": "magnitude", "scope": "layer", "sparsities": (0.5,)},
-        ("magnitude", 0.5, None),
+    row("magnitude, layer", "50 %", {"importance": "magnitude"}, ("magnitude", 0.5, None)),
+    row("wanda, row", "50 %", WANDA, ("wanda", 0.5, None)),
+    row("wanda, row", "60 %", WANDA),
+    row("wanda, row", "70 %", WANDA, ("wanda", 0.7, None)),
+    row("wanda, row", "80 %", WANDA),
+    row("wanda", "2:4", WANDA, ("wanda", 0.5, (2, 4))),
+    row("sparsegpt", "50 %", SPARSEGPT, ("sparsegpt", 0.5, None)),
+    row("sparsegpt", "60 %", SPARSEGPT),
+    row("sparsegpt", "70 %", SPARSEGPT, ("sparsegpt", 0.7, None)),
+    row("sparsegpt", "80 %", SPARSEGPT),
+    row("sparsegpt", "2:4", SPARSEGPT, ("sparsegpt", 0.5, (2, 4))),
+    *(row(name, what, how) for what in MANY for name, how in NEWER.items()),
+    *(
+        row(name.format(allocation), what, how | {"allocation": allocation})
+        for what in ("50 %", "70 %", "80 %")
+        for name, how in SHARED_OUT.items()
+        for allocation in ("owl", "dlp")
     ),
-    ("wanda, row, 50 %", {"importance": "wanda", "scope": "row", "sparsities": (0.5,)}, ("wanda", 0.5, None)),
-    ("wanda, row, 70 %", {"importance": "wanda", "scope": "row", "sparsities": (0.7,)}, ("wanda", 0.7, None)),
-    (
-        "wanda, 2:4",
-        {"importance": "wanda", "method": "semi_structured", "sparsities": (0.5,)},
-        ("wanda", 0.5, (2, 4)),
-    ),
-    ("sparsegpt, 50 %", {"importance": "sparsegpt", "sparsities": (0.5,)}, ("sparsegpt", 0.5, None)),
-    ("sparsegpt, 70 %", {"importance": "sparsegpt", "sparsities": (0.7,)}, ("sparsegpt", 0.7, None)),
-    (
-        "sparsegpt, 2:4",
-        {"importance": "sparsegpt", "method": "semi_structured", "sparsities": (0.5,)},
-        ("sparsegpt", 0.5, (2, 4)),
-    ),
-    ("gradient, layer, 50 %", {"importance": "gradient", "sparsities": (0.5,)}, None),
-    ("taylor, layer, 50 %", {"importance": "taylor", "sparsities": (0.5,)}, None),
-    (
-        "wanda + owl, row, 50 %",
-        {"importance": "wanda", "scope": "row", "allocation": "owl", "sparsities": (0.5,)},
-        None,
-    ),
-    (
-        "wanda + owl, row, 70 %",
-        {"importance": "wanda", "scope": "row", "allocation": "owl", "sparsities": (0.7,)},
-        None,
-    ),
-    ("random, layer, 50 %", {"method": "random", "sparsities": (0.5,)}, None),
-    ("structured magnitude, 30 %", {"method": "structured", "sparsities": (0.3,)}, None),
-    ("structured taylor, 30 %", {"method": "structured", "importance": "taylor", "sparsities": (0.3,)}, None),
+    row("gradient, layer", "50 %", {"importance": "gradient"}),
+    row("taylor, layer", "50 %", {"importance": "taylor"}),
+    row("random, layer", "50 %", {"method": "random"}),
+    row("structured magnitude", "30 %", {"method": "structured"}),
+    row("structured taylor", "30 %", {"method": "structured", "importance": "taylor"}),
 ]
 
 
@@ -100,7 +111,7 @@ def main() -> None:
     parser.add_argument("--wanda", type=Path, help="a clone of github.com/locuslab/wanda")
     parser.add_argument("--sparsegpt", type=Path, help="a clone of github.com/IST-DASLab/sparsegpt")
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--only", default="", help="rows whose name contains this")
+    parser.add_argument("--only", default="", help="rows whose name contains this, or one of these with ; between")
     options = parser.parse_args()
     folder = locate(options.model)
     checkpoint, tokenizer = Checkpoint(folder), load_tokenizer(folder)
@@ -114,7 +125,7 @@ def main() -> None:
     dense = perplexity(model, test)
     print(f"| dense | 0 | {dense:.2f} | 1.00 | | | | |", flush=True)
     for name, how, published in ROWS:
-        if options.only not in name:
+        if not any(part in name for part in options.only.split(";")):
             continue
         begin = time.perf_counter()
         with tempfile.TemporaryDirectory() as scratch:

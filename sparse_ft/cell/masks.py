@@ -21,6 +21,7 @@ from sparse_ft.pruning.generator import MaskGenerator
 from sparse_ft.pruning.output import MaskFile
 from sparse_ft.settings.cell import CellConfig
 from sparse_ft.settings.commands import MaskConfig
+from sparse_ft.settings.pruning import TUNING
 from sparse_ft.settings.rules import STEPS
 
 __all__ = [
@@ -145,10 +146,13 @@ class GivenMasks:
         """The cell with the fields that the file settles: it is named by what made its masks.
 
         Raises:
-            UserError: it asks for another update or refinement. Both are done where masks are made, never afterwards.
+            UserError: it asks for another update, refinement or reconstruction: they are done where masks are made.
         """
         settled, blank = replace(cell, **self.described), MaskConfig()
-        asked, made = ({"refine": kind.refining.name, "update": kind.updating.name} for kind in (cell, settled))
+        asked, made = (
+            {"refine": kind.refining.name, "update": kind.updating.name, "reconstruct": kind.reconstruct}
+            for kind in (cell, settled)
+        )
         for step in STEPS:
             if getattr(cell, step) != getattr(blank, step) and asked[step] != made[step]:
                 raise UserError(
@@ -190,7 +194,7 @@ def mask_file(path: str | Path) -> GivenMasks:
 
 def _described(about: Mapping[str, Any]) -> dict[str, Any]:
     """The cell fields that the metadata of masks settle: what made them, whatever the cell says beside their name."""
-    blank, calibration = MaskConfig(), about.get("calibration") or {}
+    blank, calibration, tuning = MaskConfig(), about.get("calibration") or {}, about.get("reconstruction") or {}
     described = {key: about[key] for key in ("method", "importance", "scope") if key in about}
     if described.get("method") == "random":
         described.update(importance=None, scope=None)
@@ -200,6 +204,7 @@ def _described(about: Mapping[str, Any]) -> dict[str, Any]:
         "allocation": about.get("allocation", blank.allocation),
         "calibration_samples": calibration.get("samples", blank.calibration_samples),
         "calibration_seq_len": calibration.get("length", blank.calibration_seq_len),
+        **{name: tuning.get(name.removeprefix("reconstruct_"), getattr(blank, name)) for name in TUNING},
     }
 
 

@@ -109,7 +109,8 @@ def log_mask_files(tracker: Tracker, run_id: str, files: Sequence[MaskFile]) -> 
 def mask_tags(files: Sequence[MaskFile]) -> dict[str, str]:
     """What a run says of its masks, level by level, so that nobody needs to read the files for it.
 
-    ``mask_checksum_70`` and ``block_sparsity_70`` (a JSON list, block by block). What the pruning had to say (more
+    ``mask_checksum_70`` and ``block_sparsity_70`` (a JSON list, block by block); after a reconstruction
+    ``reconstruction_error_70``, each block's error before and after. What the pruning had to say (more
     damping in a Cholesky factorisation, experts without text) is the tag ``warning``.
     """
     tags = {}
@@ -117,6 +118,9 @@ def mask_tags(files: Sequence[MaskFile]) -> dict[str, str]:
         tags[level_tag(Tag.MASK_CHECKSUM, file.sparsity)] = file.checksum
         blocks = block_sparsities(json.loads(file.statistics.read_text(encoding="utf-8")))
         tags[level_tag(Tag.BLOCK_SPARSITY, file.sparsity)] = json.dumps([round(block, 5) for block in blocks])
+        if tuned := file.metadata.get("reconstruction"):
+            errors = [[float(f"{block[when]:.4g}") for when in ("before", "after")] for block in tuned["blocks"]]
+            tags[level_tag(Tag.RECONSTRUCTION_ERROR, file.sparsity)] = json.dumps(errors)
     remarks = files[0].metadata.get("notes", [])
     if remarks:
         tags[Tag.WARNING] = "; ".join(remarks)[:_TAG_ROOM]

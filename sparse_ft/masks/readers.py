@@ -25,6 +25,7 @@ HEADER_KEY = "sparse_ft_masks"
 _LARGEST_HEADER = 64 << 20  # bytes; that of an eight-expert model of 70 B weights has 1.5 MB
 _NUMBERS = ("sparsity", "achieved")
 _COUNTS = ("samples", "length")  # of the calibration text
+_TUNING = ("epochs", "batch", "learning_rate")  # of block reconstruction
 _TEXTS = ("method", "importance", *STEPS, "scope", "model", "fingerprint", "source_fingerprint", "pattern",
           "allocation")  # fmt: skip
 # What the pickle of a mask file names. Anything else, harmless or not, is another file's.
@@ -145,6 +146,10 @@ def _check_metadata(about: Mapping[str, Any]) -> None:
     calibration = about.get("calibration") or {}
     if not isinstance(calibration, dict) or any(type(calibration.get(key, 0)) is not int for key in _COUNTS):
         raise ValueError(f"its calibration is {str(calibration)[:60]}, not a table with numbers of samples and tokens")
+    tuning = about.get("reconstruction") or {}
+    numbers = [tuning.get(key, 0) for key in _TUNING] if isinstance(tuning, dict) else [None]
+    if any(isinstance(value, bool) or not isinstance(value, (int, float)) for value in numbers):
+        raise ValueError(f"its reconstruction is {str(tuning)[:60]}, not a table with numbers of epochs and samples")
     notes = about.get("notes") or []
     if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
         raise ValueError("its notes are no list of texts")

@@ -28,19 +28,23 @@ _BATCH_TOKENS = 2048  # tokens that go through a block at once
 
 
 class HiddenStates:
-    """Hidden states ``[samples, seq_len, hidden]`` in a file; a part of them is in memory at a time."""
+    """Hidden states ``[samples, seq_len, hidden]`` in a file; a part of them is in memory at a time.
+
+    Attributes:
+        values: all of them, mapped.
+    """
 
     def __init__(self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype):
         self.path, self.shape = path, shape
         size = shape[0] * shape[1] * shape[2]
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._values = torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)
+        self.values = torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)
 
     def read(self, samples: slice, device: torch.device) -> torch.Tensor:
-        return self._values[samples].to(device, copy=True)
+        return self.values[samples].to(device, copy=True)
 
     def write(self, samples: slice, values: torch.Tensor) -> None:
-        self._values[samples] = values.to("cpu")
+        self.values[samples] = values.to("cpu")
 
 
 def sample_batches(samples: int, seq_len: int) -> list[slice]:
@@ -69,6 +73,7 @@ class BlockModel:
             self.model = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation="sdpa", experts_implementation="eager"
             ).eval()
+        self.model.requires_grad_(False)
         self.family = architecture_of(checkpoint.config)
         self.slots = slots(checkpoint.config, checkpoint.prunable)
         self._calls: dict[int, tuple[tuple, dict[str, Any]]] = {}
@@ -100,6 +105,12 @@ class BlockModel:
         """Records the other arguments of a block's call, when `embed` is not needed (resumed runs)."""
         for samples in sample_batches(*token_ids.shape):
             self._capture(token_ids[samples].to(self.device))
+
+    def call(self, samples: int, seq_len: int) -> tuple[tuple, dict[str, Any]]:
+        """The other arguments of a block's call with the hidden states of so many samples."""
+        if samples not in self._calls:  # they hang on the shape alone: there is no padding
+            self._capture(torch.zeros(samples, seq_len, dtype=torch.int64, device=self.device))
+        return self._calls[samples]
 
     def load(self, block: int) -> torch.nn.Module:
         """Makes a block whole: its weights from the checkpoint, on the device."""
@@ -137,7 +148,7 @@ class BlockModel:
         """Sends hidden states through a loaded block; writes what comes out to ``target``."""
         for samples in sample_batches(*states.shape[:2]):
             hidden = states.read(samples, self.device)
-            arguments, keywords = self._calls[len(hidden)]
+            arguments, keywords = self.call(*hidden.shape[:2])
             if watch is None:
                 result = module(hidden, *arguments, **keywords)
             else:

@@ -15,7 +15,9 @@ from safetensors.torch import save_file
 
 from sparse_ft.files import atomic_path, write_json
 
-__all__ = ["BlockState"]
+__all__ = ["UNPRUNED", "BlockState"]
+
+UNPRUNED = "unpruned"  # the stream of the dense model
 
 
 class BlockState:
@@ -39,7 +41,7 @@ class BlockState:
             reached = json.loads(self._file.read_text(encoding="utf-8"))
             self.done, self.notes = reached["blocks_done"], reached["notes"]
 
-    def hidden(self, block: int, stream: int) -> Path:
+    def hidden(self, block: int, stream: int | str) -> Path:
         """File of the hidden states that enter ``block``."""
         return self.folder / f"hidden_{block}_{stream}.bin"
 

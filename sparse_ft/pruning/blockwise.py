@@ -7,7 +7,6 @@ hidden states of its own; a weight pruned at a level is pruned at every higher o
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,10 +17,13 @@ import torch
 from sparse_ft.masks.mask_set import pack_bits, unpack_bits
 from sparse_ft.progress import SILENT, Progress
 from sparse_ft.pruning.allocation import tensor_counts
-from sparse_ft.pruning.blocks import BlockModel, HiddenStates, InputWatch
+from sparse_ft.pruning.blocks import BlockModel, InputWatch
 from sparse_ft.pruning.blockstate import BlockState
+from sparse_ft.pruning.blocktuning import tune_block
 from sparse_ft.pruning.importance import Importance, Statistics, score, wanda, with_floor
+from sparse_ft.pruning.passes import Results, Visit, run_blocks
 from sparse_ft.pruning.patterns import group_mask, layer_mask, row_mask
+from sparse_ft.pruning.reconstruct import samples_taken
 from sparse_ft.pruning.rules import Inputs, load
 from sparse_ft.pruning.sources import ScoreSource
 from sparse_ft.pruning.streaming import MemorySink
@@ -29,59 +31,9 @@ from sparse_ft.pruning.structure import choose_units, families, family_scores, w
 from sparse_ft.settings.pruning import PruningSettings
 from sparse_ft.settings.rules import HESSIANS
 
-__all__ = ["BlockPruner", "block_figures", "dense_scores", "run_blocks"]
+__all__ = ["BlockPruner", "block_figures", "dense_scores"]
 
-Results = dict[str, torch.Tensor]
-Visit = Callable[[int, int, InputWatch, Results], Results]
-
-
-def run_blocks(
-    model: BlockModel,
-    token_ids: torch.Tensor,
-    streams: int,
-    visit: Visit,
-    state: BlockState,
-    hessians: bool = False,
-    progress: Progress = SILENT,
-    stage: str = "prune blocks",
-) -> None:
-    """Takes every block once: watches its inputs, lets ``visit`` judge and change it, sends the text through.
-
-    Args:
-        token_ids: int64 ``[samples, seq_len]``.
-        streams: independent copies of the text, one per level.
-        visit: ``(block, stream, watch, results of the stream before) -> results``; may write the block's
-            weights. Results are kept in ``state``.
-        state: where the run begins, and where it is kept after every block.
-        hessians: watch x x^T too.
-    """
-    samples = len(token_ids)
-    progress.start(stage, model.count * streams * 2 * samples, "samples")
-    progress.advance(state.done * streams * 2 * samples)
-    shape = (*token_ids.shape, model.model.config.hidden_size)
-    if state.done == 0:
-        model.embed(token_ids, state.hidden(0, 0))
-        for stream in range(1, streams):
-            shutil.copyfile(state.hidden(0, 0), state.hidden(0, stream))
-    elif state.done < model.count:
-        model.prepare(token_ids)
-    for block in range(state.done, model.count):
-        results: Results = {}
-        note = f"block {block + 1} of {model.count}"
-        for stream in range(streams):
-            module = model.load(block)
-            watch = InputWatch(model, model.names(block), hessians)
-            states = HiddenStates(state.hidden(block, stream), shape, model.dtype)
-            model.run(module, states, watch=watch, advance=lambda n, note=note: progress.advance(n, note))
-            results = visit(block, stream, watch, results)
-            state.save(block, stream, results)
-            if block + 1 < model.count:
-                target = HiddenStates(state.hidden(block + 1, stream), shape, model.dtype)
-                model.run(module, states, target)
-            progress.advance(samples, note)
-        model.unload(block)
-        state.finish(block)
-    progress.stop()
+_ERRORS = "reconstruction|errors"
 
 
 def block_figures(
@@ -97,14 +49,14 @@ def block_figures(
         figure: such as `allocation.outlier_share`.
     """
 
-    def visit(block: int, stream: int, watch: InputWatch, before: Results) -> Results:
+    def look(visit: Visit) -> Results:
         scores = []
-        for name in model.names(block):
+        for name in model.names(visit.block):
             weight = model.checkpoint.tensor(name).to(model.device)
-            scores.append(wanda(weight, _statistics(watch, name, weight)))
+            scores.append(wanda(weight, _statistics(visit.watch, name, weight)))
         return {"figure": torch.tensor([figure(scores)], dtype=torch.float64)}
 
-    run_blocks(model, token_ids, 1, visit, state, progress=progress, stage="look at blocks")
+    run_blocks(model, token_ids, 1, look, state, progress=progress, stage="look at blocks")
     return [float(state.tensor(block, 0, "figure")) for block in range(model.count)]
 
 
@@ -117,10 +69,10 @@ def dense_scores(
 ) -> ScoreSource:
     """Scores of all tensors on the dense model's activations, kept on disk: for one ranking over the model."""
 
-    def visit(block: int, stream: int, watch: InputWatch, before: Results) -> Results:
-        return {name: _scores(model, watch, name, importance, state) for name in model.names(block)}
+    def look(visit: Visit) -> Results:
+        return {name: _scores(model, visit.watch, name, importance, state) for name in model.names(visit.block)}
 
-    run_blocks(model, token_ids, 1, visit, state, progress=progress, stage="score blocks")
+    run_blocks(model, token_ids, 1, look, state, progress=progress, stage="score blocks")
     home = {name: block for block in range(model.count) for name in model.names(block)}
     shapes = {name: model.checkpoint.shape(name) for name in home}
     return ScoreSource(shapes, lambda name: state.tensor(home[name], 0, name).numpy())
@@ -145,12 +97,15 @@ class BlockPruner:
         """Goes through all blocks that are not done yet."""
         settings = self.settings
         hessians = HESSIANS in (settings.rule.needs, settings.refining.needs, settings.updating.needs)
-        run_blocks(self.model, token_ids, len(settings.levels), self, self.state, hessians, progress)
+        dense = settings.reconstructs
+        more = samples_taken(len(token_ids), settings.reconstruct_epochs) if dense else 0
+        run_blocks(self.model, token_ids, len(settings.levels), self, self.state, hessians, dense, more, progress)
 
-    def __call__(self, block: int, level: int, watch: InputWatch, before: Results) -> Results:
-        names, rule, update = self.model.names(block), self.settings.rule, self.settings.updating
+    def __call__(self, visit: Visit) -> Results:
+        names, level, settings = self.model.names(visit.block), visit.stream, self.settings
+        rule, update, before = settings.rule, settings.updating, visit.before
         pruned = {name: ~unpack_bits(before[name], self._shape(name)[-1]) for name in names if name in before}
-        inputs = self._inputs(names, watch)
+        inputs = self._inputs(names, visit.watch)
         own: Results = {}  # weights that come with the masks
         if self.given is not None:
             masks = {n: unpack_bits(torch.from_numpy(self.given(level, n)), self._shape(n)[-1]) for n in names}
@@ -158,16 +113,20 @@ class BlockPruner:
             masks, own = self._by_matrix(names, level, inputs, pruned)
         else:
             function = load(rule.function)
-            scores = {name: _scores(self.model, watch, name, function, self.state) for name in names}
+            scores = {name: _scores(self.model, visit.watch, name, function, self.state) for name in names}
             masks = self._choose(scores, level, pruned)
-        if self.settings.refines:
+        if settings.refines:
             masks, own = self._refined(masks, inputs, pruned), {}
         results = {name: pack_bits(mask) for name, mask in masks.items()}
-        for name, mask in masks.items():
-            if not update.changes_weights:
+        if not settings.changes_weights:
+            for name, mask in masks.items():
                 self.model.weight(name).masked_fill_(~mask.to(self.model.device), 0)
-                continue
-            new = own[name] if own and update.name == rule.update else self._updated(name, mask, inputs)
+            return results
+        if not own or update.name != rule.update:
+            own = {name: self._updated(name, mask, inputs) for name, mask in masks.items()}
+        if settings.reconstructs:
+            own, results[_ERRORS] = self._tuned(visit, own, masks)
+        for name, new in own.items():
             self.model.weight(name).copy_(new)
             results[f"{name}|weight"] = new
         return results
@@ -179,6 +138,11 @@ class BlockPruner:
     def weight(self, level: int, block: int, name: str) -> torch.Tensor:
         """The updated weight of a finished block, in the checkpoint's dtype."""
         return self.state.tensor(block, level, f"{name}|weight")
+
+    def errors(self, level: int) -> list[dict[str, float]]:
+        """What reconstruction made of every block: its error ``before`` and ``after``, and after which ``epoch``."""
+        found = [self.state.tensor(block, level, _ERRORS).tolist() for block in range(self.model.count)]
+        return [{"before": before, "after": after, "epoch": int(epoch)} for before, after, epoch in found]
 
     def _choose(self, scores: Results, level: int, pruned: Results) -> Results:
         settings = self.settings
@@ -269,11 +233,21 @@ class BlockPruner:
 
     def _updated(self, name: str, mask: torch.Tensor, inputs: Mapping[tuple[str, int | None], Inputs]) -> torch.Tensor:
         """The weights of a tensor under its mask, in the checkpoint's dtype."""
-        (stack, old), update = self._stack(name), load(self.settings.updating.function)
+        (stack, old), updating = self._stack(name), self.settings.updating
         kept = mask.reshape(stack.shape).to(self.model.device)
+        if not updating.changes_weights:
+            return stack.masked_fill(~kept, 0).reshape(old.shape).to(old.dtype)
+        update = load(updating.function)
         experts = _experts(old.shape)
         new = [update(stack[index], kept[index], inputs[name, expert]) for index, expert in enumerate(experts)]
         return torch.stack(new).reshape(old.shape).to(old.dtype)
+
+    def _tuned(self, visit: Visit, weights: Results, masks: Results) -> tuple[Results, torch.Tensor]:
+        """The weights of a block after its reconstruction, and its errors as they are kept."""
+        settings = self.settings
+        how = settings.reconstruct_epochs, settings.reconstruct_batch, settings.reconstruct_learning_rate
+        tuned, done = tune_block(self.model, visit, weights, masks, *how, settings.seed)
+        return tuned, torch.tensor([done.before, done.after, done.epoch], dtype=torch.float64)
 
     def _stack(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """A tensor in float32 on the device, ``[experts or 1, R, C]``, and as the checkpoint has it."""

@@ -80,6 +80,7 @@ class MaskGenerator:
         self.threads = settings.threads or cores()
         self.notes: list[str] = []
         self._finished: list[BlockState] = []
+        self._errors: list[list[dict[str, float]]] = []  # of reconstruction, by level and block
         self._check_inputs()
 
     def generate(
@@ -95,7 +96,7 @@ class MaskGenerator:
         """
         folder = Path(output_dir)
         files = LevelFiles(folder, self.settings.label, self.settings.levels, self.shapes, file_format)
-        self.notes, self._finished = [], []
+        self.notes, self._finished, self._errors = [], [], []
         try:
             checkpoints = self._write(files, folder)
             results = files.finish(lambda level: self._metadata(level, checkpoints[level]), checkpoints, figures)
@@ -134,7 +135,7 @@ class MaskGenerator:
         try:
             with self._source(folder) as source:
                 self._write_from(source, self._counts(folder), drafts)
-            if settings.refines or settings.updating.changes_weights:
+            if settings.refines or settings.changes_weights:
                 return self._write_blockwise(files, folder, given=drafts.packed)
         finally:
             if drafts is not files:
@@ -173,7 +174,9 @@ class MaskGenerator:
                 for name, packed in pruner.packed(level, block).items():
                     files.append(level, name, packed)
         checkpoints: list[Path | None] = [None for _ in levels]
-        if self.settings.updating.changes_weights:
+        if self.settings.reconstructs:
+            self._errors = [pruner.errors(level) for level in levels]
+        if self.settings.changes_weights:
             checkpoints = [
                 copy_checkpoint(
                     self.checkpoint,
@@ -348,6 +351,13 @@ class MaskGenerator:
         if settings.allocating is not UNIFORM:
             about["allocation"] = settings.allocation
         about |= settings.steps
+        if settings.reconstructs:
+            about["reconstruction"] = {
+                "epochs": settings.reconstruct_epochs,
+                "batch": settings.reconstruct_batch,
+                "learning_rate": settings.reconstruct_learning_rate,
+                "blocks": self._errors[level],
+            }
         if checkpoint is not None:  # the masks belong to the updated weights
             about["source_fingerprint"] = about["fingerprint"]
             about["fingerprint"] = open_checkpoint(checkpoint).fingerprint

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Reconstruction", "reconstruct"]
+__all__ = ["Reconstruction", "reconstruct", "samples_taken"]
 
+_HELD_OUT = 0.1
 _BETAS = (0.9, 0.95)
 _CLIP = 1.0
 
@@ -38,6 +39,12 @@ class Reconstruction:
     errors: tuple[float, ...]
 
 
+def samples_taken(samples: int, epochs: int) -> int:
+    """How many samples `reconstruct` goes through, forward only or with gradient."""
+    judged = max(1, round(_HELD_OUT * samples))
+    return judged * (epochs + 1) + epochs * max(1, samples - judged)
+
+
 def reconstruct(
     forward: Forward,
     weights: Mapping[str, torch.Tensor],
@@ -47,7 +54,7 @@ def reconstruct(
     epochs: int = 10,
     batch: int = 8,
     learning_rate: float = 2e-4,
-    held_out: float = 0.1,
+    held_out: float = _HELD_OUT,
     seed: int = 0,
     advance: Callable[[int], None] = lambda samples: None,
 ) -> Reconstruction:

@@ -14,7 +14,7 @@ from sparse_ft.settings.field import Settings, defaults, named, part_of, plain_v
 from sparse_ft.settings.lora import LoraSettings
 from sparse_ft.settings.model import DataSettings, ModelSettings
 from sparse_ft.settings.modes import MODES, SPARSE_TO_SPARSE
-from sparse_ft.settings.pruning import RecipeSettings
+from sparse_ft.settings.pruning import TUNING, RecipeSettings
 from sparse_ft.settings.rules import AUTO, STEPS
 from sparse_ft.settings.scoring import ScoringSettings
 from sparse_ft.settings.training import TrainingSettings
@@ -95,6 +95,8 @@ class CellConfig(
             blank += ["pattern"]
         if not self.needs_calibration:
             blank += ["calibration_samples", "calibration_seq_len"]
+        if not (self.pruned and self.reconstructs):
+            blank += TUNING
         if not MODES[self.mode].lora:
             blank += ["lora_r", "lora_alpha", "lora_dropout", "target_modules"]
         if self.dtype == "float32":
@@ -159,6 +161,8 @@ def mask_set_of(cell: CellConfig) -> MaskConfig | None:
     kind = replace(kind, pattern=MaskConfig.pattern) if kind.method != "semi_structured" else kind
     kind = replace(kind, importance="magnitude") if kind.method == "random" else kind
     kind = replace(kind, update=kind.other_update or MaskConfig.update)
+    if not kind.reconstructs:
+        kind = replace(kind, **{name: value for name, value in defaults(MaskConfig).items() if name in TUNING})
     if cell.needs_calibration:
         return kind
     kind = replace(

@@ -20,9 +20,11 @@ from sparse_ft.settings.rules import (
     METHODS,
     NOTHING,
     RANDOM,
+    RECONSTRUCTIONS,
     REFINEMENTS,
     RULES,
     SCOPES,
+    STEPS,
     UNIFORM,
     UPDATES,
     Allocation,
@@ -32,7 +34,9 @@ from sparse_ft.settings.rules import (
     allocations_help,
 )
 
-__all__ = ["PruningSettings", "RecipeSettings"]
+__all__ = ["TUNING", "PruningSettings", "RecipeSettings"]
+
+TUNING = ("reconstruct_epochs", "reconstruct_batch", "reconstruct_learning_rate")
 
 _rule = partial(setting, masks=True, needed=True, time=False)
 
@@ -59,6 +63,17 @@ class RecipeSettings(Settings):
         "what becomes of the weights that stay; auto is the importance's own update.",
         choices=(AUTO, *UPDATES),
         later=True,
+    )
+    reconstruct: str = _rule(
+        "none",
+        "whether the weights that stay are tuned, block by block, until a block gives out what the dense model's does.",
+        choices=RECONSTRUCTIONS,
+        later=True,
+    )
+    reconstruct_epochs: int = _rule(10, "of block reconstruction; the best one counts.", least=0, later=True)
+    reconstruct_batch: int = _rule(8, "samples of a step of block reconstruction.", least=1, later=True)
+    reconstruct_learning_rate: float = _rule(
+        2e-4, "of block reconstruction (Adam); it falls linearly to 0.", later=True
     )
     scope: str | None = _rule(
         "layer",
@@ -118,6 +133,16 @@ class RecipeSettings(Settings):
         return UPDATES.get(self.update) or UPDATES[self.rule.update]
 
     @property
+    def reconstructs(self) -> bool:
+        """Whether blocks are tuned."""
+        return self.reconstruct == "block"
+
+    @property
+    def changes_weights(self) -> bool:
+        """Whether the masks belong to other weights than those they were made from."""
+        return self.updating.changes_weights or self.reconstructs
+
+    @property
     def other_update(self) -> str | None:
         """The update where it is not the importance's own: names and identities speak of no other."""
         return None if self.updating.name == self.rule.update else self.updating.name
@@ -125,13 +150,17 @@ class RecipeSettings(Settings):
     @property
     def steps(self) -> dict[str, str]:
         """What follows the choice of the mask, by the field that says it, where names have to speak of it."""
-        said = {"refine": self.refine if self.refines else None, "update": self.other_update}
-        return {step: value for step, value in said.items() if value is not None}
+        said = {
+            "refine": self.refine if self.refines else None,
+            "update": self.other_update,
+            "reconstruct": self.reconstruct if self.reconstructs else None,
+        }
+        return {step: said[step] for step in STEPS if said[step] is not None}
 
     @property
     def needs_calibration(self) -> bool:
         """Whether the masks, or the weights that stay, depend on text."""
-        if {self.refining.needs, self.updating.needs} != {NOTHING}:
+        if self.reconstructs or {self.refining.needs, self.updating.needs} != {NOTHING}:
             return True
         return self.method != "random" and {self.rule.needs, self.allocating.needs} != {NOTHING}
 
@@ -201,6 +230,8 @@ class PruningSettings(RecipeSettings):
             yield f"sparsities name one level twice: {', '.join(map(str, levels))}."
         if self.needs_calibration and (self.calibration_samples < 1 or self.calibration_seq_len < 2):
             yield "calibration_samples must be at least 1 and calibration_seq_len at least 2."
+        if not 0 < self.reconstruct_learning_rate < math.inf:
+            yield f"reconstruct_learning_rate is {self.reconstruct_learning_rate}; it must be above 0."
         if self.owl_outlier <= 0:
             yield f"owl_outlier is {self.owl_outlier}; it must be above 0."
         for name in (row.spread for row in ALLOCATIONS.values() if row.spread):

@@ -19,6 +19,7 @@ __all__ = [
     "METHODS",
     "NOTHING",
     "RANDOM",
+    "RECONSTRUCTIONS",
     "REFINEMENTS",
     "RULES",
     "SCOPES",
@@ -37,7 +38,12 @@ NOTHING, GRADIENTS, ACTIVATIONS, HESSIANS = "none", "gradients", "activations", 
 AUTO = "auto"  # of the updates: the importance's own
 METHODS = ("unstructured", "structured", "random", "semi_structured")
 SCOPES = ("global", "layer", "row")
-STEPS = ("refine", "update")  # what may follow the choice of a mask, in its order: the fields that say it
+RECONSTRUCTIONS = ("none", "block")
+STEPS = (
+    "refine",
+    "update",
+    "reconstruct",
+)  # what may follow the choice of a mask, in its order: the fields that say it
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,7 @@ class Tag(StrEnum):
     HUB_COMMIT = "hub_commit"
     MASK_CHECKSUM = "mask_checksum"  # also level by level; see `level_tag`
     BLOCK_SPARSITY = "block_sparsity"  # only level by level: a JSON list, block by block
+    RECONSTRUCTION_ERROR = "reconstruction_error"  # likewise: a JSON list of every block's error before and after
     MERGED_FINGERPRINT = "merged_fingerprint"
     MODEL_FOLDER = "model_folder"
     REGISTERED_AS = "registered_as"

@@ -186,6 +186,7 @@ def test_an_update_besides_names_the_line_and_the_importance():
     update = {"cfg/update": "sparsegpt"}
     rows = [cell(importance="wanda"), cell(importance="wanda", params=update, tags={"cell_key": "u"})]
     rows += [cell(method="random", importance="none", params=update), cell(importance="sparsegpt")]
+    rows += [cell(importance="alps", params={"cfg/reconstruct": "block"}, tags={"cell_key": "b"})]
     steps = {"cfg/update": "refit", "cfg/refine": "swaps"}
     rows += [cell(importance="wanda", params=steps, tags={"cell_key": "s"})]
     rows += [cell(importance="alps", params={"cfg/update": "none"}, tags={"cell_key": "n"})]
@@ -198,9 +199,10 @@ def test_an_update_besides_names_the_line_and_the_importance():
         "unstructured sparsegpt": "sparsegpt",
         "unstructured wanda+swaps+refit": "wanda+swaps+refit",
         "unstructured alps+none": "alps+none",
+        "unstructured alps+block": "alps+block",
         "unstructured taylor": "taylor",
     }
-    assert set(table["variant"]) == {""} and len(grouped_table(table)) == 7
+    assert set(table["variant"]) == {""} and len(grouped_table(table)) == 8
 
 
 def test_mean_deviation_and_error_over_seeds():

@@ -33,6 +33,8 @@ AXES = {
     "importance": {"magnitude": 0, "wanda": 1},
     "update": {"auto": 0, "none": 0, "sparsegpt": 1, "refit": 2},  # none is the importances' own
     "refine": {"none": 0, "swaps": 1},
+    "reconstruct": {"none": 0, "block": 1},
+    "reconstruct_epochs": {10: 0, 2: 1},
     "pattern": {"2:4": 0, "1:2": 1},
     "calibration_samples": {4: 0, 8: 1},
     "seed": {0: 0, 1: 1},
@@ -105,7 +107,7 @@ def _masks_mean(meaning):
     if meaning["mode"] == "dense":
         return None
     model, method, seed = (meaning[name] for name in ("model", "method", "seed"))
-    steps = meaning["refine"], meaning["update"]
+    steps = meaning["refine"], meaning["update"], meaning["reconstruct"] * (1 + meaning["reconstruct_epochs"])
     ranked = None if method == "random" else meaning["importance"]
     grouped = meaning["pattern"] if method == "semi_structured" else None
     if not ranked and not any(steps):
@@ -150,8 +152,9 @@ def test_a_key_of_masks_speaks_of_nothing_that_was_not_there_when_it_was_made(be
     values, _ = mask_key(MaskConfig(model="tiny-llama"), bench)
     assert set(values) == {"method", "importance", "scope", "pattern", "allocation", "calibration_samples",
                            "calibration_seq_len", "seed", "format", "levels"}  # fmt: skip
-    more, _ = mask_key(MaskConfig(model="tiny-llama", refine="swaps", update="refit", data_dir="made"), bench)
-    assert more == values | {"refine": "swaps", "update": "refit"}
+    more, _ = mask_key(MaskConfig(model="tiny-llama", refine="swaps", update="refit", reconstruct="block",
+                                  reconstruct_epochs=3, data_dir="made"), bench)  # fmt: skip
+    assert more == values | {"refine": "swaps", "update": "refit", "reconstruct": "block", "reconstruct_epochs": 3}
 
 
 def test_keys_of_cells(cells, bench):

@@ -15,10 +15,15 @@ TEXT = {"data_dir": "made", "calibration_samples": 4, "calibration_seq_len": 16}
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Magnitude's masks as they are, with SparseGPT's update, and bettered by swaps."""
+    """Magnitude's masks as they are, with SparseGPT's update, bettered by swaps, and with tuned blocks."""
     folder, bench = tmp_path_factory.mktemp("masks"), Workbench()
     asked = MaskConfig(model="tiny-llama", **TEXT)
-    kinds = {"none": {}, "sparsegpt": {"update": "sparsegpt"}, "swaps": {"refine": "swaps"}}
+    kinds = {
+        "tuned": {"reconstruct": "block", "reconstruct_epochs": 1},
+        "none": {},
+        "sparsegpt": {"update": "sparsegpt"},
+        "swaps": {"refine": "swaps"},
+    }
     return {
         name: mask_file(make_masks(replace(asked, **how), bench, folder / name)[0].path) for name, how in kinds.items()
     }
@@ -50,3 +55,10 @@ def test_a_refinement_that_a_file_did_not_have_is_refused_and_not_passed_over(fi
     settled = files["swaps"].settle(cell)
     assert settled.title == "50 % s2s unstructured magnitude+swaps · boolq · tiny-llama"
     assert settled == files["swaps"].settle(replace(cell, refine="none"))
+
+
+def test_a_file_says_how_its_blocks_were_tuned(files):
+    settled = files["tuned"].settle(CellConfig(model="tiny-llama", reconstruct="block", reconstruct_epochs=7))
+    assert (settled.reconstruct, settled.reconstruct_epochs, settled.reconstruct_batch) == ("block", 1, 8)
+    with pytest.raises(UserError, match=r"reconstruct is block, and the masks .* were made with reconstruct none"):
+        files["none"].settle(CellConfig(model="tiny-llama", reconstruct="block"))

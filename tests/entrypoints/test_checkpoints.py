@@ -48,6 +48,7 @@ def test_a_cell_ends_whatever_the_checkpoint_carries(command, model, tmp_path, m
 
 
 @pytest.mark.parametrize("how", [{}, {"importance": "wanda"}, {"importance": "sparsegpt"}, {"importance": "taylor"},
+                                 {"importance": "alps", "reconstruct": "block", "reconstruct_epochs": 1},
                                  {"method": "structured", "shrink": True}])  # fmt: skip
 def test_masks_are_those_without_what_is_carried(command, model, tmp_path, how):
     for name, change in (("with", rotary), ("without", lambda weights: weights)):

@@ -133,17 +133,29 @@ def test_a_cell_takes_its_description_from_the_masks_it_is_given(trained):
     assert run.metrics["sparsity/target"] == 0.7
 
 
-def test_sparsegpt_masks_bring_the_weights_they_belong_to(command, tmp_path):
-    wanted = {"importance": "sparsegpt", "sparsities": "0.5", "calibration_samples": 2, "calibration_seq_len": 32}
+@pytest.mark.parametrize(
+    ("how", "rule"),
+    [
+        ({"importance": "sparsegpt"}, "sparsegpt"),
+        ({"importance": "alps", "reconstruct": "block", "reconstruct_epochs": 1}, "alps+block"),
+    ],
+)
+def test_masks_bring_the_weights_they_belong_to(command, tmp_path, how, rule):
+    wanted = {"sparsities": "0.5", "calibration_samples": 2, "calibration_seq_len": 32, **how}
     folder = tmp_path / "masks"
     status, _, _ = command("compute_masks", model="tiny-llama", data_dir="made", output_dir=folder, **wanted)
     assert status == 0
+    (run,) = [run for run in Tracker().search() if run.tags["kind"] == "masks"]
+    assert ("reconstruction_error_50" in run.tags) == ("reconstruct" in how)
+    if "reconstruct" in how:
+        assert all(after <= before for before, after in json.loads(run.tags["reconstruction_error_50"]))
     file = folder / "masks_sparsity50_unstructured.safetensors"
     cell = {**SMALL, "masks": file, "output_dir": tmp_path / "cell"}
     assert command("train", **cell)[0] == 0
     (run,) = [run for run in Tracker().search() if run.tags["kind"] == "cell"]
     assert "warning" not in run.tags
-    assert run.params["cfg/importance"] == "sparsegpt"
+    assert {name: run.params[f"cfg/{name}"] for name in how} == {name: str(value) for name, value in how.items()}
+    assert f"unstructured {rule} " in run.name
     shutil.rmtree(folder / "model_sparsity50_unstructured")
     status, _, complaint = command("train", **cell)
     assert (status, "is gone" in complaint) == (2, True)

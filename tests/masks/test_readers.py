@@ -122,6 +122,9 @@ HEADERS = {
     "pattern 2": (_about(pattern=2.4), "its pattern"),
     "calibration as text": (_about(calibration="boolq"), "its calibration"),
     "calibration samples as text": (_about(calibration={"samples": "many"}), "its calibration"),
+    "reconstruction as text": (_about(reconstruction="block"), "its reconstruction"),
+    "epochs as text": (_about(reconstruction={"epochs": "many"}), "its reconstruction"),
+    "refine 1": (_about(refine=1), "its refine"),
     "notes as text": (_about(notes="one"), "its notes"),
     "notes of numbers": (_about(notes=[1]), "its notes"),
 }

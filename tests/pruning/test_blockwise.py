@@ -287,6 +287,7 @@ class KillAfter(Progress):
         {"importance": "alps"},
         {"importance": "magnitude", "update": "refit"},
         {"importance": "magnitude", "refine": "swaps"},
+        {"importance": "wanda", "update": "refit", "reconstruct": "block"},
     ],
     ids=lambda how: "-".join(how.values()),
 )
@@ -309,10 +310,11 @@ def test_a_killed_run_goes_on_at_its_block(tiny_model, text, tmp_path, how):
     assert set(seen) == {"block 2 of 2"}
     assert [result.checksum for result in resumed] == [result.checksum for result in whole]
     for left, right in zip(resumed, whole, strict=True):
-        masks_alone = how["importance"] == "wanda" or "refine" in how
+        masks_alone = not PruningSettings(**how).changes_weights
         assert (left.checkpoint is None) == (right.checkpoint is None) == masks_alone
         if left.checkpoint is not None:
             assert Checkpoint(left.checkpoint).fingerprint == Checkpoint(right.checkpoint).fingerprint
+        assert left.metadata.get("reconstruction") == right.metadata.get("reconstruction")
     assert not state.exists()
 
 

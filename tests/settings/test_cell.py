@@ -56,7 +56,7 @@ def test_an_update_is_spoken_of_where_it_is_not_the_importances_own(values, own,
     assert replace(plain, mode="dense").canonical() == replace(apart, mode="dense").canonical()
 
 
-@pytest.mark.parametrize("how", [{"update": "sparsegpt"}, {"refine": "swaps"}])
+@pytest.mark.parametrize("how", [{"update": "sparsegpt"}, {"refine": "swaps"}, {"reconstruct": "block"}])
 def test_what_follows_a_mask_reads_text_whatever_the_masks_do(how):
     kind = mask_set_of(CellConfig(calibration_samples=8, seed=3, task="gsm8k", **how))
     assert (kind.task, kind.calibration_samples, kind.seed) == ("gsm8k", 8, 3)
@@ -68,6 +68,16 @@ def test_a_refinement_is_spoken_of_where_there_is_one():
     assert mask_set_of(plain) != mask_set_of(better) and plain.key() != better.key()
     assert Parser(CellConfig).values(better.canonical(), "its config.yaml").key() == better.key()
     assert replace(plain, mode="dense").canonical() == replace(better, mode="dense").canonical()
+
+
+def test_how_blocks_are_tuned_is_spoken_of_where_they_are():
+    plain, tuned = CellConfig(reconstruct_epochs=3), CellConfig(reconstruct="block", reconstruct_epochs=3)
+    assert plain.canonical() == CellConfig().canonical() and mask_set_of(plain) == mask_set_of(CellConfig())
+    values = tuned.canonical()
+    assert (values["reconstruct"], values["reconstruct_epochs"]) == ("block", 3)
+    assert "reconstruct_batch" not in values and mask_set_of(tuned).reconstruct_epochs == 3
+    assert Parser(CellConfig).values(values, "its config.yaml").key() == tuned.key()
+    assert replace(tuned, mode="dense").key() == CellConfig(mode="dense").key()
 
 
 def test_the_same_fields_tell_cells_apart_where_they_matter():
@@ -97,6 +107,7 @@ def test_the_same_fields_tell_cells_apart_where_they_matter():
             CellConfig(importance="wanda", refine="swaps", update="refit"),
             "50 % s2s unstructured wanda+swaps+refit · boolq · smollm2-135m",
         ),
+        (CellConfig(importance="alps", reconstruct="block"), "50 % s2s unstructured alps+block · boolq · smollm2-135m"),
         (CellConfig(method="random", update="sparsegpt"), "50 % s2s random+sparsegpt · boolq · smollm2-135m"),
     ],
 )

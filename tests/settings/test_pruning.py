@@ -29,6 +29,11 @@ from sparse_ft.settings.rules import RULES
         ({"importance": "sparsegpt", "scope": "row"}, "Take scope layer"),
         ({"importance": "alps", "method": "structured"}, "ALPS prunes unstructured or semi_structured"),
         ({"importance": "alps", "scope": "global"}, "ALPS chooses within scope layer"),
+        ({"reconstruct": "layer"}, "reconstruct 'layer' is none of none, block"),
+        ({"reconstruct_learning_rate": 0.0}, "reconstruct_learning_rate is 0.0; it must be above 0"),
+        ({"reconstruct_epochs": -1}, "reconstruct_epochs is -1"),
+        ({"reconstruct_batch": 0}, "reconstruct_batch is 0"),
+        ({"reconstruct": "block", "calibration_samples": 0}, "calibration_samples must be at least 1"),
         ({"refine": "luck"}, "refine 'luck' is none of none, swaps"),
         ({"refine": "swaps", "method": "structured"}, "refine swaps, method structured: whole channels and heads"),
         ({"refine": "swaps", "method": "random"}, "refine swaps, method random: random masks are the control"),
@@ -87,6 +92,7 @@ def test_what_needs_text():
     assert PruningSettings(allocation="owl").needs_calibration
     assert PruningSettings(allocation="dlp").needs_calibration
     assert PruningSettings(refine="swaps").needs_calibration
+    assert PruningSettings(method="random", reconstruct="block").needs_calibration
     needs = {name: PruningSettings(importance=name).rule.needs for name in RULES}
     assert needs == {
         "magnitude": "none", "gradient": "gradients", "taylor": "gradients", "wanda": "activations",
