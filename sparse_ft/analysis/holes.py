@@ -9,12 +9,15 @@ from typing import Any
 import pandas as pd
 
 from sparse_ft.analysis.table import IDENTITY, NO_METHOD
+from sparse_ft.settings.cell import CellConfig
+from sparse_ft.settings.field import named
 from sparse_ft.settings.modes import DENSE
 from sparse_ft.settings.rules import rule_label
 from sparse_ft.tracking.parameters import text_of
 
 __all__ = ["holes", "protocols"]
 
+_LATER = named(CellConfig, later=True)
 HOLE_COLUMNS = [*IDENTITY, "variant", "status", "reason", "message", "run_id"]
 
 
@@ -36,12 +39,17 @@ def holes(cells: pd.DataFrame, expected: Iterable[Mapping[str, Any]] | None = No
     said = "in the plan" if expected is not None else "the other models, tasks or seeds have it"
     run = cells.to_dict("records")
     present = {_key(cell) for cell in run}
-    told_apart = sorted({name for cell in wanted for name in cell if f"cfg_{name}" in cells})
-    configured = {(_key(cell), *(str(cell[f"cfg_{name}"]) for name in told_apart)) for cell in run}
+    told_apart = sorted({name for cell in wanted for name in cell if f"cfg_{name}" in cells or name in _LATER})
+
+    def rest(cell: Mapping[str, Any], prefix: str) -> list[str]:
+        values = [cell.get(f"{prefix}{name}") for name in told_apart]
+        return [NO_METHOD if value is None or pd.isna(value) else text_of(value) for value in values]
+
+    configured = {(_key(cell), *rest(cell, "cfg_")) for cell in run}
     for cell in wanted:
-        rest = {name: text_of(cell[name]) for name in told_apart if name in cell}
-        whole = len(rest) == len(told_apart) > 0  # the cells of a plan differ in more than their identity
-        if (_key(cell), *rest.values()) not in configured if whole else not _is_present(cell, present):
+        # The cells of a plan differ in more than their identity. What stands in no key at its default they do not say.
+        whole = len(cell) > len(IDENTITY) and {*told_apart} <= {*cell, *_LATER}
+        if (_key(cell), *rest(cell, "")) not in configured if whole else not _is_present(cell, present):
             record = {name: cell.get(name) for name in IDENTITY} | {"importance": _rule(cell)}
             records.append(record | {"variant": "", "reason": "not_run", "message": f"no run: {said}"})
     return pd.DataFrame(records, columns=HOLE_COLUMNS)

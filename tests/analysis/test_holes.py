@@ -70,3 +70,12 @@ def test_a_planned_cell_is_not_hidden_by_one_that_differs_in_an_axis():
              "learning_rate": 0.0002, "batch_size": size} for size in (1, 16)]  # fmt: skip
     assert holes(cell_table([ran]), plan)["reason"].tolist() == ["not_run"]
     assert holes(cell_table([ran]), plan[:1]).empty
+
+
+def test_a_planned_cell_with_a_value_that_no_key_speaks_of_is_not_hidden_by_one_that_has_another():
+    """As a study over ``reconstruct_epochs`` asks for: its default stands neither in plans nor in runs."""
+    values = {"model": "a", "task": "boolq", "method": "unstructured", "importance": "magnitude", "scope": "layer",
+              "sparsity": 0.5, "mode": "sparse_to_sparse", "seed": 0, "lora_r": 8}  # fmt: skip
+    plan = [values, values | {"reconstruct_epochs": 4}]
+    default, other = cell("a"), cell("a", params={"cfg/reconstruct_epochs": "4"})
+    assert [len(holes(cell_table(runs), plan)) for runs in ([default, other], [other], [default])] == [0, 1, 1]
