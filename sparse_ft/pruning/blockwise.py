@@ -127,6 +127,8 @@ class BlockPruner:
         if settings.reconstructs:
             own, results[_ERRORS] = self._tuned(visit, own, masks)
         for name, new in own.items():
+            # Whatever made them: a rule of one's own may leave -0.0, as products with a mask do.
+            new = new.masked_fill(~masks[name].to(new.device), 0)
             self.model.weight(name).copy_(new)
             results[f"{name}|weight"] = new
         return results

@@ -39,11 +39,8 @@ AUTO = "auto"  # of the updates: the importance's own
 METHODS = ("unstructured", "structured", "random", "semi_structured")
 SCOPES = ("global", "layer", "row")
 RECONSTRUCTIONS = ("none", "block")
-STEPS = (
-    "refine",
-    "update",
-    "reconstruct",
-)  # what may follow the choice of a mask, in its order: the fields that say it
+# What may follow the choice of a mask, in its order: the fields that say it.
+STEPS = ("refine", "update", "reconstruct")
 
 
 @dataclass(frozen=True)

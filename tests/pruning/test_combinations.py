@@ -44,6 +44,8 @@ def check(folder, text, out, how):
         assert (result.checkpoint is None) == (not settings.changes_weights)
         if result.checkpoint is not None:
             assert validate_checkpoint(result.checkpoint, masks).ok
+            new = Checkpoint(result.checkpoint)
+            assert not any(torch.signbit(new.tensor(name)[~mask]).any() for name, mask in masks.items())  # +0.0
         if below is not None:
             assert not any((masks[name] & ~below[name]).any() for name in masks)
         below = masks
