@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import datasets
 import pytest
@@ -70,7 +71,7 @@ def start(step, *arguments, address, token=None, folder):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     environment |= {"HF_ENDPOINT": address, "HF_HOME": str(folder / "home"), "NO_PROXY": "127.0.0.1"}
     environment |= {"HF_TOKEN": token} if token else {}
-    command = [sys.executable, "-m", f"entrypoints.{step}", *arguments]
+    command = [Path(sys.executable).with_name("sparse-ft"), step, *arguments]  # from a folder that is not the project's
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
