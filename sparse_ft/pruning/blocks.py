@@ -67,14 +67,14 @@ class BlockModel:
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device):
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
-        config = model_config(checkpoint.folder)
+        self.family = architecture_of(checkpoint.config)
+        config, attention = model_config(checkpoint.folder), self.family.attention
         with quiet_transformers(), init_empty_weights(include_buffers=False):
             # eager experts: one matrix product per expert, which is what InputWatch can tell apart
             self.model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation="sdpa", experts_implementation="eager"
+                config, dtype=dtype, attn_implementation=attention, experts_implementation="eager"
             ).eval()
         self.model.requires_grad_(False)
-        self.family = architecture_of(checkpoint.config)
         self.slots = slots(checkpoint.config, checkpoint.prunable)
         self._calls: dict[int, tuple[tuple, dict[str, Any]]] = {}
 

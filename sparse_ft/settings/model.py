@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from sparse_ft.settings import shared
 from sparse_ft.settings.field import Settings, setting
 
-__all__ = ["BUILT_IN", "DataSettings", "ModelSettings"]
-
-BUILT_IN = ("smollm2-135m", "tiny-llama", "tiny-mistral", "tiny-mixtral")
+__all__ = ["DataSettings", "ModelSettings"]
 
 
 @dataclass(frozen=True)
@@ -18,8 +16,9 @@ class ModelSettings(Settings):
 
     model: str = setting(
         "smollm2-135m",
-        f"hub id (owner/name, or owner/name@commit), local folder, or built-in ({', '.join(BUILT_IN)}).",
-        path=BUILT_IN,
+        "hub id (owner/name, or owner/name@commit), local folder, or built-in (smollm2-135m, tiny-llama, and a tiny-..."
+        " of every other family).",
+        path=("smollm2-135m",),
         needed=True,
         named=True,
     )

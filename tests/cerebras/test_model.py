@@ -7,9 +7,11 @@ from transformers import AutoModelForCausalLM
 from sparse_ft.cerebras.modelzoo.model import SparseModelWrapper, module_masks, open_backend, prepare_sparse_model
 from sparse_ft.errors import UserError
 from sparse_ft.masks.mask_set import MaskSet
+from sparse_ft.models.families import ARCHITECTURES
 from sparse_ft.models.names import slots
-from sparse_ft.models.tiny import KINDS, tiny_config
+from sparse_ft.models.tiny import tiny_config
 
+KINDS = [f"tiny-{family}" for family, row in ARCHITECTURES.items() if row.modelzoo]
 STEPS = 5
 # cerebras.pytorch adds eps before the bias correction, torch after it: a tiny eps makes the two the same.
 SETTINGS = {"lr": 3e-3, "betas": (0.9, 0.999), "eps": 1e-12, "weight_decay": 0.01}

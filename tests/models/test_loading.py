@@ -25,7 +25,9 @@ from sparse_ft.models.loading import (
     resolve_dtype,
     save_model,
 )
-from sparse_ft.models.tiny import KINDS, make_tiny
+from sparse_ft.models.tiny import make_tiny
+
+KINDS = ("tiny-llama", "tiny-mistral", "tiny-mixtral")
 
 
 @pytest.fixture(scope="session")

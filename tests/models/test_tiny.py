@@ -11,8 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sparse_ft.models.catalog import TINY_RECIPE
+from sparse_ft.models.catalog import BUILT_IN, TINY_RECIPE
 from sparse_ft.models.checkpoint import Checkpoint
+from sparse_ft.models.families import ARCHITECTURES
 from sparse_ft.models.tiny import KINDS, make_tiny, tiny_config, tiny_tokenizer
 
 
@@ -26,13 +27,13 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def test_a_tiny_model_is_small_and_transformers_loads_it_as_it_is(folder: Path):
-    assert sum(path.stat().st_size for path in folder.iterdir()) < 2_000_000
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 1_000_000
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(report.values())
     assert model.dtype == torch.float32 and model.config.max_position_embeddings >= 2048
     logits = model(**tokenizer("Question: is it true?\nAnswer:", return_tensors="pt")).logits
-    assert torch.isfinite(logits).all() and logits.shape[-1] == len(tokenizer) == 512
+    assert torch.isfinite(logits).all() and logits.shape[-1] >= len(tokenizer) >= 512
     assert logits[0, -1].std() > 0.1  # random weights that still tell tokens apart
 
 
@@ -48,12 +49,14 @@ def test_a_tiny_model_has_what_real_ones_have(folder: Path):
 def test_kinds_differ_in_tied_embeddings_and_head_size():
     configs = [tiny_config(kind) for kind in KINDS]
     assert {config.tie_word_embeddings for config in configs} == {True, False}
-    assert any(config.head_dim != config.hidden_size // config.num_attention_heads for config in configs[:2])
+    sizes = [getattr(config, "head_dim", None) for config in configs]
+    assert None in sizes and any(size and size != 48 // 6 for size in sizes)
 
 
 def test_same_bytes_in_another_process_and_whatever_the_random_state(tmp_path: Path):
     code = """
 import sys, torch
+from sparse_ft.models.families import ARCHITECTURES
 from sparse_ft.models.tiny import KINDS, make_tiny
 torch.manual_seed(5)
 for kind in reversed(KINDS):
@@ -88,6 +91,10 @@ def test_answers_are_single_tokens_and_special_tokens_are_three():
     assert {tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id} == {0, 1, 2}
 
 
+def test_every_family_has_one_that_is_built_in():
+    assert BUILT_IN[1:] == KINDS == tuple(f"tiny-{family}" for family in ARCHITECTURES)
+
+
 def test_unknown_kind():
     with pytest.raises(ValueError, match="tiny-gpt"):
         tiny_config("tiny-gpt")
@@ -96,7 +103,7 @@ def test_unknown_kind():
 def test_other_shapes_are_another_recipe(tmp_path: Path):
     """Caches keep a model under its recipe's number: whoever changes the files raises it, and writes both here."""
     shapes = hashlib.sha256()
-    for kind in KINDS:
+    for kind in ("tiny-llama", "tiny-mistral", "tiny-mixtral"):  # of the others the sizes are part of the cache's name
         checkpoint = Checkpoint(make_tiny(kind, tmp_path / kind))
         for name in checkpoint.names:
             shapes.update(f"{kind} {name} {checkpoint.shape(name)}\n".encode())
