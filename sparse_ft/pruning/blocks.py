@@ -1,8 +1,9 @@
 """Running a model block by block: one block in memory, the hidden states on disk.
 
-What a block is called with is recorded from the model itself, so that no argument is named here. What goes
-into each weight is seen by watching ``torch.nn.functional.linear``, which tells the experts of a fused 3-D
-parameter apart by their address and needs no knowledge of the modules.
+What each block is called with is recorded from the model itself, so that no argument is named here: blocks of one model
+may have masks and rotary tables of their own. What goes into each weight is seen by watching
+``torch.nn.functional.linear``, which tells the experts of a fused 3-D parameter apart by their address and needs no
+knowledge of the modules.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from accelerate.utils import set_module_tensor_to_device
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 
@@ -54,7 +56,7 @@ def sample_batches(samples: int, seq_len: int) -> list[slice]:
 
 
 class _Captured(Exception):
-    """Stops the model at its first block."""
+    """Stops the model at its last block."""
 
 
 class BlockModel:
@@ -76,7 +78,7 @@ class BlockModel:
             ).eval()
         self.model.requires_grad_(False)
         self.slots = slots(checkpoint.config, checkpoint.prunable)
-        self._calls: dict[int, tuple[tuple, dict[str, Any]]] = {}
+        self._calls: dict[int, list[tuple[tuple, dict[str, Any]]]] = {}  # of every block, by the number of samples
 
     @property
     def count(self) -> int:
@@ -102,27 +104,26 @@ class BlockModel:
         return states
 
     def prepare(self, token_ids: torch.Tensor) -> None:
-        """Records the other arguments of a block's call, when `embed` is not needed (resumed runs)."""
+        """Records the other arguments of the blocks' calls, when `embed` is not needed (resumed runs)."""
         for samples in sample_batches(*token_ids.shape):
             self._capture(token_ids[samples].to(self.device))
 
-    def call(self, samples: int, seq_len: int) -> tuple[tuple, dict[str, Any]]:
+    def call(self, block: int, samples: int, seq_len: int) -> tuple[tuple, dict[str, Any]]:
         """The other arguments of a block's call with the hidden states of so many samples."""
         if samples not in self._calls:  # they hang on the shape alone: there is no padding
             self._capture(torch.zeros(samples, seq_len, dtype=torch.int64, device=self.device))
-        return self._calls[samples]
+        return self._calls[samples][block]
 
     def load(self, block: int) -> torch.nn.Module:
         """Makes a block whole: its weights from the checkpoint, on the device."""
         module = self._blocks[block]
-        if next(module.parameters()).is_meta:
-            module.to_empty(device=self.device)
+        _allocate(module, self.device)
         prefix = self.family.block(block)
         load_state_into(self.model, self.checkpoint, [n for n in self.checkpoint.names if n.startswith(prefix)])
         return module
 
     def unload(self, block: int) -> None:
-        self._blocks[block].to_empty(device="meta")
+        _allocate(self._blocks[block], torch.device("meta"))
 
     def weight(self, name: str) -> torch.Tensor:
         """The tensor ``name`` inside the loaded block: a view, to be read or written."""
@@ -139,16 +140,17 @@ class BlockModel:
     @torch.no_grad()
     def run(
         self,
-        module: torch.nn.Module,
+        block: int,
         states: HiddenStates,
         target: HiddenStates | None = None,
         watch: InputWatch | None = None,
         advance: Callable[[int], None] | None = None,
     ) -> None:
         """Sends hidden states through a loaded block; writes what comes out to ``target``."""
+        module = self._blocks[block]
         for samples in sample_batches(*states.shape[:2]):
             hidden = states.read(samples, self.device)
-            arguments, keywords = self.call(*hidden.shape[:2])
+            arguments, keywords = self.call(block, *hidden.shape[:2])
             if watch is None:
                 result = module(hidden, *arguments, **keywords)
             else:
@@ -161,31 +163,49 @@ class BlockModel:
 
     @torch.no_grad()
     def _capture(self, ids: torch.Tensor) -> torch.Tensor:
+        """What the first block receives; records what else every block is called with."""
         base = self.model.get_submodule(self.family.decoder)
         embedding = base.get_submodule(self.family.embedding)
         if next(embedding.parameters()).is_meta:
-            embedding.to_empty(device=self.device)
+            _allocate(embedding, self.device)
             load_state_into(self.model, self.checkpoint, [self.family.embedding_weight])
             for child in base.children():  # the rotary table and the like: small, and not in the checkpoint
                 if not list(child.parameters()):
                     child.to(self.device)
         seen: list[torch.Tensor] = []
+        calls: list[tuple[tuple, dict[str, Any]]] = []
 
-        def stop(_, arguments: tuple, keywords: dict[str, Any]) -> None:
+        def record(*arguments: Any, **keywords: Any) -> torch.Tensor:
+            """Stands for a block, which has no weights here, and hands on what it receives."""
             rest = dict(keywords)
             hidden = arguments[0] if arguments else rest.pop("hidden_states")
             seen.append(hidden)
-            self._calls[len(ids)] = (arguments[1:], rest)
-            raise _Captured
+            calls.append((arguments[1:], rest))
+            if len(calls) == self.count:
+                raise _Captured
+            return hidden
 
-        handle = self._blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
+        for block in self._blocks:
+            block.forward = record
         try:
             base(input_ids=ids, use_cache=False)
         except _Captured:
             pass
         finally:
-            handle.remove()
+            for block in self._blocks:
+                del block.forward
+        self._calls[len(ids)] = calls
         return seen[0]
+
+
+def _allocate(module: torch.nn.Module, device: torch.device) -> None:
+    """Memory for a module's parameters on the device (``meta``: none), without their values; buffers keep theirs."""
+    for name, parameter in module.named_parameters():
+        if parameter.device.type != device.type:
+            set_module_tensor_to_device(module, name, device, value=torch.empty_like(parameter, device=device))
+    if device.type != "meta":
+        for name, buffer in module.named_buffers():
+            set_module_tensor_to_device(module, name, device, value=buffer)
 
 
 class InputWatch(TorchFunctionMode):

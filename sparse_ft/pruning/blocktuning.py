@@ -49,7 +49,7 @@ def tune_block(
 
     def forward(tuned: Mapping[str, torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
         parameters = {name.removeprefix(prefix): weight.to(model.dtype) for name, weight in tuned.items()}
-        arguments, keywords = model.call(len(hidden), length)
+        arguments, keywords = model.call(visit.block, len(hidden), length)
         result = functional_call(visit.module, parameters, (hidden, *arguments), keywords)
         return result[0] if isinstance(result, tuple) else result
 

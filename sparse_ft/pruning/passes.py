@@ -84,16 +84,17 @@ def run_blocks(
         advance = partial(_advance, progress, f"block {block + 1} of {model.count}")
         results: Results = {}
         if dense:
-            model.run(model.load(block), states(block, UNPRUNED), states(block + 1, UNPRUNED), advance=advance)
+            model.load(block)
+            model.run(block, states(block, UNPRUNED), states(block + 1, UNPRUNED), advance=advance)
         for stream in range(streams):
             module = model.load(block)
             watch = InputWatch(model, model.names(block), hessians)
             inputs, targets = states(block, stream), states(block + 1, UNPRUNED) if dense else None
-            model.run(module, inputs, watch=watch, advance=advance)
+            model.run(block, inputs, watch=watch, advance=advance)
             results = visitor(Visit(block, stream, module, watch, inputs, targets, results, advance))
             state.save(block, stream, results)
             if block + 1 < model.count:
-                model.run(module, inputs, states(block + 1, stream))
+                model.run(block, inputs, states(block + 1, stream))
             advance(samples)
         model.unload(block)
         state.finish(block)

@@ -17,10 +17,10 @@ def blockwise(tiny_model, tmp_path, text):
         model = BlockModel(Checkpoint(tiny_model(kind)), dtype, torch.device("cpu"))
         states = model.embed(text, tmp_path / "hidden_0.bin")
         for block in range(model.count):
-            module = model.load(block)
+            model.load(block)
             watch = InputWatch(model, model.names(block), hessians=True)
             following = HiddenStates(tmp_path / f"hidden_{block + 1}.bin", states.shape, dtype)
-            model.run(module, states, following, watch)
+            model.run(block, states, following, watch)
             yield block, model, watch, states.read(slice(None), torch.device("cpu")), following
             model.unload(block)
             states = following
@@ -28,7 +28,11 @@ def blockwise(tiny_model, tmp_path, text):
     return walk
 
 
-@pytest.mark.parametrize("kind", KINDS)
+# Their blocks are called with different masks, or rotary tables, or take no notice of them.
+ALTERNATING = ["tiny-gemma2", "tiny-gemma3_text", "tiny-exaone4", "tiny-smollm3"]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *ALTERNATING])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_hidden_states_are_the_whole_models(blockwise, tiny_model, text, kind, dtype):
     whole = load_model(tiny_model(kind), dtype, "cpu")
@@ -41,7 +45,7 @@ def test_hidden_states_are_the_whole_models(blockwise, tiny_model, text, kind, d
         torch.testing.assert_close(whole.model.norm(last), expected[-1], **tolerance)
 
 
-@pytest.mark.parametrize("kind", ["tiny-llama", "tiny-mistral"])
+@pytest.mark.parametrize("kind", ["tiny-llama", "tiny-mistral", *ALTERNATING])
 def test_norms_and_hessians_are_those_of_forward_hooks(blockwise, tiny_model, text, kind):
     whole = load_model(tiny_model(kind), "float32", "cpu")
     seen = {}
@@ -62,6 +66,26 @@ def test_norms_and_hessians_are_those_of_forward_hooks(blockwise, tiny_model, te
             assert watch.tokens(name) == text.numel()
         q, k = (f"model.layers.{block}.self_attn.{p}_proj.weight" for p in "qk")
         assert watch.hessian(q) is watch.hessian(k)  # one input, one sum
+
+
+@pytest.mark.parametrize("kind", ["tiny-gemma2", "tiny-gemma3_text"])
+def test_blocks_of_two_kinds_are_called_with_what_the_model_calls_each_with(tiny_model, text, kind):
+    whole = load_model(tiny_model(kind), "float32", "cpu")
+    expected = []
+    for layer in whole.model.layers:
+        layer.register_forward_pre_hook(lambda _, __, keywords: expected.append(keywords), with_kwargs=True)
+    with torch.no_grad():
+        whole(input_ids=text, use_cache=False)
+    model = BlockModel(Checkpoint(tiny_model(kind)), torch.float32, torch.device("cpu"))
+    model.prepare(text)
+    masks = []
+    for block, keywords in enumerate(expected):
+        _, ours = model.call(block, *text.shape)
+        masks.append(ours["attention_mask"])
+        torch.testing.assert_close(masks[-1], keywords["attention_mask"])
+        torch.testing.assert_close(ours["position_embeddings"], keywords["position_embeddings"])
+    sliding, full = masks
+    assert full is None or not torch.equal(sliding, full)  # or this text is too short to tell
 
 
 def test_experts_are_told_apart(blockwise, tiny_model, text):
