@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from sparse_ft.analysis.table import EVALUATION_PROTOCOL, GROUP
-from sparse_ft.settings.modes import FULL
+from sparse_ft.settings.modes import FULL, is_tuned
 
 __all__ = ["Ways", "ways_of_points", "why_not_comparable"]
 
@@ -50,9 +50,9 @@ def why_not_comparable(row: Mapping[str, Any], base: Mapping[str, Any] | pd.Seri
         ways: from `ways_of_points`.
     """
     if math.isnan(row["accuracy"]):
-        return "it has no accuracy of a tuned model"
+        return f"it has no accuracy{' of a tuned model' if is_tuned(row['mode']) else ''}"
     if base is None:
-        return "there is no dense fine-tuned baseline"
+        return f"there is no dense {'fine-tuned baseline' if is_tuned(row['mode']) else 'model that was not tuned'}"
     if not base["accuracy"] > 0:
         return f"the accuracy of the dense baseline is {base['accuracy']:.3f}"
     here, there = ways.get(_point(row), {}), ways.get(_point(base), {})

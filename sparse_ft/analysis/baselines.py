@@ -13,7 +13,7 @@ import pandas as pd
 
 from sparse_ft.analysis.table import GROUP
 from sparse_ft.errors import UserError
-from sparse_ft.settings.modes import MODES
+from sparse_ft.settings.modes import MODES, is_tuned
 
 __all__ = ["BASELINE_COLUMNS", "BUILT_IN", "compare_baseline", "load_baseline", "model_key"]
 
@@ -72,10 +72,10 @@ def compare_baseline(baseline: pd.DataFrame, cells: pd.DataFrame, grouped: pd.Da
 
     A number joins where model, task, method, importance (if given), sparsity and mode are the same and
     every key of the published protocol equals the study's; what a number depends on has to be stated.
-    Perplexity does not depend on the task, mode ``untuned`` is the pruned model before fine-tuning.
+    Perplexity does not depend on the task, mode ``untuned`` is the pruned model before or without fine-tuning.
     """
     conditions = _conditions(cells)
-    points = grouped.to_dict("records")
+    points = [_with_untuned(point) for point in grouped.to_dict("records")]
     joined: list[dict[str, Any]] = []
     rest: list[dict[str, Any]] = []
     for row in baseline.to_dict("records"):
@@ -91,6 +91,15 @@ def compare_baseline(baseline: pd.DataFrame, cells: pd.DataFrame, grouped: pd.Da
         "joined": pd.DataFrame(joined, columns=list(_JOINED)),
         "not_comparable": pd.DataFrame(rest, columns=columns),
     }
+
+
+def _with_untuned(point: dict[str, Any]) -> dict[str, Any]:
+    """A point whose mode trains nothing has its scores as those of the untuned model too."""
+    if is_tuned(point["mode"]):
+        return point
+    kinds = ("", "_error")
+    names = [(f"{name}{kind}", f"{name}{kind}_untuned") for name in ("accuracy", "perplexity") for kind in kinds]
+    return point | {untuned: point[name] for name, untuned in names if name in point}
 
 
 def model_key(name: str) -> str:

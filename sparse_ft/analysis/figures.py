@@ -145,14 +145,17 @@ def _draw_rules(
         axes.axhline(height, **style, zorder=1)
         rules[label] = line_handle(label, **style)
     variants = table.loc[(table["model"] == model) & (table["task"] == task), "variant"].unique()
-    base = dense_baseline(table, model, task, variants[0] if len(variants) == 1 else "")
+    panel = (table, model, task, variants[0] if len(variants) == 1 else "")
+    tuned = dense_baseline(*panel)
+    base = dense_baseline(*panel, tuned=False) if tuned is None else tuned
     if chart.dense and base is not None and np.isfinite(base[chart.column]):
         style = {"color": DENSE, "linewidth": 1.1, "linestyle": "-"}
         height, error = base[chart.column] * chart.factor, base.get(chart.error or "", math.nan) * chart.factor
         axes.axhline(height, **style, zorder=1)
         if np.isfinite(error):
             axes.axhspan(height - error, height + error, color=DENSE, alpha=0.07, linewidth=0, zorder=0)
-        name = "dense, fine-tuned" if chart.column in ("accuracy", "loss", "perplexity") else modes.DENSE.label
+        scored = chart.column in ("accuracy", "loss", "perplexity")
+        name = "dense, fine-tuned" if scored and tuned is not None else modes.DENSE.label
         rules[name] = line_handle(name, **style)
     levels = {"chance": chance_level(cells, task), "always the commonest answer": majority_level(cells, task)}
     for label, height in levels.items():

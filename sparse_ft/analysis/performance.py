@@ -12,7 +12,7 @@ import pandas as pd
 from sparse_ft.analysis.alike import ways_of_points, why_not_comparable
 from sparse_ft.analysis.style import COLOURS
 from sparse_ft.analysis.table import GROUP, grouped_table
-from sparse_ft.settings.modes import DENSE, MODES
+from sparse_ft.settings.modes import DENSE, MODES, is_tuned
 
 __all__ = ["CHANCE", "chance_level", "curves", "dense_baseline", "majority_level", "pareto_front", "performance_table"]
 
@@ -70,13 +70,17 @@ def majority_level(cells: pd.DataFrame, task: str) -> float | None:
     return MAJORITY.get((task, str(rows[0]))) if len(rows) == 1 else None
 
 
-def dense_baseline(grouped: pd.DataFrame, model: str, task: str, variant: str = "") -> pd.Series | None:
+def dense_baseline(
+    grouped: pd.DataFrame, model: str, task: str, variant: str = "", tuned: bool = True
+) -> pd.Series | None:
     """The point that recovery is measured against: dense fine-tuning, unpruned.
 
     A cell of mode ``dense``; where the study has none, a finished cell at 0 %, which is the same
     computation (all masks are ones). Of several variants the one asked for, else the only one there is.
+    Of what is not fine-tuned (``tuned`` False) it is the dense model as it is: a cell of such a mode at 0 %.
     """
     same = grouped[(grouped["model"] == model) & (grouped["task"] == task) & grouped["accuracy"].notna()]
+    same = same[same["mode"].map(is_tuned) == tuned]
     for found in (same[same["mode"] == DENSE.name], same[same["sparsity"] == 0]):
         exact = found[found["variant"] == variant]
         if len(exact):
@@ -89,8 +93,9 @@ def dense_baseline(grouped: pd.DataFrame, model: str, task: str, variant: str = 
 def performance_table(cells: pd.DataFrame, grouped: pd.DataFrame) -> pd.DataFrame:
     """One row a (line, level): scores beside recovery, what tuning gained and what re-masking costs.
 
-    ``recovery``: accuracy over the dense fine-tuned accuracy of the same model and task, only where both were
-    fine-tuned in the same way and scored under one protocol; where it is not known ``recovery_reason`` says why.
+    ``recovery``: accuracy over the dense fine-tuned accuracy of the same model and task (of what was not fine-tuned,
+    over the dense model's), only where both were fine-tuned in the same way and scored under one protocol; where it is
+    not known ``recovery_reason`` says why.
     ``accuracy_gained``: accuracy - accuracy_untuned.
     ``accuracy_remask_gap``: accuracy - accuracy_remasked, and likewise for perplexity as ratios (before /
     after, remasked / merged). ``X_error`` are standard errors that take both scores as independent (they
@@ -102,9 +107,9 @@ def performance_table(cells: pd.DataFrame, grouped: pd.DataFrame) -> pd.DataFram
             table[name] = math.nan
     table["recovery_reason"] = ""
     ways = ways_of_points(cells)
-    bases: dict[tuple[str, str, str], pd.Series | None] = {}
+    bases: dict[tuple[Any, ...], pd.Series | None] = {}
     for index, row in zip(table.index, table.to_dict("records"), strict=True):
-        panel = (row["model"], row["task"], row["variant"])
+        panel = (row["model"], row["task"], row["variant"], is_tuned(row["mode"]))
         if panel not in bases:
             bases[panel] = dense_baseline(grouped, *panel)
         base = bases[panel]

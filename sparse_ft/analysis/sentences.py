@@ -10,7 +10,7 @@ import pandas as pd
 
 from sparse_ft.analysis.panels import short_names
 from sparse_ft.analysis.performance import chance_level, dense_baseline, majority_level
-from sparse_ft.settings.modes import DENSE, FULL, SPARSE_TO_DENSE, SPARSE_TO_SPARSE
+from sparse_ft.settings.modes import DENSE, FULL, PRUNED, SPARSE_TO_DENSE, SPARSE_TO_SPARSE, is_tuned
 
 __all__ = ["Sentence", "answers", "kept_level"]
 
@@ -57,7 +57,9 @@ def _answer(cells: pd.DataFrame, table: pd.DataFrame, model: str, task: str, nam
     subject = f"{TASK_NAMES.get(task, task)} on {name}"
     own = cells[(cells["model"] == model) & (cells["task"] == task)]
     here = table[(table["model"] == model) & (table["task"] == task)]
-    scored = here[here["accuracy"].notna()]
+    tuned = bool(here.loc[here["accuracy"].notna(), "mode"].map(is_tuned).any())
+    here = here[here["mode"].map(is_tuned) == tuned]  # what is not fine-tuned stands beside, and answers if alone
+    scored, dense = here[here["accuracy"].notna()], "dense fine-tuned" if tuned else "dense"
     if scored.empty:
         done = int((own["status"] == "FINISHED").sum())
         said = f"{subject}: no cell has a score of a tuned model ({done} of {len(own)} finished)."
@@ -65,19 +67,20 @@ def _answer(cells: pd.DataFrame, table: pd.DataFrame, model: str, task: str, nam
     if scored["variant"].nunique() > 1:
         return _best_of(subject, scored)
     parts = []
-    base = dense_baseline(table, model, task, scored["variant"].iloc[0])
+    base = dense_baseline(table, model, task, scored["variant"].iloc[0], tuned)
     if base is None:
-        parts.append(f"{subject} has no dense fine-tuned baseline, so what sparsity costs is not known.")
+        parts.append(f"{subject} has no {dense} baseline, so what sparsity costs is not known.")
     elif (guess := _guess(own, task)) and base["accuracy"] - guess[0] < 2 * _known(base["accuracy_error"]):
         parts.append(
-            f"{subject}: accuracy cannot tell the levels apart, because dense fine-tuning itself "
+            f"{subject}: accuracy cannot tell the levels apart, because"
+            f" {'dense fine-tuning' if tuned else 'the dense model'} itself "
             f"({_score(base)}) is not clearly above {guess[1]} ({guess[0]:.3f}); read loss and perplexity instead."
         )
     elif not (compared := scored[scored["mode"] != DENSE.name])["recovery"].notna().any() and len(compared):
         reasons = compared["recovery_reason"].drop_duplicates().tolist()
         parts.append(f"{subject}: what sparsity costs is not known, because {' and '.join(reasons)}.")
     else:
-        parts.append(_kept_sentence(subject, own, here, base, share))
+        parts.append(_kept_sentence(subject, own, here, base, share, dense))
     parts += [text for text in (_perplexity_sentence(here, base),) if text]
     parts += _warnings(own)
     missing = int((own["status"] != "FINISHED").sum())
@@ -97,10 +100,12 @@ def _warnings(own: pd.DataFrame) -> list[str]:
     return [f"In {count} of its {len(own)} cells {text}." for text, count in counts.items() if count]
 
 
-def _kept_sentence(subject: str, own: pd.DataFrame, here: pd.DataFrame, base: pd.Series, share: float) -> str:
+def _kept_sentence(
+    subject: str, own: pd.DataFrame, here: pd.DataFrame, base: pd.Series, share: float, dense: str
+) -> str:
     clauses = []
     pruned = here[here["mode"] != DENSE.name]
-    for mode in (SPARSE_TO_SPARSE, SPARSE_TO_DENSE, FULL):
+    for mode in (SPARSE_TO_SPARSE, SPARSE_TO_DENSE, FULL, PRUNED):
         lines = pruned[pruned["mode"] == mode.name]
         levels = [
             level
@@ -113,12 +118,10 @@ def _kept_sentence(subject: str, own: pd.DataFrame, here: pd.DataFrame, base: pd
         if parts:
             clauses.append(f"{', '.join(parts)}, {mode.sentence}")
     if not clauses:
-        return f"{subject} reaches {_score(base)} when fine-tuned dense; no pruned cell has a score to compare."
+        return f"{subject}: the {dense} model reaches {_score(base)}; no pruned cell has a score to compare."
     error = pruned["recovery_error"].max()
     noise = f" One standard error of that share is up to {100 * error:.1f} points." if error > 0 else ""
-    return (
-        f"{subject} keeps {100 * share:g} % of dense fine-tuned accuracy ({_score(base)}) {'; '.join(clauses)}.{noise}"
-    )
+    return f"{subject} keeps {100 * share:g} % of {dense} accuracy ({_score(base)}) {'; '.join(clauses)}.{noise}"
 
 
 def _level(series: str, line: pd.DataFrame, own: pd.DataFrame, share: float) -> tuple[bool, str] | None:
@@ -144,14 +147,18 @@ def _level(series: str, line: pd.DataFrame, own: pd.DataFrame, share: float) -> 
 
 def _perplexity_sentence(here: pd.DataFrame, base: pd.Series | None) -> str:
     """The line that was pruned hardest, before and after tuning, beside dense."""
-    known = here[(here["mode"] == SPARSE_TO_SPARSE.name) & (here["sparsity"] > 0) & here["perplexity"].notna()]
+    shown = (SPARSE_TO_SPARSE.name, PRUNED.name)
+    known = here[here["mode"].isin(shown) & (here["sparsity"] > 0) & here["perplexity"].notna()]
     if known.empty:
         return ""
     first = known[known["series"] == known["series"].iloc[0]].sort_values("sparsity")
     point = first.iloc[-1]
     before, after = _plain(point["perplexity_untuned"]), _plain(point["perplexity"])
     dense = f" (dense: {_plain(base['perplexity'])})" if base is not None and base["perplexity"] > 0 else ""
-    said = f"{point['sparsity_percent']:g} % {point['series']}, sparse to sparse fine-tuning"
+    level = f"{point['sparsity_percent']:g} % {point['series']}"
+    if point["mode"] == PRUNED.name:
+        return f"At {level}, not fine-tuned, perplexity is {after}{dense}."
+    said = f"{level}, sparse to sparse fine-tuning"
     if before == after:
         return f"At {said} leaves perplexity at {after}{dense}."
     return f"At {said} brings perplexity {f'from {before} ' if before else ''}to {after}{dense}."

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from sparse_ft.analysis.numbers import shown, shown_with_error
 from sparse_ft.analysis.table import cell_table
-from sparse_ft.settings.modes import DENSE, mode_label
+from sparse_ft.settings.modes import DENSE, is_tuned, mode_label
 from sparse_ft.tracking.record import Run
 
 __all__ = ["print_table", "table_text", "terminal_table"]
@@ -50,10 +50,10 @@ def terminal_table(runs: Iterable[Run]) -> Table:
             _percent(cell["sparsity_achieved"]),
             _percent(cell["sparsity_after_merge"]),
             _violations(cell),
-            _stacked("untuned", "not tuned" if "no_weight_moved" in (cell["warning"] or "") else "tuned"),
+            _stacked(*_stages(cell).values()),
             *(
                 _stacked(
-                    *(shown_with_error(cell[f"{name}{s}"], cell[f"{name}_stderr{s}"], form) for s in ("_untuned", ""))
+                    *(shown_with_error(cell[f"{name}{s}"], cell[f"{name}_stderr{s}"], form) for s in _stages(cell))
                 )
                 for name, form in (("accuracy", ".3f"), ("loss", ".3f"), ("perplexity", ",.4g"))
             ),
@@ -97,9 +97,16 @@ def _name(cell: dict[str, Any]) -> Text:
     return name
 
 
-def _stacked(before: str, after: str) -> Text:
+def _stages(cell: dict[str, Any]) -> dict[str, str]:
+    """When a cell was scored, by what the columns of those scores end with."""
+    if not is_tuned(cell["mode"]):
+        return {"": "untuned"}
+    return {"_untuned": "untuned", "": "not tuned" if "no_weight_moved" in (cell["warning"] or "") else "tuned"}
+
+
+def _stacked(before: str, after: str = "") -> Text:
     """Before tuning above, after tuning below."""
-    return Text.assemble((before, "dim"), "\n", after, justify="right")
+    return Text.assemble((before, "dim" if after else ""), "\n", after, justify="right")
 
 
 def _percent(value: float) -> str:

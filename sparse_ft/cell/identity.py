@@ -22,9 +22,11 @@ from sparse_ft.errors import ModelUnavailableError, UserError
 from sparse_ft.models.devices import resolve_device, resolve_dtype
 from sparse_ft.settings.cell import CellConfig
 from sparse_ft.settings.commands import MaskConfig
+from sparse_ft.settings.corpora import CORPORA, TASK, corpus_problem
 from sparse_ft.settings.field import named, plain_values, unsaid
+from sparse_ft.settings.modes import MODES
 from sparse_ft.settings.rules import AUTO
-from sparse_ft.settings.scoring import CORPORA
+from sparse_ft.tasks.corpora import held_out_file
 
 __all__ = [
     "IdentityError",
@@ -50,8 +52,9 @@ def cell_identity(cell: CellConfig, bench: Workbench, trainer: str = "local") ->
 
     ``weights``, ``model_config`` and ``tokenizer`` of the base model; ``training_data``, ``scored_data`` and
     ``fewshot_data`` (where there are any); ``task_definition`` (of a task of one's own); ``num_fewshot``;
-    ``perplexity_text`` (of a file of one's own); ``masks`` (of a given file); ``dtype`` and ``device`` as resolved;
-    ``versions`` of this program and of the libraries that compute; ``trainer``, where it is not the local one.
+    ``perplexity_text`` (of a file); ``calibration_text`` (of a corpus); ``masks`` (of a given file); ``dtype`` and
+    ``device`` as resolved; ``versions`` of this program and of the libraries that compute; ``trainer``, where it is not
+    the local one.
 
     Raises:
         UserError: a model, a task, a mask file or a text that cannot be had.
@@ -59,9 +62,14 @@ def cell_identity(cell: CellConfig, bench: Workbench, trainer: str = "local") ->
     task = bench.task(cell)
     device = resolve_device(cell.device)
     found = {**bench.model_digests(cell.model), **bench.data_digests(cell)}
+    calibrated = cell.pruned and cell.needs_calibration and cell.masks is None
+    if not MODES[cell.mode].trains and not (calibrated and cell.calibration_corpus == TASK):
+        found.pop("training_data", None)
     found["num_fewshot"] = str(task.config.num_fewshot or 0)
     if cell.perplexity_tokens != 0:
-        found["perplexity_text"] = _text(cell.perplexity_corpus)
+        found["perplexity_text"] = _text(cell.perplexity_corpus, cell.data_dir)
+    if calibrated and cell.calibration_corpus != TASK:
+        found["calibration_text"] = bench.corpus(cell).digest
     if cell.pruned and cell.masks is not None:
         found["masks"] = bench.given_masks(cell.masks)
     found |= {"dtype": str(resolve_dtype(cell.dtype, device)).removeprefix("torch."), "device": device.type}
@@ -111,6 +119,8 @@ def mask_key(config: MaskConfig, bench: Workbench) -> str:
         device = resolve_device(config.device)
         behind |= {"tokenizer": model["tokenizer"], "task": config.task, "versions": versions(), "device": device.type}
         behind["dtype"] = str(resolve_dtype(config.dtype, device))
+        if config.calibration_corpus != TASK:
+            return _digest([values, behind | {"text": bench.corpus(config).digest}])
         behind |= {name: value for name, value in bench.data_digests(config).items() if name == "task_definition"}
         behind["text"] = bench.data_digests(config).get("training_data", "none")
     return _digest([values, behind])
@@ -125,7 +135,9 @@ def untuned_key(
         start: fingerprint of the weights under the masks (after an update not the base's).
         settings: how is scored.
     """
-    scored = {name: value for name, value in identity.items() if name not in ("training_data", "masks")}
+    scored = {
+        name: value for name, value in identity.items() if name not in ("training_data", "masks", "calibration_text")
+    }
     how = {name: value for name, value in settings.items() if name not in ("perplexity_corpus", "num_fewshot")}
     return _digest([cell.task, scored, start, mask_checksum, how], 64)
 
@@ -153,6 +165,8 @@ def _owners(cell: CellConfig, name: str) -> Iterator[str]:
         yield f"model {cell.model}"
     elif name.endswith("_data") or name == "task_definition":
         yield f"data of {cell.task} ({cell.data_dir or 'none'})"
+    elif name == "calibration_text":
+        yield f"text {cell.calibration_corpus}"
     elif name == "perplexity_text":
         yield f"text {cell.perplexity_corpus}"
     elif name == "masks":
@@ -161,12 +175,12 @@ def _owners(cell: CellConfig, name: str) -> Iterator[str]:
         yield "program"
 
 
-def _text(corpus: str) -> str:
-    if corpus in CORPORA:
+def _text(corpus: str, data_dir: str | None) -> str:
+    if problem := corpus_problem("perplexity_corpus", corpus):
+        raise UserError(problem)
+    path = held_out_file(corpus, data_dir) if corpus in CORPORA else Path(corpus).expanduser()
+    if corpus == TASK or path is None:
         return corpus
-    path = Path(corpus).expanduser()
-    if not path.is_file():
-        raise UserError(f"perplexity_corpus {corpus} is neither task, wikitext2 nor a text file")
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 

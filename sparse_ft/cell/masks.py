@@ -21,6 +21,7 @@ from sparse_ft.pruning.generator import MaskGenerator
 from sparse_ft.pruning.output import MaskFile
 from sparse_ft.settings.cell import CellConfig
 from sparse_ft.settings.commands import MaskConfig
+from sparse_ft.settings.corpora import TASK
 from sparse_ft.settings.pruning import TUNING
 from sparse_ft.settings.rules import STEPS
 
@@ -80,13 +81,18 @@ def _generator(config: MaskConfig, bench: Workbench) -> MaskGenerator:
     if config.needs_calibration:
         from sparse_ft.models.tokenizers import embedding_rows
         from sparse_ft.pruning.calibration import Calibration
+        from sparse_ft.tasks.corpora import drawn_windows
         from sparse_ft.tasks.examples import calibration_tokens, check_ids
 
-        task, tokenizer = bench.task(config), bench.tokenizer(config.model)
+        tokenizer, corpus = bench.tokenizer(config.model), config.calibration_corpus
         samples, length = config.calibration_samples, config.calibration_seq_len
-        tokens = calibration_tokens(task, tokenizer, samples, length, config.seed)
+        if corpus == TASK:
+            tokens = calibration_tokens(bench.task(config), tokenizer, samples, length, config.seed)
+        else:
+            tokens = drawn_windows(bench.corpus(config), tokenizer, samples, length, config.seed)
         check_ids(tokens.flatten().tolist(), embedding_rows(checkpoint.folder))
-        about = {"task": config.task, "samples": samples, "length": length, "seed": config.seed}
+        text = {"task": config.task} if corpus == TASK else {"corpus": corpus, "text": bench.corpus(config).digest}
+        about = {**text, "samples": samples, "length": length, "seed": config.seed}
         calibration = Calibration(tokens, about)
     return MaskGenerator(checkpoint.folder, config, calibration, config.model, bench.progress)
 
@@ -202,6 +208,7 @@ def _described(about: Mapping[str, Any]) -> dict[str, Any]:
         **{step: about.get(step, getattr(blank, step)) for step in STEPS},  # said only where names speak of it
         "pattern": about.get("pattern", blank.pattern),
         "allocation": about.get("allocation", blank.allocation),
+        "calibration_corpus": calibration.get("corpus", blank.calibration_corpus),
         "calibration_samples": calibration.get("samples", blank.calibration_samples),
         "calibration_seq_len": calibration.get("length", blank.calibration_seq_len),
         **{name: tuning.get(name.removeprefix("reconstruct_"), getattr(blank, name)) for name in TUNING},

@@ -26,8 +26,8 @@ def check_promise(training: Training, trained: Trained) -> None:
     validation = validate_checkpoint(
         training.target,
         MaskSet.all_kept(start.prunable_shapes()) if masks is None else masks,
-        base=start.folder if mode.lora else None,
-        target_modules=cell.target_modules,
+        base=None if mode.trains_weights else start.folder,
+        target_modules=cell.target_modules if mode.trains else (),
         progress=training.progress,
     )
     violations = trained.base_violations if mode.loses_zeros else validation.violations

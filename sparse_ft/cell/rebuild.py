@@ -18,9 +18,10 @@ from sparse_ft.levels import LevelPaths
 from sparse_ft.lora.merge import merge_all_lora_weights
 from sparse_ft.lora.model import load_sparse_lora
 from sparse_ft.models.checkpoint import Checkpoint
-from sparse_ft.models.loading import load_state_into, save_model, saved_tokenizer
+from sparse_ft.models.loading import apply_masks, load_state_into, save_model, saved_tokenizer
 from sparse_ft.pruning.output import MaskFile
 from sparse_ft.settings.cell import CellConfig
+from sparse_ft.settings.modes import MODES
 from sparse_ft.settings.parser import Parser
 from sparse_ft.tracking.record import Kind, Run, Tag, level_tag
 from sparse_ft.tracking.runs import Tracker
@@ -29,7 +30,7 @@ __all__ = ["logged_cell", "not_of", "rebuild"]
 
 
 def rebuild(tracker: Tracker, run_id: str, target: Path, bench: Workbench) -> Path:
-    """Makes a cell's merged checkpoint again, bit for bit, from its adapter and its masks.
+    """Makes a cell's merged checkpoint again, bit for bit, from its adapter (where it was trained) and its masks.
 
     The result is compared with the fingerprint that the run holds: on another kind of device the last bit of a
     matrix product may differ, and then it is said instead of passed over.
@@ -50,9 +51,10 @@ def rebuild(tracker: Tracker, run_id: str, target: Path, bench: Workbench) -> Pa
         raise UserError(f"run {run_id} is no finished cell ({run.status}); there is nothing to rebuild.")
     with tempfile.TemporaryDirectory() as scratch:
         cell = replace(logged_cell(tracker, run), output_dir=scratch)
-        if not any(name.startswith("adapter/") for name in tracker.artifacts(run.run_id)):
+        trains = MODES[cell.mode].trains
+        if trains and not any(name.startswith("adapter/") for name in tracker.artifacts(run.run_id)):
             raise UserError(f"run {run_id} holds no adapter (mode {cell.mode}, keep: none); run the cell again.")
-        adapter = tracker.fetch(run.run_id, "adapter", scratch)
+        adapter = tracker.fetch(run.run_id, "adapter", scratch) if trains else None
         masks = _masks(tracker, run, cell, Path(scratch))
         base, found = run.tags.get(Tag.BASE_FINGERPRINT), bench.checkpoint(cell.model)
         if not found.is_called(base):
@@ -63,12 +65,15 @@ def rebuild(tracker: Tracker, run_id: str, target: Path, bench: Workbench) -> Pa
             if masks is not None and masks.checkpoint is not None:
                 start = Checkpoint(masks.checkpoint)
                 load_state_into(model, start, start.prunable)
-            if masks is None:
+            adapted = model
+            if adapter is None:
+                apply_masks(model, masks.load())
+            elif masks is None:
                 adapted = PeftModel.from_pretrained(model, str(adapter))
             else:
                 adapted = load_sparse_lora(model, adapter, masks.load())
             with atomic_folder(target) as made:
-                merged = merge_all_lora_weights(adapted, cell.rounding, cell.seed)
+                merged = merge_all_lora_weights(adapted, cell.rounding, cell.seed) if trains else model
                 save_model(merged, saved_tokenizer(bench.checkpoint(cell.model).folder), made)
                 if (problem := not_of(run, made)) is not None:
                     raise UserError(f"{problem}; rebuild on the kind of device that the cell ran on. Nothing is kept.")

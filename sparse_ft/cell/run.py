@@ -12,7 +12,7 @@ from sparse_ft.cell.merge_cost import NO_WEIGHT_MOVED, merge_warning, weights_mo
 from sparse_ft.cell.promise import check_promise
 from sparse_ft.cell.result import CellResult
 from sparse_ft.cell.scores import Scores
-from sparse_ft.cell.trainer import LOCAL, UNWATCHED, Trained, Trainer, Training, Watch
+from sparse_ft.cell.trainer import LOCAL, UNTRAINED, UNWATCHED, Trained, Trainer, Training, Watch
 from sparse_ft.cell.workbench import Workbench
 from sparse_ft.errors import UserError
 from sparse_ft.lora.model import remask
@@ -47,7 +47,7 @@ def run_cell(
             updates the weights it keeps), training starts from that.
         bench: keeps the base model between cells.
         folder: the cell's own folder; what ``cell.keep`` names stays there.
-        trainer: who trains and merges.
+        trainer: who trains and merges, where the mode trains anything.
         watch: who follows the training, and may stop it.
         name: of its run, for the cells that take over what this one measured; by default the cell's title.
         warn_foreign: take masks that were made of other weights of these shapes, with a warning; in a study they
@@ -61,6 +61,7 @@ def run_cell(
         ValidationFailedError: the merged checkpoint breaks what the mode promises.
     """
     result, clock, mode = CellResult(), Clock(), MODES[cell.mode]
+    trainer = trainer if mode.trains else UNTRAINED
     folder.mkdir(parents=True, exist_ok=True)
     with clock("load"):
         cell.check()
@@ -72,7 +73,9 @@ def run_cell(
         task = bench.task(cell)
         start = checkpoint if mask_file is None or mask_file.checkpoint is None else Checkpoint(mask_file.checkpoint)
         masks = _masks(mask_file, start, checkpoint, warn_foreign, result)
-        examples = training_examples(task, tokenizer, cell.max_seq_len, cell.examples_needed, cell.seed)
+        examples = []
+        if mode.trains:
+            examples = training_examples(task, tokenizer, cell.max_seq_len, cell.examples_needed, cell.seed)
     scores = Scores(cell, name or cell.title, bench, tokenizer, task, folder)
 
     with clock("load"), bench.borrow(cell) as model:
@@ -80,34 +83,38 @@ def run_cell(
             load_state_into(model, start, start.prunable)
         if masks is not None:
             apply_masks(model, masks)
-        if cell.score_untuned:
-            with clock("eval_untuned"):
-                pruned = masks is not None and masks.n_pruned > 0  # masks that keep all leave the model as it is
+        pruned = masks is not None and masks.n_pruned > 0  # masks that keep all leave the model as it is
+        if cell.score_untuned or not mode.trains:
+            with clock("eval_untuned" if mode.trains else "eval"):
                 measured_by, untuned = scores.untuned(model, start, masks.checksum if pruned else "")
                 result.tags[Tag.UNTUNED_MEASURED_BY] = measured_by
-                result.add_scores(untuned.metrics, "_untuned")
+                result.add_scores(untuned.metrics, "_untuned" if mode.trains else "")
+                result.protocol.update({} if mode.trains else untuned.protocol)
 
         training = Training(
             cell=cell, model=model, base=checkpoint, start=start, masks=masks, examples=examples, tokenizer=tokenizer,
             folder=folder, scores=scores, clock=clock, result=result, progress=bench.progress, watch=watch,
         )  # fmt: skip
         trained = trainer.train(training)
-        with clock("merge"):
-            targets = cell.target_modules if mode.lora else None
-            moved = weights_moved(trained.model, start, masks, targets)
-            result.metrics["train/weights_moved"] = moved
-            if moved == 0:
-                result.warn(f"{NO_WEIGHT_MOVED}: training changed no weight; the scores are those of the untuned model")
+        if mode.trains:
+            with clock("merge"):
+                targets = cell.target_modules if mode.lora else None
+                moved = weights_moved(trained.model, start, masks, targets)
+                result.metrics["train/weights_moved"] = moved
+                if moved == 0:
+                    what = "training changed no weight; the scores are those of the untuned model"
+                    result.warn(f"{NO_WEIGHT_MOVED}: {what}")
         with clock("save"):
             result.tags[Tag.MERGED_FINGERPRINT] = Checkpoint(training.target).fingerprint
         with clock("validate"):
             check_promise(training, trained)
 
-        with clock("eval"):
-            scored = scores(trained.model, "score").metrics
-            result.add_scores(scored)
-            _log_merge(result, trained, scored)
-            result.protocol.update(scores.protocol)
+        if mode.trains:
+            with clock("eval"):
+                scored = scores(trained.model, "score").metrics
+                result.add_scores(scored)
+                _log_merge(result, trained, scored)
+                result.protocol.update(scores.protocol)
         if masks is not None and masks.n_pruned == 0 and mode.lora:
             # Nothing is masked, so the re-masked model is the merged one, bit for bit. In both modes, for at 0 %
             # one of them runs for both.

@@ -27,7 +27,7 @@ from sparse_ft.settings.modes import MODES
 from sparse_ft.tasks.examples import Example
 from sparse_ft.training import TrainingResult, train
 
-__all__ = ["LOCAL", "UNWATCHED", "LocalTrainer", "Trained", "Trainer", "Training", "Watch"]
+__all__ = ["LOCAL", "UNTRAINED", "UNWATCHED", "LocalTrainer", "Trained", "Trainer", "Training", "Watch"]
 
 Curves = Mapping[str, list[tuple[int, float]]]
 
@@ -195,6 +195,28 @@ class LocalTrainer:
 
 
 LOCAL = LocalTrainer()
+
+
+class _Untrained:
+    """Stands in for a trainer where a mode trains nothing: the pruned model is written as it is."""
+
+    name, can_stop, takes_all = "none", False, False
+
+    def check(self, cell: CellConfig, checkpoint: Checkpoint) -> None:
+        """There is nothing to refuse."""
+
+    def missing(self) -> list[str]:
+        """Nothing."""
+        return []
+
+    def train(self, training: Training) -> Trained:
+        """Writes the model under its masks."""
+        with training.clock("save"):
+            save_model(training.model, saved_tokenizer(training.base.folder), training.target)
+        return Trained(training.model, exact=True)
+
+
+UNTRAINED = _Untrained()
 
 
 def _log(result: CellResult, trained: TrainingResult, timed: bool) -> None:

@@ -22,6 +22,7 @@ from sparse_ft.progress import SILENT, Progress
 from sparse_ft.settings.cell import CellConfig
 from sparse_ft.settings.model import DataSettings
 from sparse_ft.settings.modes import MODES
+from sparse_ft.settings.pruning import RecipeSettings
 from sparse_ft.tracking.record import Tag
 
 # What loads models, tokenizers and tasks is imported with the first of them: masks by weight alone need none.
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from sparse_ft.evaluation import Evaluation
+    from sparse_ft.tasks.corpora import CorpusRows
 
 __all__ = ["Workbench"]
 
@@ -59,6 +61,7 @@ class Workbench:
         self._digests: dict[str, dict[str, str]] = {}
         self._rows: dict[tuple[Any, ...], dict[str, str]] = {}
         self._given: dict[str, str] = {}
+        self._corpora: dict[tuple[str, str | None], CorpusRows] = {}
         self._base: tuple[tuple[Any, ...], PreTrainedModel] | None = None
         self._changed: str | None = None  # None: pristine; "prunable" or "all": to be restored
 
@@ -108,6 +111,22 @@ class Workbench:
         if key not in self._rows:
             self._rows[key] = data_digests(self.task(settings))
         return self._rows[key]
+
+    def corpus(self, settings: RecipeSettings) -> CorpusRows:
+        """The calibration corpus of a cell or of masks.
+
+        Raises:
+            DataMissingError: it cannot be had.
+        """
+        from sparse_ft.tasks.corpora import training_rows
+
+        key = settings.calibration_corpus, settings.data_dir
+        if key not in self._corpora:
+            try:
+                self._corpora[key] = training_rows(*key)
+            except UserError as error:
+                raise DataMissingError(str(error)) from error
+        return self._corpora[key]
 
     def given_masks(self, path: str) -> str:
         """16 hex digits of a mask file's checksum and of the weights that it belongs to."""
@@ -177,7 +196,7 @@ class Workbench:
         elif self._changed is not None:
             checkpoint = self.checkpoint(cell.model)
             load_state_into(self._base[1], checkpoint, None if self._changed == "all" else checkpoint.prunable)
-        self._changed = "prunable" if MODES[cell.mode].lora else "all"
+        self._changed = "all" if MODES[cell.mode].trains_weights else "prunable"
         model = self._base[1]
         for parameter in model.parameters():  # PEFT froze them for the cell before
             parameter.requires_grad_(True)

@@ -25,7 +25,7 @@ from sparse_ft.models.checkpoint import Checkpoint
 from sparse_ft.models.families import architecture_of
 from sparse_ft.models.names import prunable_names, slots
 from sparse_ft.progress import SILENT, Progress
-from sparse_ft.settings.modes import MODES
+from sparse_ft.settings.modes import MODES, TRAINED_MODES
 
 __all__ = ["LoraPlan", "ModelZooMasks", "merge_checkpoint", "write_start_checkpoint"]
 
@@ -216,8 +216,8 @@ def merge_checkpoint(
         UserError: an unknown mode, masks or scaling missing, masks that are not those the checkpoint was trained
             with, or factors where ``full`` expects none.
     """
-    if mode not in MODES:
-        raise UserError(f"mode is '{mode}', it must be one of {', '.join(MODES)}.")
+    if mode not in TRAINED_MODES:
+        raise UserError(f"mode is '{mode}', it must be one of {', '.join(TRAINED_MODES)}.")
     kind = MODES[mode]
     if (masks is not None) != kind.masked_base:
         raise UserError(f"Mode {mode} merges {'under' if kind.masked_base else 'without'} masks.")

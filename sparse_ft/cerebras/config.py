@@ -16,7 +16,7 @@ from sparse_ft.cerebras.model_section import model_section
 from sparse_ft.errors import UserError
 from sparse_ft.files import write_text
 from sparse_ft.masks.files import load_masks
-from sparse_ft.settings.modes import MODES, SPARSE_TO_SPARSE
+from sparse_ft.settings.modes import MODES, SPARSE_TO_SPARSE, TRAINED_MODES
 
 __all__ = ["Cluster", "TrainerPlan", "check_config", "create_sparse_config", "write_config"]
 
@@ -135,8 +135,8 @@ def create_sparse_config(
         UserError: a mode that does not exist, masks missing or superfluous, or masks that do not fit.
     """
     plan = plan or TrainerPlan()
-    if mode not in MODES:
-        raise UserError(f"mode is '{mode}', it must be one of {', '.join(MODES)}.")
+    if mode not in TRAINED_MODES:
+        raise UserError(f"mode is '{mode}', it must be one of {', '.join(TRAINED_MODES)}.")
     kind = MODES[mode]
     if (masks is not None) != kind.masked_base:
         raise UserError(f"Mode {mode} {'needs' if kind.masked_base else 'takes no'} masks.")

@@ -107,8 +107,9 @@ def check_trainable(cell: CellConfig, config: Mapping[str, Any], settings: Cereb
     Raises:
         UserError: a model or a setting that ModelZoo's trainer cannot take.
     """
-    model_section(config)
-    trainer_plan(cell, config, settings.device, settings.cluster)
+    if MODES[cell.mode].trains:
+        model_section(config)
+        trainer_plan(cell, config, settings.device, settings.cluster)
 
 
 @dataclass(frozen=True)

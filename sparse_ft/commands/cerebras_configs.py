@@ -62,6 +62,8 @@ def write_study_configs(study: str | Path, output_dir: str | Path, settings: Cer
     files, index = [], []
     for planned in plan.cells:
         cell = planned.config
+        if not MODES[cell.mode].trains:
+            continue
         with _named(cell):
             masks = _masks(planned, plan, root)
             path = _write(cell, masks, root, settings)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from lm_eval.api.task import Task
 from torch.nn import functional
@@ -18,12 +17,12 @@ from sparse_ft.evaluation.batches import rows_that_fit
 from sparse_ft.evaluation.finite import NonFiniteScoresError
 from sparse_ft.evaluation.standard_errors import ratio_standard_error
 from sparse_ft.progress import SILENT, Progress
-from sparse_ft.tasks.definitions import eval_split, quiet
+from sparse_ft.settings.corpora import CORPORA, TASK, corpus_problem
+from sparse_ft.tasks.corpora import held_out_rows
+from sparse_ft.tasks.definitions import eval_split, local_source
 from sparse_ft.tasks.examples import check_ids, held_out_texts, token_stream
 
 __all__ = ["Perplexity", "corpus_texts", "perplexity"]
-
-WIKITEXT = "wikitext2"
 
 
 @dataclass(frozen=True)
@@ -47,28 +46,19 @@ def corpus_texts(corpus: str, task: Task) -> tuple[str, Iterable[str]]:
     """A name for the protocol, and the texts, of a perplexity corpus.
 
     Args:
-        corpus: ``task`` for the held-out texts of ``task``; ``wikitext2`` for the test split of
-            wikitext-2-raw from the hub; else the path of a UTF-8 text file.
+        corpus: ``task`` for the held-out texts of ``task``; ``wikitext2`` or ``c4`` for what the papers read of them,
+            from ``corpora/`` in the task's folder or from the hub; else the path of a UTF-8 text file.
 
     Raises:
         UserError: the hub cannot be reached, or there is no such file.
     """
-    if corpus == "task":
+    if corpus == TASK:
         return f"{task.config.task}/{eval_split(task)}", held_out_texts(task)
-    if corpus == WIKITEXT:
-        try:
-            with quiet():
-                rows = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")
-        except Exception as error:  # datasets raises half a dozen classes for "no network"
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise UserError(
-                f"cannot load wikitext-2 from the hub ({reason}); check the network, or set perplexity_corpus "
-                "to task or to a text file"
-            ) from error
-        return "wikitext-2-raw/test", rows["text"]
+    if corpus in CORPORA:
+        return held_out_rows(corpus, local_source(task))
     path = Path(corpus).expanduser()
-    if not path.is_file():
-        raise UserError(f"perplexity_corpus {corpus} is neither task, {WIKITEXT} nor a text file")
+    if problem := corpus_problem("perplexity_corpus", corpus):
+        raise UserError(problem)
     try:
         return path.name, [path.read_text(encoding="utf-8-sig")]
     except UnicodeDecodeError as error:

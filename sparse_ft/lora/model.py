@@ -30,7 +30,7 @@ from sparse_ft.masks.mask_set import MaskSet, packed_shape
 from sparse_ft.models.loading import apply_masks, prunable_shapes
 from sparse_ft.models.names import slots
 from sparse_ft.settings.lora import LoraSettings
-from sparse_ft.settings.modes import DENSE, MODES, SPARSE_TO_SPARSE
+from sparse_ft.settings.modes import DENSE, MODES, SPARSE_TO_SPARSE, TRAINED_MODES
 
 __all__ = [
     "apply_sparse_lora",
@@ -65,13 +65,13 @@ def apply_sparse_lora(
         UserError: masks that do not fit, are missing or are not wanted; a model with adapters; unknown
             modes or target modules; dropout on experts; an adapter on a weight that is shared (a tied head).
     """
-    if mode not in MODES:
-        raise UserError(f"mode is '{mode}', it must be one of {', '.join(MODES)}.")
+    if mode not in TRAINED_MODES:
+        raise UserError(f"mode is '{mode}', it must be one of {', '.join(TRAINED_MODES)}.")
     if isinstance(model, PeftModel) or any(isinstance(m, BaseTunerLayer) for m in model.modules()):
         raise UserError("The model carries adapters already; merge them first (merge_all_lora_weights).")
     kind = MODES[mode]
     if masks is not None and not kind.masked_base:
-        others = ", ".join(name for name, other in MODES.items() if other.masked_base)
+        others = ", ".join(name for name in TRAINED_MODES if MODES[name].masked_base)
         raise UserError(f"Mode {mode} takes no masks; choose one of {others}.")
     if masks is None and kind.masked_base and kind.lora:
         raise UserError(f"Mode {mode} needs masks; make them with compute_masks.")

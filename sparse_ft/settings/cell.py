@@ -10,17 +10,19 @@ from typing import Any
 
 from sparse_ft.levels import level_label
 from sparse_ft.settings.commands import TRAINERS, MaskConfig
+from sparse_ft.settings.corpora import TASK
 from sparse_ft.settings.field import Settings, defaults, named, part_of, plain_values, setting, unsaid
 from sparse_ft.settings.lora import LoraSettings
 from sparse_ft.settings.model import DataSettings, ModelSettings
 from sparse_ft.settings.modes import MODES, SPARSE_TO_SPARSE
-from sparse_ft.settings.pruning import TUNING, RecipeSettings
+from sparse_ft.settings.pruning import CALIBRATION, TUNING, RecipeSettings
 from sparse_ft.settings.rules import AUTO, STEPS
 from sparse_ft.settings.scoring import ScoringSettings
 from sparse_ft.settings.training import TrainingSettings
 
 __all__ = ["NAME_LENGTH", "CellConfig", "SparsitySettings", "TrainConfig", "mask_set_of", "name_problem"]
 
+_TRAINING = tuple(name for name in defaults(TrainingSettings) if name not in ("seed", "rounding"))
 _IN_ADDRESSES = "/:@#?%\\"  # what models:/NAME@ALIAS gives a meaning to
 NAME_LENGTH = 250  # characters of a registered model's name
 
@@ -31,8 +33,8 @@ class SparsitySettings(Settings):
 
     mode: str = setting(
         SPARSE_TO_SPARSE.name,
-        "dense (no pruning), sparse_to_dense, sparse_to_sparse (keeps every zero), or full (all weights are trained"
-        " under the mask, without LoRA).",
+        "dense (no pruning), sparse_to_dense, sparse_to_sparse (keeps every zero), full (all weights are trained"
+        " under the mask, without LoRA), or pruned (nothing is trained).",
         choices=tuple(MODES),
         needed=True,
     )
@@ -85,7 +87,7 @@ class CellConfig(
         blank = []
         if not self.pruned:
             values.update(masks=None, method=None, importance=None, scope=None, sparsity=0.0)
-            blank += [*STEPS, "pattern", "allocation", "calibration_samples", "calibration_seq_len", "force"]
+            blank += [*STEPS, "pattern", "allocation", *CALIBRATION, "force"]
         elif self.method == "random":
             values.update(importance=None, scope=None)
             blank += ["allocation"]
@@ -94,11 +96,14 @@ class CellConfig(
         if self.method != "semi_structured":
             blank += ["pattern"]
         if not self.needs_calibration:
-            blank += ["calibration_samples", "calibration_seq_len"]
+            blank += CALIBRATION
         if not (self.pruned and self.reconstructs):
             blank += TUNING
         if not MODES[self.mode].lora:
             blank += ["lora_r", "lora_alpha", "lora_dropout", "target_modules"]
+        if not MODES[self.mode].trains:
+            values.update(rounding="nearest")
+            blank += [*_TRAINING, "max_seq_len", "score_untuned"]
         if self.dtype == "float32":
             values.update(rounding="nearest")  # whatever was asked
         values |= {name: value for name, value in defaults(CellConfig).items() if name in blank}
@@ -163,18 +168,11 @@ def mask_set_of(cell: CellConfig) -> MaskConfig | None:
     kind = replace(kind, update=kind.other_update or MaskConfig.update)
     if not kind.reconstructs:
         kind = replace(kind, **{name: value for name, value in defaults(MaskConfig).items() if name in TUNING})
+    no_task = {"task": "", "include_path": None}
     if cell.needs_calibration:
-        return kind
-    kind = replace(
-        kind,
-        task="",
-        data_dir=None,
-        include_path=None,
-        calibration_samples=MaskConfig.calibration_samples,
-        calibration_seq_len=MaskConfig.calibration_seq_len,
-        device="auto",
-        dtype="auto",
-    )
+        return kind if kind.calibration_corpus == TASK else replace(kind, **no_task)
+    blank = {name: getattr(MaskConfig, name) for name in CALIBRATION}
+    kind = replace(kind, **no_task, **blank, data_dir=None, device="auto", dtype="auto")
     return kind if kind.method == "random" else replace(kind, seed=0)
 
 

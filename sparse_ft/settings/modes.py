@@ -1,16 +1,28 @@
-"""The modes that a cell is trained in: one row each. Whoever asks what a mode does asks its row."""
+"""The modes of a cell, which say what is trained: one row each. Whoever asks what a mode does asks its row."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["DENSE", "FULL", "MODES", "SPARSE_MODES", "SPARSE_TO_DENSE", "SPARSE_TO_SPARSE", "Mode", "mode_label"]
+__all__ = [
+    "DENSE",
+    "FULL",
+    "MODES",
+    "PRUNED",
+    "SPARSE_MODES",
+    "SPARSE_TO_DENSE",
+    "SPARSE_TO_SPARSE",
+    "TRAINED_MODES",
+    "Mode",
+    "is_tuned",
+    "mode_label",
+]
 
 
 @dataclass(frozen=True)
 class Mode:
-    """One way to fine-tune.
+    """One way to fine-tune, or not to.
 
     Attributes:
         name: as flags and files spell it.
@@ -21,6 +33,7 @@ class Mode:
         lora: whether an adapter is trained, and not the weights themselves.
         masked_base: whether the weights under it are pruned.
         masked_update: whether the mask also holds for what is learned.
+        trains: whether anything is trained at all.
     """
 
     name: str
@@ -31,6 +44,12 @@ class Mode:
     lora: bool
     masked_base: bool
     masked_update: bool
+    trains: bool = True
+
+    @property
+    def trains_weights(self) -> bool:
+        """Whether the weights themselves are trained."""
+        return self.trains and not self.lora
 
     @property
     def keeps_zeros(self) -> bool:
@@ -83,10 +102,27 @@ FULL = Mode(
     masked_base=True,
     masked_update=True,
 )
-MODES = {mode.name: mode for mode in (DENSE, SPARSE_TO_DENSE, SPARSE_TO_SPARSE, FULL)}
+PRUNED = Mode(
+    "pruned",
+    "pruned",
+    "pruned, not tuned",
+    "pruned and not fine-tuned",
+    (0, (6, 1.2, 1, 1.2)),
+    lora=False,
+    masked_base=True,
+    masked_update=True,
+    trains=False,
+)
+MODES = {mode.name: mode for mode in (DENSE, SPARSE_TO_DENSE, SPARSE_TO_SPARSE, FULL, PRUNED)}
+TRAINED_MODES = tuple(name for name, mode in MODES.items() if mode.trains)
 SPARSE_MODES = tuple(name for name, mode in MODES.items() if mode.lora and mode.masked_base)
 
 
 def mode_label(name: str) -> str:
     """A mode's label; of a name that is none, the name (published numbers, runs of other versions)."""
     return MODES[name].label if name in MODES else str(name)
+
+
+def is_tuned(name: str) -> bool:
+    """Whether a mode fine-tunes; of a name that is none (published numbers, other versions' runs), that it does."""
+    return name not in MODES or MODES[name].trains

@@ -10,6 +10,7 @@ from functools import partial
 from sparse_ft.errors import UserError
 from sparse_ft.levels import level_label, levels_text, parse_levels
 from sparse_ft.settings import shared
+from sparse_ft.settings.corpora import TASK, corpus_problem, corpus_words
 from sparse_ft.settings.field import Settings, setting
 from sparse_ft.settings.rules import (
     ACTIVATIONS,
@@ -34,8 +35,9 @@ from sparse_ft.settings.rules import (
     allocations_help,
 )
 
-__all__ = ["TUNING", "PruningSettings", "RecipeSettings"]
+__all__ = ["CALIBRATION", "TUNING", "PruningSettings", "RecipeSettings"]
 
+CALIBRATION = ("calibration_corpus", "calibration_samples", "calibration_seq_len")
 TUNING = ("reconstruct_epochs", "reconstruct_batch", "reconstruct_learning_rate")
 
 _rule = partial(setting, masks=True, needed=True, time=False)
@@ -82,6 +84,13 @@ class RecipeSettings(Settings):
     )
     pattern: str = _rule("2:4", "kept:group for semi_structured masks, such as 2:4.")
     allocation: str = _rule(UNIFORM.name, allocations_help(), choices=ALLOCATIONS)
+    calibration_corpus: str = _rule(
+        TASK,
+        "text that importances look at: task (its training texts), wikitext2, c4 (of data_dir/corpora or the hub, drawn"
+        " as the papers draw), or a file.",
+        path=corpus_words(),
+        later=True,
+    )
     calibration_samples: int = _rule(64, "number of calibration sequences, for importances that need any.")
     calibration_seq_len: int = _rule(256, "tokens of each calibration sequence.")
     force: bool = _rule(False, "allow pruning that is known to collapse (global wanda).", masks=False, named=True)
@@ -230,6 +239,8 @@ class PruningSettings(RecipeSettings):
             yield f"sparsities name one level twice: {', '.join(map(str, levels))}."
         if self.needs_calibration and (self.calibration_samples < 1 or self.calibration_seq_len < 2):
             yield "calibration_samples must be at least 1 and calibration_seq_len at least 2."
+        if self.needs_calibration and (problem := corpus_problem("calibration_corpus", self.calibration_corpus)):
+            yield problem
         if not 0 < self.reconstruct_learning_rate < math.inf:
             yield f"reconstruct_learning_rate is {self.reconstruct_learning_rate}; it must be above 0."
         if self.owl_outlier <= 0:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
+from sparse_ft.settings.corpora import corpus_problem, corpus_words
 from sparse_ft.settings.field import Settings, setting
 
-__all__ = ["CORPORA", "ScoringSettings"]
-
-CORPORA = ("task", "wikitext2")
+__all__ = ["ScoringSettings"]
 
 
 @dataclass(frozen=True)
@@ -29,8 +27,8 @@ class ScoringSettings(Settings):
     )
     perplexity_corpus: str = setting(
         "task",
-        "task (the task's held-out texts), wikitext2 (from the hub), or a text file.",
-        path=CORPORA,
+        "task (the task's held-out texts), wikitext2, c4 (of data_dir/corpora or the hub), or a text file.",
+        path=corpus_words(),
         named=True,
     )
     share_contexts: bool = setting(
@@ -45,6 +43,6 @@ class ScoringSettings(Settings):
         yield from super().problems()
         if isinstance(self.eval_batch_size, str) and self.eval_batch_size != "auto":
             yield f"eval_batch_size is '{self.eval_batch_size}'; it must be auto, or a number."
-        corpus = self.perplexity_corpus
-        if self.perplexity_tokens != 0 and corpus not in CORPORA and not Path(corpus).is_file():
-            yield f"perplexity_corpus is '{corpus}'; there is no such file. Give task, wikitext2 or a text file."
+        problem = corpus_problem("perplexity_corpus", self.perplexity_corpus)
+        if self.perplexity_tokens != 0 and problem:
+            yield problem

@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from sparse_ft.cell.identity import cell_identity, mask_key
@@ -16,6 +17,7 @@ from sparse_ft.cell.workbench import Workbench
 from sparse_ft.errors import UserError, masked
 from sparse_ft.settings.cell import CellConfig, mask_set_of
 from sparse_ft.settings.commands import MaskConfig
+from sparse_ft.settings.corpora import TASK
 from sparse_ft.settings.field import defaults
 from sparse_ft.settings.modes import DENSE, MODES
 from sparse_ft.settings.parser import Parser
@@ -47,7 +49,8 @@ class PlannedMasks:
             parts += [config.importance, config.scope]
         parts += [f"{value}-{step}" for step, value in config.steps.items()]
         parts += [config.allocation] if config.allocation != "uniform" else []
-        parts += [config.task] if config.needs_calibration else []
+        if config.needs_calibration:
+            parts += [config.task] if config.calibration_corpus == TASK else [Path(config.calibration_corpus).stem]
         parts += [f"seed{config.seed}"] if config.seed != 0 else []
         return "_".join(parts)
 
@@ -118,7 +121,7 @@ def make_plan(study: Study) -> Plan:
     # Every axis value is checked once, not once a cell.
     axes = [[getattr(parser.values({axis: v}, where), axis) for v in values] for axis, values in study.grid.items()]
     points = [replace(common, **dict(zip(study.grid, values, strict=True))) for values in itertools.product(*axes)]
-    dense = [replace(point, mode=DENSE.name) for point in points] if study.dense_baseline else []
+    dense = [_baseline(point) for point in points] if study.dense_baseline else []
     cells: dict[str, CellConfig] = {}
     for cell in dense + points:
         if not 0 <= cell.sparsity <= 1:
@@ -145,6 +148,13 @@ def make_plan(study: Study) -> Plan:
     return Plan(study, tuple(PlannedCell(*values) for values in planned), tuple(sets))
 
 
+def _baseline(cell: CellConfig) -> CellConfig:
+    """What a cell is measured against: the dense model, fine-tuned if the cell is."""
+    if MODES[cell.mode].trains:
+        return replace(cell, mode=DENSE.name)
+    return replace(cell, **defaults(RecipeSettings), masks=None, sparsity=0.0)
+
+
 def _titles(cells: Sequence[CellConfig], grid: Mapping[str, list[Any]]) -> Iterator[str]:
     shown = ("model", "task", "method", "importance", *STEPS, "sparsity", "mode")
     axes = [axis for axis, values in grid.items() if len(values) > 1 and axis not in shown]
@@ -159,8 +169,9 @@ def _same_as(cells: Sequence[CellConfig]) -> list[int | None]:
     whether an adapter over a base without zeros is called sparse: such cells are one computation."""
     seen: dict[str, list[int]] = {}
     for number, cell in enumerate(cells):
-        if cell.sparsity == 0 and cell.masks is None and cell.pruned and MODES[cell.mode].lora:
-            alike = replace(cell, **defaults(RecipeSettings), mode=CellConfig.mode)
+        mode = MODES[cell.mode]
+        if cell.sparsity == 0 and cell.masks is None and cell.pruned and not mode.trains_weights:
+            alike = replace(cell, **defaults(RecipeSettings), mode=CellConfig.mode if mode.trains else cell.mode)
             seen.setdefault(alike.key(), []).append(number)
     result: list[int | None] = [None] * len(cells)
     for numbers in seen.values():

@@ -37,6 +37,7 @@ __all__ = [
     "gold_index",
     "has_training_split",
     "load_task",
+    "local_source",
     "quiet",
     "set_fewshot",
     "task_protocol",
@@ -120,6 +121,12 @@ def definition_of(task: Task) -> Path:
 def has_training_split(task: Task) -> bool:
     """Whether the definition of the task has a training split at all."""
     return bool(load_yaml(definition_of(task), resolve_func=False).get("training_split"))
+
+
+def local_source(task: Task) -> str | None:
+    """The folder that the task's rows came from; None: the hub, or a package."""
+    source = (task.config.metadata or {}).get("source", "")
+    return None if source == PACKAGED or source.startswith("hub:") else source or None
 
 
 def task_protocol(task: Task) -> dict[str, Any]:

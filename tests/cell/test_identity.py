@@ -28,7 +28,7 @@ AXES = {
     "device": {"auto": 0, "cpu": 0},
     "dtype": {"auto": 0, "float32": 0, "bfloat16": 1},
     "num_fewshot": {None: 0, 0: 0, 1: 1},
-    "mode": dict(zip(modes := ("dense", "sparse_to_dense", "sparse_to_sparse", "full"), modes, strict=True)),
+    "mode": dict(zip(modes := ("dense", "sparse_to_dense", "sparse_to_sparse", "full", "pruned"), modes, strict=True)),
     "method": dict(zip(methods := ("unstructured", "random", "semi_structured"), methods, strict=True)),
     "importance": {"magnitude": 0, "wanda": 1},
     "update": {"auto": 0, "none": 0, "sparsegpt": 1, "refit": 2},  # none is the importances' own
@@ -36,6 +36,7 @@ AXES = {
     "reconstruct": {"none": 0, "block": 1},
     "reconstruct_epochs": {10: 0, 2: 1},
     "pattern": {"2:4": 0, "1:2": 1},
+    "calibration_corpus": {"task": 0, "book.txt": 1, "copy.txt": 1, "other.txt": 2},
     "calibration_samples": {4: 0, 8: 1},
     "seed": {0: 0, 1: 1},
     "lora_r": {4: 0, 8: 1},
@@ -81,7 +82,13 @@ def places(tmp_path_factory, tiny_model):
         kinds | {"other_question": row("validation.jsonl"), "other_training": row("train.jsonl")}
     ).items():
         _changed(made_data_dir(), root / "data" / name, change)
-    return {"model": root / "models", "data_dir": root / "data"}
+    for name, text in (
+        ("book.txt", "One book. " * 400),
+        ("copy.txt", "One book. " * 400),
+        ("other.txt", "Two. " * 900),
+    ):
+        (root / name).write_text(400 * text)
+    return {"model": root / "models", "data_dir": root / "data", "calibration_corpus": root}
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +104,7 @@ def cells(places):
     for _ in range(250):
         chosen = {name: draw.choice(list(values)) for name, values in AXES.items()}
         meaning = {name: AXES[name][value] for name, value in chosen.items()}
-        values = {name: str(places[name] / v) if name in places else v for name, v in chosen.items()}
+        values = {name: str(places[name] / v) if name in places and v != "task" else v for name, v in chosen.items()}
         found.append((CellConfig(**values, sparsity=0.5), meaning))
     return found
 
@@ -112,17 +119,20 @@ def _masks_mean(meaning):
     grouped = meaning["pattern"] if method == "semi_structured" else None
     if not ranked and not any(steps):
         return (model, method, seed) if method == "random" else (model, method, grouped)
-    text = meaning["data_dir"] == 2  # calibration reads the training split
+    # Of the task's texts calibration reads the training split.
+    text = meaning["calibration_corpus"] or (meaning["data_dir"] == 2) - 1
     return model, method, grouped, ranked, steps, text, meaning["calibration_samples"], meaning["dtype"], seed
 
 
 def _result_means(meaning):
-    names = ("model", "data_dir", "dtype", "num_fewshot", "mode", "seed", "batch_size")
-    lora = None if meaning["mode"] == "full" else meaning["lora_r"]
+    names = ("model", "dtype", "num_fewshot", "mode", "seed")
+    trained = meaning["batch_size"] if meaning["mode"] != "pruned" else None
+    lora = None if meaning["mode"] in ("full", "pruned") else meaning["lora_r"]
+    rows = meaning["data_dir"] if trained is not None or meaning["num_fewshot"] else meaning["data_dir"] == 1
     # The method and importance stand in the name of a result, whatever the masks turn out to be.
     named = None if meaning["mode"] == "dense" else meaning["method"]
     ranked = meaning["importance"] if named in ("unstructured", "semi_structured") else None
-    return (*(meaning[name] for name in names), lora, named, ranked, _masks_mean(meaning))
+    return (*(meaning[name] for name in names), rows, trained, lora, named, ranked, _masks_mean(meaning))
 
 
 def _untuned_means(meaning):

@@ -1,5 +1,6 @@
 """Masks that are brought as a file say of a cell what made them."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -7,8 +8,10 @@ import pytest
 from sparse_ft.cell.masks import make_masks, mask_file
 from sparse_ft.cell.workbench import Workbench
 from sparse_ft.errors import UserError
-from sparse_ft.settings.cell import CellConfig
+from sparse_ft.pruning import Calibration, MaskGenerator, PruningSettings
+from sparse_ft.settings.cell import CellConfig, mask_set_of
 from sparse_ft.settings.commands import MaskConfig
+from sparse_ft.tasks.corpora import drawn_windows
 
 TEXT = {"data_dir": "made", "calibration_samples": 4, "calibration_seq_len": 16}
 
@@ -62,3 +65,24 @@ def test_a_file_says_how_its_blocks_were_tuned(files):
     assert (settled.reconstruct, settled.reconstruct_epochs, settled.reconstruct_batch) == ("block", 1, 8)
     with pytest.raises(UserError, match=r"reconstruct is block, and the masks .* were made with reconstruct none"):
         files["none"].settle(CellConfig(model="tiny-llama", reconstruct="block"))
+
+
+def test_masks_calibrated_on_a_corpus_are_one_set_for_all_tasks_and_say_so(tmp_path):
+    corpora = tmp_path / "data" / "corpora"
+    corpora.mkdir(parents=True)
+    (corpora / "c4.jsonl").write_text(json.dumps({"text": "The sea is deep, and the river runs to it. " * 20}))
+    cell = CellConfig(
+        model="tiny-llama", importance="wanda", scope="row", **TEXT | {"data_dir": str(tmp_path / "data")}
+    )
+    sets = [mask_set_of(replace(cell, task=task, calibration_corpus="c4")) for task in ("boolq", "hellaswag")]
+    assert sets[0] == sets[1] and mask_set_of(cell) != mask_set_of(replace(cell, task="hellaswag"))
+    bench = Workbench()
+    (made,) = make_masks(replace(sets[0], sparsities=(0.5,)), bench, tmp_path / "masks")
+    about = made.metadata["calibration"]
+    assert (about["corpus"], about["samples"], about["length"]) == ("c4", 4, 16) and "task" not in about
+    tokens = drawn_windows(bench.corpus(sets[0]), bench.tokenizer("tiny-llama"), 4, 16, 0)
+    folder = bench.checkpoint("tiny-llama").folder
+    settings = PruningSettings(importance="wanda", scope="row", dtype="float32")
+    (same,) = MaskGenerator(folder, settings, Calibration(tokens)).generate(tmp_path / "again", figures="none")
+    assert same.checksum == made.checksum
+    assert mask_file(made.path).settle(cell).calibration_corpus == "c4"

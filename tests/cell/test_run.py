@@ -150,3 +150,28 @@ def test_small_steps_in_bfloat16_move_weights_unless_rounded_to_the_nearest(run,
         for rounding in ("dithered", "nearest")
     }
     assert moved["dithered"] > 1.5 * moved["nearest"]
+
+
+@pytest.mark.parametrize("rule", [{}, {"importance": "sparsegpt", "update": "refit"}])
+def test_a_pruned_cell_is_the_pruned_model_and_scored_as_it_is_before_any_training(run, bench, rule):
+    _, masks, result, folder = run(mode="pruned", keep="all", sparsity=0.7, **rule)
+    *_, tuned, _ = run(mode="sparse_to_sparse", sparsity=0.7, **rule)
+    for name in ("accuracy", "loss", "perplexity"):
+        assert result.metrics[f"eval/{name}"] == tuned.metrics[f"eval/{name}_untuned"]
+    assert result.metrics["eval/loss"] != tuned.metrics["eval/loss"]
+    assert {"task", "perplexity_corpus", "n_scored"} <= set(result.protocol)
+    assert not [name for name in result.metrics if name.startswith("train/") or name.endswith("_untuned")]
+    assert result.metrics["sparsity/violations"] == 0
+    start = Checkpoint(masks.checkpoint) if masks.checkpoint else bench.checkpoint("tiny-llama")
+    written, kept = Checkpoint(folder / "merged"), masks.load()
+    for name in start.names:
+        expected = start.tensor(name) * kept[name] if name in kept else start.tensor(name)
+        assert torch.equal(written.tensor(name), expected)
+
+
+def test_settings_of_training_make_no_other_cell_of_one_that_trains_nothing():
+    pruned = CellConfig(mode="pruned")
+    for values in ({"learning_rate": 1e-3}, {"max_steps": 7}, {"lora_r": 2}, {"max_seq_len": 64}, {"batch_size": 1}):
+        assert replace(pruned, **values).key() == pruned.key()
+    for values in ({"eval_limit": 3}, {"sparsity": 0.3}, {"mode": "full"}, {"seed": 1}):
+        assert replace(pruned, **values).key() != pruned.key()

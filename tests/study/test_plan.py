@@ -121,3 +121,18 @@ def test_sparsities_may_be_a_range(tmp_path):
     path.write_text("grid: {sparsity: '0:0.3:0.1'}")
     study = load_study(path)
     assert (study.name, study.grid["sparsity"]) == ("levels", [0.0, 0.1, 0.2, 0.3])
+
+
+def test_a_study_without_training_is_held_against_the_dense_model_without_training():
+    grid = {"model": ["tiny-llama"], "importance": ["magnitude", "wanda"], "sparsity": [0, 0.5], "mode": ["pruned"]}
+    plan = make_plan(Study("s", grid, {"learning_rate": 1e-3}))
+    assert [(cell.mode, cell.sparsity, cell.importance) for cell in plan.configs] == [
+        ("pruned", 0, "magnitude"), ("pruned", 0.5, "magnitude"), ("pruned", 0, "wanda"), ("pruned", 0.5, "wanda")
+    ]  # fmt: skip
+    assert [cell.same_as for cell in plan.cells] == [None, None, 0, None]
+    only = make_plan(Study("s", grid | {"sparsity": [0.5], "importance": ["wanda"]}, {}))
+    assert [(cell.mode, cell.sparsity, cell.importance) for cell in only.configs] == [
+        ("pruned", 0, "magnitude"), ("pruned", 0.5, "wanda")
+    ]  # fmt: skip
+    both = make_plan(Study("s", grid | {"mode": ["pruned", "sparse_to_sparse"], "sparsity": [0.5]}, {}))
+    assert [cell.mode for cell in both.configs[:2]] == ["pruned", "dense"]

@@ -23,7 +23,7 @@ from sparse_ft.errors import UserError
 from sparse_ft.masks.files import load_masks
 from sparse_ft.settings.modes import MODES, SPARSE_TO_SPARSE
 
-MaskedMode = Literal[tuple(name for name, mode in MODES.items() if mode.masked_base)]
+MaskedMode = Literal[tuple(name for name, mode in MODES.items() if mode.masked_base and mode.trains)]
 
 __all__ = ["MaskedLoRALinear", "SparseMask", "SparseMaskCallback"]
 

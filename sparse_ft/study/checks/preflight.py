@@ -61,14 +61,15 @@ def check_examples(cell: CellConfig, bench: Workbench) -> None:
     from sparse_ft.tasks.examples import training_examples
 
     task = bench.task(cell)
-    training_examples(task, bench.tokenizer(cell.model), cell.max_seq_len, limit=1, seed=cell.seed)
+    if MODES[cell.mode].trains:
+        training_examples(task, bench.tokenizer(cell.model), cell.max_seq_len, limit=1, seed=cell.seed)
 
 
 def _memory_problem(plan: Plan, bench: Workbench, workers: int) -> str | None:
     """The weights alone are what a cell cannot do without: only what certainly does not fit is refused."""
     needs = []
     for cell in plan.configs:
-        copies = 1 if MODES[cell.mode].lora else 4  # full: gradients, two moments
+        copies = 4 if MODES[cell.mode].trains_weights else 1  # with gradients and two moments
         needs.append((copies * model_bytes(cell, bench), cell.model, resolve_device(cell.device)))
     size, model, device = max(needs, key=lambda need: need[0])
     if device.type == "cuda":
