@@ -21,7 +21,7 @@ BASELINE_COLUMNS = (
     "model", "task", "method", "importance", "sparsity", "mode",
     "accuracy", "perplexity", "throughput", "source", "protocol",
 )  # fmt: skip
-BUILT_IN = ("shears", "wanda", "owl")
+BUILT_IN = ("shears", "wanda", "owl", "alps")
 _MODES = (*MODES, "untuned")
 _OPTIONAL = ("importance", "perplexity", "accuracy", "throughput")
 _NUMBERS = ("sparsity", "accuracy", "perplexity", "throughput")

@@ -89,6 +89,15 @@ def test_the_pruned_model_before_tuning_is_mode_untuned(tmp_path):
     )
 
 
+def test_a_pruned_cell_stands_beside_mode_untuned_by_its_own_score(tmp_path):
+    ours = cell(params={"cfg/mode": "pruned", "protocol/perplexity_corpus": "wiki", "protocol/perplexity_windows": "9"},
+                metrics={"eval/perplexity": 7.0})  # fmt: skip
+    protocol = "perplexity_corpus=wiki; perplexity_seq_len=256; perplexity_windows=9"
+    row = {"task": "any", "mode": "untuned", "accuracy": "", "perplexity": "7.5", "protocol": protocol}
+    joined = compared(tmp_path, row, cells=[ours])["joined"].iloc[0]
+    assert joined["measure"] == "perplexity_untuned" and joined["difference"] == pytest.approx(-0.5)
+
+
 def test_a_throughput_joins_on_its_own_conditions(tmp_path):
     protocol = "throughput=eval_samples_per_second; device=cpu; dtype=float32; batch_size=8"
     row = {"accuracy": "", "throughput": "50", "protocol": protocol}

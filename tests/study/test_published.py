@@ -1,0 +1,82 @@
+"""The papers' protocol at a tiny size: not trained, calibrated and scored on corpora, beside published numbers."""
+
+import json
+import shutil
+
+import pytest
+import yaml
+from documents import ROOT
+
+from sparse_ft.analysis.baselines import compare_baseline, load_baseline
+from sparse_ft.analysis.performance import performance_table
+from sparse_ft.analysis.sentences import answers
+from sparse_ft.analysis.table import cell_table, grouped_table
+from sparse_ft.cell.rebuild import rebuild
+from sparse_ft.cell.workbench import Workbench
+from sparse_ft.errors import UserError
+from sparse_ft.models.checkpoint import Checkpoint
+from sparse_ft.settings.commands import SweepConfig
+from sparse_ft.study.driver import sweep
+from sparse_ft.tasks.made import made_data_dir
+from sparse_ft.tracking.runs import Tracker
+
+SMALL = {"dtype": "float32", "eval_limit": 4, "calibration_samples": 4, "calibration_seq_len": 32}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Questions, and corpora beside them: what calibration reads, and what perplexity reads."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "boolq").symlink_to(made_data_dir() / "boolq")
+    (folder / "corpora").mkdir()
+    lines = (made_data_dir() / "boolq" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    texts = [json.loads(line)["passage"] for line in lines]
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in texts[:50])
+    (folder / "corpora" / "c4.jsonl").write_text(rows, encoding="utf-8")
+    (folder / "corpora" / "wikitext2.test.txt").write_text(" \n".join(texts[50:200]), encoding="utf-8")
+    return folder
+
+
+def test_the_published_study_at_a_tiny_size(tmp_path, tiny_model, data, capsys):
+    model = shutil.copytree(tiny_model("tiny-llama"), tmp_path / "Llama-2-7b-hf")
+    study = yaml.safe_load((ROOT / "configs/published.yaml").read_text(encoding="utf-8"))
+    study["grid"] |= {"model": [str(model)], "sparsity": [0.6, 0.7]}
+    study["cell"] |= SMALL | {"data_dir": str(data)}
+    study["figures"] = "none"
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study), encoding="utf-8")
+    assert sweep(SweepConfig(config=str(tmp_path / "study.yaml"), output_dir=str(tmp_path / "out"))) == 0
+
+    tracker = Tracker()
+    runs = [run for run in tracker.search() if run.tags.get("kind") == "cell"]
+    assert {run.params["cfg/mode"] for run in runs} == {"pruned"} and len(runs) == 1 + 3 * 2
+    assert {run.metrics["sparsity/violations"] for run in runs} == {0}
+    assert {run.params["protocol/perplexity_corpus"] for run in runs} == {"wikitext-2-raw/test"}
+    assert not any(name.startswith("train/") for run in runs for name in run.metrics)
+    shown = capsys.readouterr().out
+    assert "pruned, not tuned" in shown and "tuned  " not in shown.replace("untuned", "").replace("not tuned", "")
+
+    cells = cell_table(runs)
+    table = performance_table(cells, grouped_table(cells))
+    assert table["recovery"].notna().all() and table["recovery_reason"].eq("").all()
+    (answer,) = answers(cells, table)
+    assert "fine-tuned" not in answer.text.replace("not fine-tuned", "") and "perplexity" in answer.text
+    sides = compare_baseline(load_baseline("builtin"), cells, grouped_table(cells))
+    ours = sides["not_comparable"].query("source.str.contains('ALPS') and sparsity in (0.6, 0.7)")
+    assert (
+        len(ours) == 4
+        and ours["reason"].str.fullmatch(r"protocol differs: .*perplexity_windows is 166, here \d+").all()
+    )
+
+    alps = next(run for run in runs if run.params["cfg/importance"] == "alps" and run.params["cfg/sparsity"] == "0.7")
+    again = rebuild(tracker, alps.run_id, tmp_path / "again", Workbench())
+    assert Checkpoint(again).fingerprint == alps.tags["merged_fingerprint"]
+
+
+def test_a_corpus_that_is_not_there_is_said_before_anything_is_made(tmp_path, study_file, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    grid = {"model": ["tiny-llama"], "importance": ["wanda"], "scope": ["row"], "sparsity": [0.5], "mode": ["pruned"]}
+    for corpus, said in (("c4", r"put it into data_dir/corpora/c4\.jsonl"), ("nowhere.txt", "there is no such file")):
+        path = study_file(grid, cell={"calibration_corpus": corpus})
+        with pytest.raises(UserError, match=said):
+            sweep(SweepConfig(config=str(path), output_dir=str(tmp_path / "out")))
+        assert not (tmp_path / "out").exists()
