@@ -38,8 +38,8 @@ def terminal_table(runs: Iterable[Run]) -> Table:
     for name in named:
         table.add_column(name, overflow="fold")
     table.add_column("cell", min_width=16, overflow="fold")
-    heads = ("asked\n%", "achieved\n%", "after\nmerge %", "vio-\nlations")
-    heads += ("", "accuracy", "loss", "perple-\nxity", "tokens\n/s", "min-\nutes")
+    heads = ("asked\n%", "", "perple-\nxity", "accuracy", "loss")  # what answers the question comes first
+    heads += ("achieved\n%", "after\nmerge %", "vio-\nlations", "tokens\n/s", "min-\nutes")
     for name in heads:
         table.add_column(name, justify="right", no_wrap=True)
     for cell in cells.to_dict("records"):
@@ -47,16 +47,16 @@ def terminal_table(runs: Iterable[Run]) -> Table:
             *(str(cell[name] if cell[name] is not None else "") for name in named),
             _name(cell),
             _percent(cell["sparsity"]),
-            _percent(cell["sparsity_achieved"]),
-            _percent(cell["sparsity_after_merge"]),
-            _violations(cell),
             _stacked(*_stages(cell).values()),
             *(
                 _stacked(
                     *(shown_with_error(cell[f"{name}{s}"], cell[f"{name}_stderr{s}"], form) for s in _stages(cell))
                 )
-                for name, form in (("accuracy", ".3f"), ("loss", ".3f"), ("perplexity", ",.4g"))
+                for name, form in (("perplexity", ",.4g"), ("accuracy", ".3f"), ("loss", ".3f"))
             ),
+            _percent(cell["sparsity_achieved"]),
+            _percent(cell["sparsity_after_merge"]),
+            _violations(cell),
             shown(cell["train_tokens_per_second"], ",.0f"),
             shown(cell["minutes"], ".1f"),
         ]

@@ -102,8 +102,9 @@ def run_cell(
                 moved = weights_moved(trained.model, start, masks, targets)
                 result.metrics["train/weights_moved"] = moved
                 if moved == 0:
-                    what = "training changed no weight; the scores are those of the untuned model"
-                    result.warn(f"{NO_WEIGHT_MOVED}: {what}")
+                    result.warn(
+                        f"{NO_WEIGHT_MOVED}: training changed no weight; the scores are those of the untuned model"
+                    )
         with clock("save"):
             result.tags[Tag.MERGED_FINGERPRINT] = Checkpoint(training.target).fingerprint
         with clock("validate"):
