@@ -15,7 +15,8 @@ from sparse_ft.masks.checks import check_masks
 from sparse_ft.masks.mask_set import MaskSet, unpacked
 from sparse_ft.models.checkpoint import Checkpoint
 from sparse_ft.models.families import architecture_of
-from sparse_ft.models.names import parameter_masks, role, slots
+from sparse_ft.models.mixtures import refitted
+from sparse_ft.models.names import place, role
 from sparse_ft.models.opening import open_checkpoint
 from sparse_ft.progress import SILENT, Progress
 
@@ -111,7 +112,8 @@ def validate_checkpoint(
 
     Args:
         folder: a Hugging Face checkpoint, or a Cerebras one (``.mdl``).
-        masks: by the checkpoint's tensor names (experts may be fused on either side).
+        masks: by the checkpoint's tensor names (experts may be fused on either side). Of experts of which they keep no
+            weight the checkpoint may have none: what is not there is pruned.
         tolerance: largest magnitude that counts as zero.
         base: the checkpoint that training started from: embeddings, norms, head and router must be its bits
             (rounded to the merged checkpoint's dtype). None where they were trained too (mode ``full``).
@@ -128,7 +130,9 @@ def validate_checkpoint(
         raise UserError(f"tolerance is {tolerance}; it must be 0 or more.")
     checkpoint = open_checkpoint(folder)
     checkpoint.check()
-    whole = _check_fit(checkpoint, masks)
+    fitted = _fitted(checkpoint, masks)
+    whole = {name: _Bits(fitted.bits[name], fitted.shapes[name][-1]) for name in fitted}
+    gone = masks.n_weights - fitted.n_weights  # of experts that the checkpoint does not have any more
     origin = None if base is None else open_checkpoint(base)
     problems = _asked_problems(masks)
     if origin is not None:
@@ -155,8 +159,8 @@ def validate_checkpoint(
     if violations:
         touched = sum(1 for layer in layers if layer.violations)
         problems.insert(0, f"{violations} masked weights in {touched} tensors are not zero.")
-    weights = sum(layer.weights for layer in layers)
-    masked = sum(layer.masked for layer in layers)
+    weights = gone + sum(layer.weights for layer in layers)
+    masked = gone + sum(layer.masked for layer in layers)
     return Validation(
         checkpoint=str(folder),
         mask_checksum=masks.checksum,
@@ -181,24 +185,12 @@ class _Bits:
         return unpacked(self.packed[begin:end], self.columns)
 
 
-def _check_fit(checkpoint: Checkpoint, masks: MaskSet) -> dict[str, _Bits]:
-    """The masks by the checkpoint's names; a set with fused experts also fits single ones, and the reverse."""
+def _fitted(checkpoint: Checkpoint, masks: MaskSet) -> MaskSet:
+    """The masks by the checkpoint's names; see `refitted`."""
     shapes = checkpoint.prunable_shapes()
-    if set(shapes) != set(masks.shapes):
-        masks = _renamed(checkpoint, masks, shapes) or masks
+    masks = refitted(checkpoint.config, masks, shapes)
     check_masks(masks, shapes, f"the checkpoint {checkpoint.folder}")
-    return {name: _Bits(masks.bits[name], shapes[name][-1]) for name in masks}
-
-
-def _renamed(checkpoint: Checkpoint, masks: MaskSet, shapes: dict[str, tuple[int, ...]]) -> MaskSet | None:
-    try:
-        places, here = slots(checkpoint.config, masks), slots(checkpoint.config, shapes)
-        if {slot.parameter for slot in places.values()} != {slot.parameter for slot in here.values()}:
-            return None
-        fused = parameter_masks(checkpoint.config, masks)
-        return MaskSet.from_bool({name: slot.view(fused[slot.parameter]) for name, slot in here.items()})
-    except (ValueError, IndexError, RuntimeError):  # names or shapes of another architecture
-        return None
+    return masks
 
 
 def _blocks(checkpoint: Checkpoint, name: str) -> Iterator[tuple[int, np.ndarray]]:
@@ -231,8 +223,8 @@ def _check_layer(checkpoint: Checkpoint, name: str, mask: _Bits, tolerance: floa
         check.violations += count
         extreme = float(_values(np.where(wrong, magnitudes, 0).max(keepdims=True).astype(bits.dtype), dtype)[0, 0])
         largest = max(largest, extreme if math.isfinite(extreme) else math.inf)
-        for place in np.flatnonzero(wrong)[: _EXAMPLES - len(check.examples)].tolist():
-            r, c = divmod(place, bits.shape[1])
+        for where in np.flatnonzero(wrong)[: _EXAMPLES - len(check.examples)].tolist():
+            r, c = divmod(where, bits.shape[1])
             value = float(_values(bits[r : r + 1, c : c + 1], dtype)[0, 0])
             index = [*_unravel(row + r, shape[:-1]), c]
             check.examples.append({"index": index, "value": value if math.isfinite(value) else str(value)})
@@ -300,16 +292,20 @@ def _name_problems(checkpoint: Checkpoint, base: Checkpoint) -> list[str]:
     ties = [bool(which.config.get("tie_word_embeddings")) for which in (checkpoint, base)]
     row = architecture_of(base.config)
     untied = [f"The base ties {row.head} to the embeddings, this checkpoint does not."] if ties == [False, True] else []
-    extra = set(checkpoint.names) - set(base.names) - {row.head_weight}
-    lost = set(base.names) - set(checkpoint.names) - {row.head_weight}
-    if row.experts is not None:  # a mixture may be named in two ways; its router goes with its experts
-        ways = tuple(f".{mixture}." for mixture in (row.experts.module, row.experts.stored))
-        extra, lost = ({n for n in names if not any(way in n for way in ways)} for names in (extra, lost))
+    extra, lost = (
+        {name for name in one.names if place(one.config, name).parameter not in there} - {row.head_weight}
+        for one, there in ((checkpoint, _parameters(base)), (base, _parameters(checkpoint)))
+    )
     return (
         untied
         + [f"Tensor {name} is not in the base checkpoint." for name in sorted(extra)[:5]]
         + [f"Tensor {name} of the base checkpoint is gone." for name in sorted(lost)[:5]]
     )
+
+
+def _parameters(checkpoint: Checkpoint) -> set[str]:
+    """Where its tensors live: a mixture, its router too, may be named in two ways."""
+    return {place(checkpoint.config, name).parameter for name in checkpoint.names}
 
 
 def _change_problems(

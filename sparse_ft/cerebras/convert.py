@@ -25,7 +25,6 @@ from sparse_ft.models.cerebras.checkpoint import listed_names, read_listed
 from sparse_ft.models.cerebras.names import places
 from sparse_ft.models.checkpoint import Checkpoint
 from sparse_ft.models.families import architecture_of
-from sparse_ft.models.names import has_fused_experts
 
 __all__ = ["FORMAT", "to_hugging_face", "to_modelzoo"]
 
@@ -117,7 +116,7 @@ def _stage(source: Checkpoint, folder: Path) -> Path:
     staged = folder / "hf"
     staged.mkdir()
     weight_map = {}
-    if has_fused_experts(source.config, source.names):
+    if not all(map(source.is_stored, source.names)):
         weight_map = _split_experts(source, staged)
     else:
         for file in source.files:

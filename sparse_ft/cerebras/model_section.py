@@ -81,7 +81,7 @@ def model_section(config: Mapping[str, Any]) -> dict[str, Any]:
         section["attention_sliding_window_length"] = old.get("sliding_window")
     if (experts := architecture_of(config).experts) is not None:
         section["moe"] = {
-            "num_experts": old[experts.count],
+            "num_experts": experts.number(old),
             "top_k": old["num_experts_per_tok"],
             "load_balancing_loss_coef": old.get("router_aux_loss_coef", 0.001),
             # The layout of the converter's output; ModelZoo's default is another, whose names it does not write.

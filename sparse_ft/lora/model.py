@@ -25,7 +25,7 @@ from sparse_ft.lora.full import hold_masked_weights
 from sparse_ft.lora.layer import MaskedBase
 from sparse_ft.lora.merge import adapted_layers, refuse_shared
 from sparse_ft.lora.peft_config import SparseLoRAConfig
-from sparse_ft.lora.projections import chosen_projections
+from sparse_ft.lora.projections import peft_targets
 from sparse_ft.masks.mask_set import MaskSet, packed_shape
 from sparse_ft.models.loading import apply_masks, prunable_shapes
 from sparse_ft.models.names import slots
@@ -214,12 +214,12 @@ def _peft_config(
             settings.mask_checksum = masks.checksum
         return settings
     settings.check()
-    targets = chosen_projections(settings, model.config.to_dict(), prunable_shapes(model))
+    values, names = model.config.to_dict(), prunable_shapes(model, fused=True)
     common = {
         "r": settings.lora_r,
         "lora_alpha": settings.lora_alpha,
         "lora_dropout": settings.lora_dropout,
-        "target_modules": sorted(targets),
+        **peft_targets(settings, values, names),
         "task_type": TaskType.CAUSAL_LM,
     }
     if masks is None:

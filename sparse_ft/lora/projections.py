@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from sparse_ft.errors import UserError
 from sparse_ft.models.families import architecture_of
-from sparse_ft.models.names import projection_names
+from sparse_ft.models.names import projection_names, role
 from sparse_ft.settings.lora import LoraSettings
 
-__all__ = ["chosen_projections"]
+__all__ = ["chosen_projections", "peft_targets"]
 
 
 def chosen_projections(settings: LoraSettings, config: Mapping[str, Any], names: Collection[str]) -> set[str]:
@@ -35,3 +36,36 @@ def chosen_projections(settings: LoraSettings, config: Mapping[str, Any], names:
         every = ", ".join(sorted(set().union(*stacks)))
         raise UserError(f"lora_dropout must be 0 on experts ({every}): their input is not at hand to drop.")
     return targets
+
+
+def peft_targets(settings: LoraSettings, config: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """The fields of a `peft.LoraConfig` that say what it changes.
+
+    PEFT takes the names that checkpoints give to experts for the 3-D parameters that transformers holds them in. Where
+    experts and other MLPs of a model share these names (``gate_proj``), it would adapt the experts alone, or, of a
+    family whose experts it does not know, the others alone: so every parameter is named, that of a linear map too.
+
+    Args:
+        config: the model's configuration; names: of its prunable tensors, experts in one.
+
+    Raises:
+        UserError: as `chosen_projections`.
+    """
+    targets, experts = chosen_projections(settings, config, names), architecture_of(config).experts
+    singles = {single for matrix in experts.matrices for single in matrix.singles} if experts is not None else set()
+    if experts is None or not singles & {map_.name for map_ in experts.shared + experts.dense}:
+        return {"target_modules": sorted(targets)}
+    parameters, ranks, alphas = set(), {}, {}
+    for what in (role(config, name) for name in names):
+        if not what.is_adapted(targets) or not set(what.map.adapter_names) <= singles:
+            continue
+        parameters.add(f"experts.{what.map.path}" if what.fused_experts else f"{what.map.path}.weight")
+        if (parts := len(what.map.adapter_names)) > 1:  # each part of a fused matrix has the rank that was asked for
+            pattern = rf".*\.{re.escape(what.map.path)}"
+            ranks[pattern], alphas[pattern] = parts * settings.lora_r, parts * settings.lora_alpha
+    return {
+        "target_modules": sorted(targets - singles),
+        "target_parameters": sorted(parameters),
+        "rank_pattern": ranks,
+        "alpha_pattern": alphas,
+    }

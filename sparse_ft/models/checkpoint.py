@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from sparse_ft.errors import UserError
 from sparse_ft.files import atomic_folder, write_json
 from sparse_ft.models.folder import WeightFiles, read_json, weight_files
-from sparse_ft.models.names import place, prunable_names
+from sparse_ft.models.names import listed_shapes, place, prunable_names
 from sparse_ft.models.skeleton import Skeleton, build_skeleton, config_values
 from sparse_ft.progress import SILENT, Progress
 
@@ -74,10 +74,10 @@ class Checkpoint:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self.weights: WeightFiles = weight_files(self.folder)
-        self._entries: dict[str, Entry] = {}
+        self._stored: dict[str, Entry] = {}
         for file in self.weights.files:
-            self._entries.update(_read_entries(file))
-        missing = sorted(self.weights.indexed - set(self._entries))
+            self._stored.update(_read_entries(file))
+        missing = sorted(self.weights.indexed - set(self._stored))
         if missing:
             raise UserError(f"Checkpoint {folder}: its index names {missing[0]}, which no file holds.")
 
@@ -95,9 +95,30 @@ class Checkpoint:
         return config_values(self.folder)
 
     @cached_property
+    def _entries(self) -> dict[str, Entry]:
+        """The tensors by name; of experts in one tensor each matrix by itself, as other checkpoints of the family have
+        it, so that both are the same to whoever reads them."""
+        entries = {}
+        for name, entry in self._stored.items():
+            begin = entry.begin
+            for part, shape in listed_shapes(self.stored_config, name, entry.shape).items():
+                end = begin + (entry.end - entry.begin) * math.prod(shape) // max(1, math.prod(entry.shape))
+                entries[part] = replace(entry, shape=shape, begin=begin, end=end)
+                begin = end
+        return entries
+
+    def _has_place(self, name: str) -> bool:
+        return place(self.config, name).parameter in self._skeleton.tensors
+
+    @cached_property
     def names(self) -> list[str]:
         """The tensors that the model has a place for, in name order."""
-        return sorted(name for name in self._entries if place(self.config, name).parameter in self._skeleton.tensors)
+        return sorted(filter(self._has_place, self._entries))
+
+    @cached_property
+    def _stored_names(self) -> list[str]:
+        """`names` as the files have them."""
+        return sorted(filter(self._has_place, self._stored))
 
     @cached_property
     def carried(self) -> list[str]:
@@ -196,7 +217,7 @@ class Checkpoint:
     @property
     def files(self) -> list[Path]:
         """The safetensors files that hold at least one tensor, in name order."""
-        return sorted({entry.file for entry in self._entries.values()})
+        return sorted({entry.file for entry in self._stored.values()})
 
     def shard(self, name: str) -> Path:
         """The file that holds the tensor ``name``."""
@@ -228,6 +249,10 @@ class Checkpoint:
     def nbytes(self, name: str) -> int:
         entry = self._entry(name)
         return entry.end - entry.begin
+
+    def is_stored(self, name: str) -> bool:
+        """Whether the files have a tensor of that name: not one matrix of experts that lie in one tensor."""
+        return name in self._stored
 
     def offset(self, name: str) -> int:
         """Position of the tensor's first byte in its file."""
@@ -282,9 +307,9 @@ class Checkpoint:
         def digest(name: str) -> bytes:
             return hashlib.sha256(self.raw(name)).digest()
 
-        identity = hashlib.sha256()
+        identity, names = hashlib.sha256(), self._stored_names
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing leaves the interpreter to others
-            for name, content in zip(self.names, pool.map(digest, self.names), strict=True):
+            for name, content in zip(names, pool.map(digest, names), strict=True):
                 identity.update(f"{name} {self._entry(name).described}\n".encode() + content)
         return identity.hexdigest()[:16]
 
@@ -296,7 +321,7 @@ class Checkpoint:
     def _sampled_fingerprint(self) -> str:
         """Version 0.1.0's: every prunable tensor's name, dtype, shape and 12 KiB (head, middle, tail) of its bytes."""
         identity = hashlib.sha256()
-        for name in self.prunable:
+        for name in prunable_names(self.config, self._stored_names):
             entry, raw = self._entry(name), self.raw(name)
             identity.update(f"{name} {entry.described}\n".encode())
             for start in (0, max(0, raw.size // 2 - 2048), max(0, raw.size - 4096)):
@@ -305,7 +330,7 @@ class Checkpoint:
 
     def _entry(self, name: str) -> Entry:
         try:
-            return self._entries[name]
+            return self._stored[name] if name in self._stored else self._entries[name]
         except KeyError:
             raise UserError(f"Checkpoint {self.folder} has no tensor {name}.") from None
 

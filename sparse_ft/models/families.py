@@ -3,136 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from sparse_ft.errors import UserError
+from sparse_ft.models.architecture import (
+    CHANNELS,
+    GROUPS,
+    HEADS,
+    Architecture,
+    Experts,
+    Projection,
+    after_the_first,
+    some_steps,
+)
 
 __all__ = ["ARCHITECTURES", "Architecture", "Experts", "Projection", "architecture_of"]
-
-# What the lines of a projection belong to: query heads, key/value heads, channels of an MLP.
-HEADS, GROUPS, CHANNELS = "heads", "groups", "channels"
-
-
-@dataclass(frozen=True)
-class Projection:
-    """A linear map of a decoder block, or of the experts of one.
-
-    Attributes:
-        path: its module in the block (``self_attn.q_proj``); of experts, the 3-D parameter among them.
-        parts: what its lines belong to, part after part: a fused ``qkv_proj`` has HEADS, GROUPS and GROUPS.
-        axis: which lines those are, ``row`` (outputs) or ``column`` (inputs).
-        singles: of experts, the names of the parts in checkpoints that list experts one by one.
-        norm: a norm of its outputs that has weights for every line, and goes with them; one whose weights are those of
-            a single head, for all heads, is none.
-        mean_of_all: whether that norm divides by the mean over all lines, and not over those of a head.
-    """
-
-    path: str
-    parts: tuple[str, ...]
-    axis: str = "row"
-    singles: tuple[str, ...] = ()
-    norm: str = ""
-    mean_of_all: bool = False
-
-    @property
-    def name(self) -> str:
-        """As people call it."""
-        return self.path.rpartition(".")[2]
-
-    @property
-    def adapter_names(self) -> tuple[str, ...]:
-        """As adapters name it: experts by the names that they have one by one, however they are stored."""
-        return self.singles or (self.name,)
-
-    @property
-    def is_attention(self) -> bool:
-        return CHANNELS not in self.parts
-
-    def single(self, position: int) -> Projection:
-        """One part of experts' matrices, as a map of its own."""
-        return replace(self, path=self.singles[position], parts=(self.parts[position],), singles=())
-
-
-@dataclass(frozen=True)
-class Experts:
-    """The routed experts of a block.
-
-    Attributes:
-        matrices: the 3-D parameters ``[experts, out, in]`` in which transformers holds them.
-        count, width: the fields of ``config.json`` that say how many there are, and their channels.
-        module: the mixture in the loaded model's block; stored: in checkpoints that list its experts one by one.
-        router: beside the experts, in both; never pruned.
-    """
-
-    matrices: tuple[Projection, ...]
-    count: str
-    width: str
-    module: str
-    stored: str
-    router: str = "gate"
-
-    def matrix_of(self, single: str) -> tuple[Projection, int]:
-        """The 3-D parameter that holds a matrix listed by itself, and which of its parts that is."""
-        return next((m, m.singles.index(single)) for m in self.matrices if single in m.singles)
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """A model family.
-
-    Attributes:
-        model_type: as ``config.json`` has it.
-        projections: the linear maps of every block that are pruned and adapted, experts excepted.
-        experts: of a mixture.
-        title: what people call the models of the family.
-        decoder: the module that holds blocks, embeddings and the last norm.
-        layers, embedding: within it. norms: words of the names of norms.
-        head: the output map.
-        attention: the implementation that transformers has for it: ``sdpa``, or ``eager``.
-        head_dim: whether ``config.json`` may give the size of heads, so that a model may have fewer of them.
-        inside: types of multimodal models whose text part this is, under their ``text_config``.
-        modelzoo: whether Cerebras ModelZoo's converter takes such a model.
-        tiny: what the built-in tiny model has otherwise than the others (`sparse_ft.models.tiny`).
-    """
-
-    model_type: str
-    projections: tuple[Projection, ...]
-    experts: Experts | None = None
-    title: str = ""
-    decoder: str = "model"
-    layers: str = "layers"
-    embedding: str = "embed_tokens"
-    norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm", "norm")
-    head: str = "lm_head"
-    attention: str = "sdpa"
-    head_dim: bool = True
-    inside: tuple[str, ...] = ()
-    modelzoo: bool = False
-    tiny: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def blocks(self) -> str:
-        """The module that holds the blocks."""
-        return f"{self.decoder}.{self.layers}"
-
-    def block(self, number: int) -> str:
-        """What the names of a block's tensors begin with."""
-        return f"{self.blocks}.{number}."
-
-    @property
-    def embedding_weight(self) -> str:
-        return f"{self.decoder}.{self.embedding}.weight"
-
-    @property
-    def head_weight(self) -> str:
-        return f"{self.head}.weight"
-
-    @property
-    def width(self) -> str:
-        """The field of ``config.json`` with the channels of an MLP, or of an expert."""
-        return "intermediate_size" if self.experts is None else self.experts.width
-
 
 _ATTENTION = (
     Projection("self_attn.q_proj", (HEADS,)),
@@ -154,12 +40,27 @@ _MIXTRAL_EXPERTS = Experts(
         Projection("gate_up_proj", (CHANNELS, CHANNELS), singles=("w1", "w3")),
         Projection("down_proj", (CHANNELS,), "column", singles=("w2",)),
     ),
-    count="num_local_experts",
+    count=("num_local_experts",),
     width="intermediate_size",
-    module="mlp",
     stored="block_sparse_moe",
 )
 
+
+def _listed(width: str, **more: Any) -> Experts:
+    """Experts by the names that most families' hub checkpoints have: ``mlp.experts.3.gate_proj.weight``."""
+    matrices = (
+        Projection("gate_up_proj", (CHANNELS, CHANNELS), singles=("gate_proj", "up_proj")),
+        Projection("down_proj", (CHANNELS,), "column", singles=("down_proj",)),
+    )
+    return Experts(**{"matrices": matrices, "count": ("num_experts", "num_local_experts"), "width": width} | more)
+
+
+def _mlp(module: str, *width: str) -> tuple[Projection, ...]:
+    """The maps of an MLP in another place than a dense block's."""
+    return tuple(replace(map_, path=f"{module}.{map_.name}", width=width) for map_ in _MLP)
+
+
+_MOE_WIDTH = "moe_intermediate_size"
 _NORMS = ("input_layernorm", "post_attention_layernorm", "norm")
 _HEAD_NORMS = ("q_norm", "k_norm")
 _GEMMA_NORMS = (*_NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm")
@@ -315,6 +216,73 @@ _MIXTURES = (
             "num_local_experts": 4,
             "num_experts_per_tok": 2,
             "tie_word_embeddings": False,
+        },
+    ),
+    Architecture(
+        "qwen2_moe",
+        _ATTENTION,
+        _listed(
+            _MOE_WIDTH,
+            weighers=("shared_expert_gate",),
+            shared=_mlp("mlp.shared_expert", "shared_expert_intermediate_size"),
+            dense=_MLP,
+            mixes=some_steps,
+        ),
+        title="Qwen1.5-MoE, Qwen2-MoE",
+        tiny={
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            _MOE_WIDTH: 32,
+            "shared_expert_intermediate_size": 40,
+            "num_hidden_layers": 3,
+            "mlp_only_layers": [1],
+            "vocab_size": 520,
+        },
+    ),
+    Architecture(
+        "qwen3_moe",
+        _ATTENTION,
+        _listed(_MOE_WIDTH, dense=_MLP, mixes=some_steps),
+        title="Qwen3-MoE",
+        norms=_NORMS + _HEAD_NORMS,
+        tiny={
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+            _MOE_WIDTH: 32,
+            "head_dim": 12,
+            "decoder_sparse_step": 2,
+            "norm_topk_prob": True,
+        },
+    ),
+    Architecture(
+        "olmoe",
+        _with_norms("self_attn.q_norm", "self_attn.k_norm", mean_of_all=True),
+        _listed("intermediate_size"),
+        title="OLMoE",
+        norms=_NORMS + _HEAD_NORMS,
+        head_dim=False,
+        tiny={"num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32},
+    ),
+    Architecture(
+        "glm4_moe",
+        _ATTENTION,
+        _listed(
+            _MOE_WIDTH,
+            count=("n_routed_experts", "num_local_experts"),
+            shared=_mlp("mlp.shared_experts", _MOE_WIDTH, "n_shared_experts"),
+            dense=_MLP,
+            mixes=after_the_first,
+            groups="n_group",
+        ),
+        title="GLM-4.5, GLM-4.6",
+        norms=_NORMS + _HEAD_NORMS,
+        tiny={
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_shared_experts": 2,
+            _MOE_WIDTH: 32,
+            "head_dim": 12,
+            "use_qk_norm": True,
         },
     ),
 )

@@ -20,7 +20,7 @@ from sparse_ft.masks.mask_set import MaskSet
 from sparse_ft.models.checkpoint import Checkpoint
 from sparse_ft.models.devices import resolve_device, resolve_dtype
 from sparse_ft.models.families import architecture_of
-from sparse_ft.models.names import has_fused_experts, place, prunable_names, single_names, slots
+from sparse_ft.models.names import has_fused_experts, listed_shapes, place, prunable_names, slots
 from sparse_ft.models.skeleton import model_config
 from sparse_ft.models.tokenizers import leave_open, pad_inside
 
@@ -176,7 +176,7 @@ def prunable_shapes(model: PreTrainedModel, fused: bool = False) -> dict[str, tu
     parameters = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     config, shapes = model.config.to_dict(), {}
     for name in prunable_names(config, parameters):
-        shapes |= {name: parameters[name]} if fused else single_names(config, name, parameters[name])
+        shapes |= {name: parameters[name]} if fused else listed_shapes(config, name, parameters[name])
     return dict(sorted(shapes.items()))
 
 
@@ -214,7 +214,8 @@ def load_state_into(
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = Checkpoint(checkpoint)
     wanted = set(checkpoint.names) if names is None else set(names)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = dict(model.named_buffers(remove_duplicate=False))  # a router's correction of its choice is one
+    parameters |= dict(model.named_parameters(remove_duplicate=False))
     targets: dict[Path, dict[str, torch.Tensor]] = defaultdict(dict)
     for name in sorted(wanted):
         slot = place(checkpoint.config, name)
@@ -228,7 +229,7 @@ def load_state_into(
     for file, tensors in targets.items():
         with safe_open(file, framework="pt") as source:  # mapped, so the bytes are copied once
             for name, target in tensors.items():
-                target.copy_(source.get_tensor(name))
+                target.copy_(source.get_tensor(name) if checkpoint.is_stored(name) else checkpoint.tensor(name))
 
 
 @contextmanager

@@ -23,12 +23,13 @@ __all__ = [
     "Role",
     "Slot",
     "has_fused_experts",
+    "listed_shapes",
     "parameter_masks",
     "place",
     "projection_names",
     "prunable_names",
     "role",
-    "single_names",
+    "router_block",
     "slots",
 ]
 
@@ -84,9 +85,9 @@ def prunable_names(config: Mapping[str, Any], names: Collection[str]) -> list[st
     row, present = architecture_of(config), set(names)
     found = []
     for block in range(config["num_hidden_layers"]):
-        found += [f"{row.block(block)}{projection.path}.weight" for projection in row.projections]
-        if row.experts is not None:
-            found += _expert_names(row.experts, row.block(block), config[row.experts.count], present)
+        found += [f"{row.block(block)}{projection.path}.weight" for projection in row.maps(config, block)]
+        if row.mixes(config, block):
+            found += _expert_names(row.experts, row.block(block), row.experts.number(config), present)
     if missing := [name for name in found if name not in present]:
         raise UserError(
             f"The checkpoint lacks {len(missing)} tensors that a {row.model_type} model has, the first is"
@@ -118,10 +119,12 @@ def projection_names(config: Mapping[str, Any], names: Iterable[str]) -> set[str
     return {projection for name in names for projection in role(config, name).map.adapter_names}
 
 
-def single_names(config: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """The names and shapes of a prunable tensor in a checkpoint that lists experts one by one."""
-    row, what = architecture_of(config), role(config, name)
-    if not what.fused_experts:
+def listed_shapes(config: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of a tensor in a checkpoint that lists experts one by one, in the order of its elements."""
+    if ".experts." not in name:
+        return {name: shape}
+    row = architecture_of(config)
+    if (what := _find(row, name)) is None or not what.fused_experts:
         return {name: shape}
     prefix, (experts, rows, columns) = f"{row.block(what.block)}{row.experts.stored}.experts", shape
     singles = what.map.singles
@@ -140,6 +143,16 @@ def place(config: Mapping[str, Any], name: str) -> Slot:
     if row.experts is None:
         return Slot(name)
     return Slot(name.replace(f".{row.experts.stored}.", f".{row.experts.module}."))  # the router
+
+
+def router_block(config: Mapping[str, Any], name: str) -> int | None:
+    """The block whose router a tensor is of, which has a row for every expert; None: it is of none."""
+    row = architecture_of(config)
+    if row.experts is None:
+        return None
+    homes = "|".join(re.escape(mixture) for mixture in {row.experts.module, row.experts.stored})
+    match = re.fullmatch(rf"{re.escape(row.blocks)}\.(\d+)\.({homes})\.{re.escape(row.experts.router)}\.\w+", name)
+    return None if match is None else int(match[1])
 
 
 def slots(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Slot]:
@@ -169,7 +182,7 @@ def parameter_masks(config: Mapping[str, Any], masks: Mapping[str, torch.Tensor]
             continue
         if slot.parameter not in whole:
             matrix, _ = experts.matrix_of(role(config, name).map.name)
-            shape = (config[experts.count], len(matrix.parts) * mask.shape[0], mask.shape[1])
+            shape = (experts.number(config), len(matrix.parts) * mask.shape[0], mask.shape[1])
             whole[slot.parameter] = torch.ones(shape, dtype=torch.bool)
         slot.view(whole[slot.parameter]).copy_(mask)
     return whole
@@ -190,7 +203,7 @@ def _find(row: Architecture, name: str) -> Role | None:
     if match is None:
         return None
     block, path = int(match[1]), match[2]
-    for projection in row.projections:
+    for projection in row.linear_maps:
         if path == f"{projection.path}.weight":
             return Role(block, projection)
     if (experts := row.experts) is None:

@@ -47,7 +47,7 @@ def _reason(row: Architecture, name: str) -> str:
         "output head": (row.head,),
         "norm": row.norms,
         "bias": ("bias",),
-        "router": () if row.experts is None else (row.experts.router,),
+        "router": () if row.experts is None else (row.experts.router, *row.experts.weighers),
     }
     for reason, marks in marks_of.items():
         if any(mark in words for mark in marks):

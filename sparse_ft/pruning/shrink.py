@@ -1,8 +1,9 @@
-"""Structured masks made real: a plain, smaller checkpoint whose logits equal the masked model's."""
+"""Masks of whole channels, heads and experts made real: a plain, smaller checkpoint."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ from sparse_ft.masks.mask_set import MaskSet
 from sparse_ft.models.checkpoint import Checkpoint, copy_other_files
 from sparse_ft.models.families import architecture_of
 from sparse_ft.models.folder import read_json
+from sparse_ft.models.mixtures import kept_experts, name_without, refitted
+from sparse_ft.models.names import router_block
 from sparse_ft.progress import SILENT, Progress
 from sparse_ft.pruning.structure import Family, Part, families
+from sparse_ft.settings.rules import EXPERTS
 
 __all__ = ["kept_units", "shrink_checkpoint"]
 
@@ -25,13 +29,16 @@ __all__ = ["kept_units", "shrink_checkpoint"]
 def shrink_checkpoint(
     checkpoint_folder: str | Path, masks: MaskSet, target: str | Path, progress: Progress = SILENT
 ) -> Path:
-    """Writes the checkpoint without the channels and heads that structured masks remove.
+    """Writes the checkpoint without the channels, heads and experts that masks remove.
 
     The result is an ordinary Hugging Face folder: smaller ``intermediate_size``, ``num_attention_heads`` and
-    ``num_key_value_heads``, the same ``head_dim``. Memory holds one file of the checkpoint.
+    ``num_key_value_heads``, the same ``head_dim``; and fewer experts, which the router does not know any more either.
+    Its logits are those of the masked model, where the experts that are gone have router logits of -inf. Memory holds
+    one file of the checkpoint.
 
     Args:
-        masks: structured, with the same number of heads and channels left in every block (scope ``layer``).
+        masks: structured, with the same number of heads and channels left in every block (scope ``layer``), or of
+            method ``experts``.
 
     Raises:
         UserError: masks of another model, masks that are not structured, counts that differ between blocks, or
@@ -39,11 +46,14 @@ def shrink_checkpoint(
     """
     checkpoint = Checkpoint(checkpoint_folder)
     shapes = checkpoint.prunable_shapes()
+    masks = refitted(checkpoint.config, masks, shapes)
     check_masks(masks, shapes, str(checkpoint.folder))
-    members = families(checkpoint.config, shapes)
+    # A structured expert without channels gives out nothing, and tokens still go there: it is not gone.
+    left = kept_experts(checkpoint.config, masks) if masks.metadata.get("method") == EXPERTS else {}
+    new_name = partial(name_without, checkpoint.config, kept=left)
+    members = [family for family in families(checkpoint.config, shapes) if new_name(family.parts[0].name) is not None]
     kept = [kept_units(family, masks) for family in members]
-    groups = _uniform(members, kept, "attention", "key/value heads")
-    channels = _uniform(members, kept, "mlp", "MLP channels")
+    sizes = _sizes(checkpoint.config, members, kept) | _expert_sizes(checkpoint, left)
     selections: dict[str, list[tuple[Part, torch.Tensor]]] = {}
     for family, units in zip(members, kept, strict=True):
         for part in family.parts:
@@ -53,24 +63,29 @@ def shrink_checkpoint(
     progress.start("write smaller checkpoint", sum(checkpoint.nbytes(name) for name in checkpoint.names), "B")
     with atomic_folder(target) as folder:
         copy_other_files(checkpoint, folder)
-        write_json(folder / "config.json", _smaller_config(checkpoint, groups, channels))
-        sizes = {}
-        written = checkpoint.names + [name for name in checkpoint.carried if checkpoint.is_readable(name)]
+        write_json(folder / "config.json", _smaller_config(checkpoint, sizes))
+        homes, total = {}, 0
+        carried = {name for name in checkpoint.carried if checkpoint.is_readable(name)}
+        written = checkpoint.names + sorted(carried)
         for file in checkpoint.files:
             tensors = {}
             for name in (name for name in written if checkpoint.shard(name) == file):
                 tensor = checkpoint.tensor(name)
-                if name not in checkpoint.carried:
-                    tensor = _select(tensor, selections.get(name) or _bias_selection(name, selections))
-                tensors[name] = tensor.contiguous()
-                sizes[name] = tensor.numel() * tensor.element_size()
                 progress.advance(checkpoint.nbytes(name))
-            save_file(tensors, folder / file.name, metadata={"format": "pt"})
+                if name not in carried:
+                    tensor = _select(tensor, selections.get(name) or _bias_selection(name, selections))
+                    tensor = _routed(checkpoint.config, name, tensor, left)
+                if (new := new_name(name) if name in shapes else name) is None:
+                    continue
+                tensors[new] = tensor.contiguous()
+                homes[new], total = file.name, total + tensor.numel() * tensor.element_size()
+            if tensors:
+                save_file(tensors, folder / file.name, metadata={"format": "pt"})
         if checkpoint.weights.index is not None:
             index = folder / checkpoint.weights.index.name
             content = read_json(index)
-            content["metadata"]["total_size"] = sum(sizes.values())
-            content["weight_map"] = {name: file for name, file in content["weight_map"].items() if name in sizes}
+            content["metadata"]["total_size"] = total
+            content["weight_map"] = homes
             write_json(index, content)
     progress.stop()
     return Path(target)
@@ -104,28 +119,59 @@ def _check_masked(family: Family, units: torch.Tensor, masks: Mapping[str, torch
             )
 
 
-def _uniform(members: list[Family], kept: list[torch.Tensor], kind: str, what: str) -> int:
-    counts = {int(units.sum()) for family, units in zip(members, kept, strict=True) if family.kind == kind}
+def _sizes(config: Mapping[str, Any], members: list[Family], kept: list[torch.Tensor]) -> dict[str, int]:
+    """The fields of ``config.json`` that say how many units are left."""
+    heads = config["num_attention_heads"]
+    left: dict[str, set[int]] = {}
+    kinds = {family.field: "key/value heads" if family.kind == "attention" else "MLP channels" for family in members}
+    for family, units in zip(members, kept, strict=True):
+        count, rest = divmod(int(units.sum()), family.times)
+        if rest:
+            raise UserError(
+                f"Block {family.block} keeps {int(units.sum())} channels; {family.field} counts {family.times} as one."
+                " Make the masks with method structured and scope layer."
+            )
+        left.setdefault(family.field, set()).add(count)
+    for field, counts in left.items():
+        what = kinds[field]
+        if len(counts) > 1:
+            raise UserError(
+                f"Blocks keep between {min(counts)} and {max(counts)} {what} ({field}); a plain checkpoint has the same"
+                " number everywhere. Make the masks with method structured and scope layer."
+            )
+        if counts == {0}:
+            raise UserError(f"The masks leave no {what} ({field}); there is no smaller model of that shape.")
+    sizes = {field: counts.pop() for field, counts in left.items()}
+    old_groups = config.get("num_key_value_heads") or heads
+    return {
+        "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
+        "num_attention_heads": heads // old_groups * sizes["num_key_value_heads"],
+    } | sizes
+
+
+def _expert_sizes(checkpoint: Checkpoint, left: Mapping[int, list[int]]) -> dict[str, int]:
+    """The field of ``config.json`` that says how many experts are left."""
+    counts = {len(experts) for experts in left.values()}
+    if not counts:
+        return {}
     if len(counts) > 1:
         raise UserError(
-            f"Blocks keep between {min(counts)} and {max(counts)} {what}; a plain checkpoint has the same number"
-            " everywhere. Make the masks with method structured and scope layer."
+            f"Blocks keep between {min(counts)} and {max(counts)} experts; a plain checkpoint has the same number"
+            " everywhere. Make the masks with method experts."
         )
-    if counts == {0}:
-        raise UserError(f"The masks leave no {what}; there is no smaller model of that shape.")
-    return counts.pop()
+    experts, (count,) = architecture_of(checkpoint.config).experts, counts
+    if count < (least := experts.least(checkpoint.config)):
+        raise UserError(f"The masks leave {count} experts in a block, and its router needs at least {least}.")
+    return {experts.count_field(checkpoint.stored_config): count}
 
 
-def _smaller_config(checkpoint: Checkpoint, groups: int, channels: int) -> dict[str, Any]:
-    values = checkpoint.config
-    heads = values["num_attention_heads"]
-    old_groups = values.get("num_key_value_heads") or heads
-    sizes = {
-        "head_dim": values.get("head_dim") or values["hidden_size"] // heads,
-        "num_attention_heads": heads // old_groups * groups,
-        "num_key_value_heads": groups,
-        architecture_of(values).width: channels,
-    }
+def _routed(config: Mapping[str, Any], name: str, tensor: torch.Tensor, left: Mapping[int, list[int]]) -> torch.Tensor:
+    """A router's tensor with the rows of the experts that are left; any other tensor as it is."""
+    block = router_block(config, name) if left else None
+    return tensor if block is None else tensor[left[block]]
+
+
+def _smaller_config(checkpoint: Checkpoint, sizes: Mapping[str, int]) -> dict[str, Any]:
     stored = {key: value for key, value in checkpoint.stored_config.items() if key != "quantization_config"}
     return stored | sizes
 

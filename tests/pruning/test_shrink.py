@@ -62,15 +62,10 @@ def test_both_namings_of_experts_are_pruned_alike(tiny_model, tmp_path, text):
     single = tiny_model("tiny-mixtral")
     whole = fused(single, tmp_path / "fused")
     (one,), (other,) = structured(single, tmp_path / "a", 0.5), structured(whole, tmp_path / "b", 0.5)
-    for block in range(2):
-        home, prefix = f"model.layers.{block}.mlp.experts", f"model.layers.{block}.block_sparse_moe.experts"
-        for e in range(4):
-            rows = torch.cat([one[f"{prefix}.{e}.w1.weight"], one[f"{prefix}.{e}.w3.weight"]])
-            assert torch.equal(other[f"{home}.gate_up_proj"][e], rows)
-            assert torch.equal(other[f"{home}.down_proj"][e], one[f"{prefix}.{e}.w2.weight"])
+    assert one.checksum == other.checksum
     small = shrink_checkpoint(whole, other, tmp_path / "small")
     shapes = Checkpoint(small).prunable_shapes()
-    assert shapes["model.layers.0.mlp.experts.down_proj"] == (4, 40, 24)
+    assert shapes["model.layers.0.block_sparse_moe.experts.3.w2.weight"] == (40, 24)
     torch.testing.assert_close(logits(small, text)[0], logits(single, text, one)[0], rtol=1e-4, atol=1e-4)
 
 

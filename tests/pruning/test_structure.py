@@ -4,7 +4,7 @@ import torch
 
 from sparse_ft.models.checkpoint import Checkpoint
 from sparse_ft.pruning.sources import MagnitudeSource, ScoreSource
-from sparse_ft.pruning.structure import block_counts, choose_units, families, family_scores
+from sparse_ft.pruning.structure import Channels, block_counts, choose_units, families, family_scores
 
 
 def test_units_own_every_weight_of_their_block(tiny_model):
@@ -59,7 +59,8 @@ def test_counts_grow_and_stay_near_the_level(groups, group_weights, channels, ch
     total = groups * group_weights + channels * channel_weights
     before = (0, 0)
     for level in np.linspace(0, 1, 401):
-        gone = block_counts(level, groups, group_weights, channels, channel_weights, together)
+        head, (channel,) = block_counts(level, groups, group_weights, [Channels(channels, channel_weights, together)])
+        gone = head, channel
         assert gone[0] >= before[0]
         assert gone[1] >= before[1]
         pruned = gone[0] * group_weights + gone[1] * channel_weights
@@ -72,11 +73,11 @@ def test_counts_grow_and_stay_near_the_level(groups, group_weights, channels, ch
         assert gone[1] % together == 0
         before = gone
     assert before == (groups, channels)
-    assert block_counts(0.0, groups, group_weights, channels, channel_weights, together) == (0, 0)
+    assert block_counts(0.0, groups, group_weights, [Channels(channels, channel_weights, together)]) == (0, (0,))
 
 
 def test_half_of_a_model_with_three_groups_is_half():
-    groups, channels = block_counts(0.5, 3, 294912, 1536, 1728)
+    groups, (channels,) = block_counts(0.5, 3, 294912, [Channels(1536, 1728)])
     pruned = groups * 294912 + channels * 1728
     assert pruned == pytest.approx(0.5 * (3 * 294912 + 1536 * 1728), abs=1728 / 2)
 

@@ -96,6 +96,6 @@ def test_what_needs_text():
     needs = {name: PruningSettings(importance=name).rule.needs for name in RULES}
     assert needs == {
         "magnitude": "none", "gradient": "gradients", "taylor": "gradients", "wanda": "activations",
-        "sparsegpt": "hessians", "alps": "hessians",
+        "sparsegpt": "hessians", "alps": "hessians", "reap": "activations",
     }  # fmt: skip
     assert PruningSettings(importance=lambda w, s: w).rule.needs == "none"

@@ -57,12 +57,14 @@ class CerebrasCheckpoint(Checkpoint):
                 " its config.json belong together?"
             )
         self._keys = {name: own[place.name] for name, place in self._places.items()}
-        self._entries = {name: self._make_entry(name) for name in self._places}
+        self._stored = {name: self._make_entry(name) for name in self._places}
 
     @property
     def names(self) -> list[str]:
         """All tensors: the file's others are ModelZoo's own."""
-        return sorted(self._entries)
+        return sorted(self._stored)
+
+    _stored_names = names
 
     @property
     def carried(self) -> list[str]:

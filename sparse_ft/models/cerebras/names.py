@@ -99,7 +99,7 @@ def places(config: Mapping[str, Any]) -> dict[str, Place]:
         if row.experts is not None:
             mixture = here + row.experts.stored
             found[f"{mixture}.{row.experts.router}.weight"] = Place(there + _ROUTER)
-            for expert in range(config[row.experts.count]):
+            for expert in range(row.experts.number(config)):
                 for matrix, theirs in _EXPERT.items():
                     found[f"{mixture}.experts.{expert}.{matrix}.weight"] = Place(there + theirs, expert=expert)
     return found
