@@ -343,7 +343,7 @@ def _sorted(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _method_rank(method: str) -> int:
-    known = ("none", "unstructured", "semi_structured", "structured", "random")
+    known = ("none", "unstructured", "semi_structured", "structured", "experts", "random")
     return known.index(method) if method in known else len(known)
 
 

@@ -16,6 +16,7 @@ from sparse_ft.masks.checks import check_masks
 from sparse_ft.masks.files import load_masks
 from sparse_ft.models.checkpoint import Checkpoint
 from sparse_ft.models.devices import check_device
+from sparse_ft.models.mixtures import refitted
 from sparse_ft.models.opening import open_checkpoint
 from sparse_ft.pruning.generator import MaskGenerator
 from sparse_ft.pruning.output import MaskFile
@@ -23,7 +24,7 @@ from sparse_ft.settings.cell import CellConfig
 from sparse_ft.settings.commands import MaskConfig
 from sparse_ft.settings.corpora import TASK
 from sparse_ft.settings.pruning import TUNING
-from sparse_ft.settings.rules import STEPS
+from sparse_ft.settings.rules import EXPERTS, STEPS
 
 __all__ = [
     "GivenMasks",
@@ -105,7 +106,8 @@ def check_given(cell: CellConfig, bench: Workbench) -> None:
     """
     given, base = mask_file(cell.masks).file, bench.checkpoint(cell.model)
     start = base if given.checkpoint is None else open_checkpoint(given.checkpoint)
-    check_masks(given.load(), start.prunable_shapes(), f"{cell.model}: {cell.masks}")
+    shapes = start.prunable_shapes()
+    check_masks(refitted(start.config, given.load(), shapes), shapes, f"{cell.model}: {cell.masks}")
     if problem := foreign_masks(given, start, base):
         raise UserError(f"{problem}: a study compares only masks of its own models. Make them anew (compute_masks).")
 
@@ -121,10 +123,10 @@ def foreign_masks(file: MaskFile, start: Checkpoint, base: Checkpoint) -> str | 
 
 def check_shrink(config: MaskConfig) -> None:
     """Raises UserError (one line) where no plain checkpoint can be made of the masks that are asked for."""
-    if (config.method, config.scope) != ("structured", "layer"):
+    if config.method not in ("structured", EXPERTS) or config.scope != "layer":
         raise UserError(
-            f"shrink needs method structured and scope layer, not {config.method} and {config.scope}: a plain"
-            " checkpoint has whole channels and heads, the same number in every block."
+            f"shrink needs method structured or experts and scope layer, not {config.method} and {config.scope}: a"
+            " plain checkpoint has whole channels, heads and experts, the same number in every block."
         )
     if 1.0 in config.levels:
         raise UserError("shrink: sparsities holds 1, which leaves no model. Leave that level out.")

@@ -21,7 +21,8 @@ def check_promise(training: Training, trained: Trained) -> None:
     Raises:
         ValidationFailedError: the promise is broken, or a tensor changed that was not trained.
     """
-    cell, start, masks, result = training.cell, training.start, training.masks, training.result
+    cell, start, result = training.cell, training.start, training.result
+    masks = training.masks if training.whole is None else training.whole
     mode = MODES[cell.mode]
     validation = validate_checkpoint(
         training.target,

@@ -11,6 +11,7 @@ import yaml
 from peft import PeftModel
 
 from sparse_ft.cell.masks import mask_file, read_manifest
+from sparse_ft.cell.start import starting
 from sparse_ft.cell.workbench import Workbench
 from sparse_ft.errors import UserError
 from sparse_ft.files import atomic_folder
@@ -61,17 +62,19 @@ def rebuild(tracker: Tracker, run_id: str, target: Path, bench: Workbench) -> Pa
             raise UserError(
                 f"{cell.model} has other weights now ({found.fingerprint}) than run {run.run_id} used ({base})."
             )
-        with bench.borrow(cell) as model:
-            if masks is not None and masks.checkpoint is not None:
-                start = Checkpoint(masks.checkpoint)
-                load_state_into(model, start, start.prunable)
+        with (
+            starting(masks, found, Path(scratch)) as begun,
+            bench.borrow(cell, begun.checkpoint if begun.smaller else None) as model,
+        ):
+            if begun.checkpoint is not found and not begun.smaller:
+                load_state_into(model, begun.checkpoint, begun.checkpoint.prunable)
             adapted = model
             if adapter is None:
-                apply_masks(model, masks.load())
-            elif masks is None:
+                apply_masks(model, begun.masks)
+            elif begun.masks is None:
                 adapted = PeftModel.from_pretrained(model, str(adapter))
             else:
-                adapted = load_sparse_lora(model, adapter, masks.load())
+                adapted = load_sparse_lora(model, adapter, begun.masks)
             with atomic_folder(target) as made:
                 merged = merge_all_lora_weights(adapted, cell.rounding, cell.seed) if trains else model
                 save_model(merged, saved_tokenizer(bench.checkpoint(cell.model).folder), made)

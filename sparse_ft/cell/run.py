@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 from sparse_ft.cell.clock import Clock
@@ -12,12 +13,11 @@ from sparse_ft.cell.merge_cost import NO_WEIGHT_MOVED, merge_warning, weights_mo
 from sparse_ft.cell.promise import check_promise
 from sparse_ft.cell.result import CellResult
 from sparse_ft.cell.scores import Scores
+from sparse_ft.cell.start import Start, starting
 from sparse_ft.cell.trainer import LOCAL, UNTRAINED, UNWATCHED, Trained, Trainer, Training, Watch
 from sparse_ft.cell.workbench import Workbench
 from sparse_ft.errors import UserError
 from sparse_ft.lora.model import remask
-from sparse_ft.masks.checks import check_masks
-from sparse_ft.masks.mask_set import MaskSet
 from sparse_ft.models.checkpoint import Checkpoint
 from sparse_ft.models.loading import apply_masks, load_state_into
 from sparse_ft.pruning.output import MaskFile
@@ -60,6 +60,21 @@ def run_cell(
         TrainerError: a Cerebras training failed, with the class of the failure.
         ValidationFailedError: the merged checkpoint breaks what the mode promises.
     """
+    with ExitStack() as temporary:
+        return _run(cell, mask_file, bench, folder, trainer, watch, name, warn_foreign, temporary)
+
+
+def _run(
+    cell: CellConfig,
+    mask_file: MaskFile | None,
+    bench: Workbench,
+    folder: Path,
+    trainer: Trainer,
+    watch: Watch,
+    name: str,
+    warn_foreign: bool,
+    temporary: ExitStack,
+) -> CellResult:
     result, clock, mode = CellResult(), Clock(), MODES[cell.mode]
     trainer = trainer if mode.trains else UNTRAINED
     folder.mkdir(parents=True, exist_ok=True)
@@ -71,15 +86,17 @@ def run_cell(
         trainer.check(cell, checkpoint)
         result.tags.update(bench.identity(cell.model))
         task = bench.task(cell)
-        start = checkpoint if mask_file is None or mask_file.checkpoint is None else Checkpoint(mask_file.checkpoint)
-        masks = _masks(mask_file, start, checkpoint, warn_foreign, result)
+        begun = temporary.enter_context(starting(mask_file, checkpoint, folder, bench.progress))
+        start, masks = begun.checkpoint, begun.masks
+        if mask_file is not None:
+            _log_masks(mask_file, begun, checkpoint, warn_foreign, result)
         examples = []
         if mode.trains:
             examples = training_examples(task, tokenizer, cell.max_seq_len, cell.examples_needed, cell.seed)
     scores = Scores(cell, name or cell.title, bench, tokenizer, task, folder)
 
-    with clock("load"), bench.borrow(cell) as model:
-        if start is not checkpoint:
+    with clock("load"), bench.borrow(cell, start if begun.smaller else None) as model:
+        if start is not checkpoint and not begun.smaller:
             load_state_into(model, start, start.prunable)
         if masks is not None:
             apply_masks(model, masks)
@@ -94,6 +111,7 @@ def run_cell(
         training = Training(
             cell=cell, model=model, base=checkpoint, start=start, masks=masks, examples=examples, tokenizer=tokenizer,
             folder=folder, scores=scores, clock=clock, result=result, progress=bench.progress, watch=watch,
+            whole=begun.whole,
         )  # fmt: skip
         trained = trainer.train(training)
         if mode.trains:
@@ -134,21 +152,14 @@ def run_cell(
     return result
 
 
-def _masks(
-    file: MaskFile | None, start: Checkpoint, base: Checkpoint, foreign: bool, result: CellResult
-) -> MaskSet | None:
-    """The cell's masks, which fit the weights ``start`` that they come with, made of the model ``base``."""
-    if file is None:
-        return None
-    masks = file.load()
-    check_masks(masks, start.prunable_shapes(), str(start.folder.name))
-    result.tags[Tag.MASK_CHECKSUM] = masks.checksum
-    if problem := foreign_masks(file, start, base):
+def _log_masks(file: MaskFile, begun: Start, base: Checkpoint, foreign: bool, result: CellResult) -> None:
+    """What a result says of its masks, which were made of the cell's model, or of the weights that they come with."""
+    result.tags[Tag.MASK_CHECKSUM] = file.checksum
+    if problem := foreign_masks(file, base if file.checkpoint is None else Checkpoint(file.checkpoint), base):
         if not foreign:
             raise UserError(f"{problem}; a study compares only masks of its own models.")
         result.warn(problem)
-    result.metrics.update({"sparsity/target": file.sparsity, "sparsity/achieved": masks.sparsity})
-    return masks
+    result.metrics.update({"sparsity/target": file.sparsity, "sparsity/achieved": begun.whole.sparsity})
 
 
 def _log_merge(result: CellResult, trained: Trained, merged: Mapping[str, float]) -> None:

@@ -70,6 +70,7 @@ class Training:
         result: gets what the trainer measures.
         progress: told how far it is.
         watch: see `Watch`.
+        whole: the masks as they were made, of experts too that are gone from ``start``; None: as ``masks``.
     """
 
     cell: CellConfig
@@ -85,6 +86,7 @@ class Training:
     result: CellResult
     progress: Progress
     watch: Watch
+    whole: MaskSet | None = None
 
     @property
     def target(self) -> Path:

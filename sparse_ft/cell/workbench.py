@@ -174,15 +174,18 @@ class Workbench:
         return self._tasks[key]
 
     @contextmanager
-    def borrow(self, cell: CellConfig) -> Iterator[PreTrainedModel]:
+    def borrow(self, cell: CellConfig, instead: Checkpoint | None = None) -> Iterator[PreTrainedModel]:
         """The cell's base model, pristine, to be changed at will inside the block.
 
         After an exception the model is dropped: a wrapper may be half applied, or memory short.
+
+        Args:
+            instead: a checkpoint of other shapes, to be lent once in its place.
         """
         from sparse_ft.models.loading import load_model, load_state_into
 
         device = resolve_device(cell.device)
-        key = (cell.model, resolve_dtype(cell.dtype, device), device)
+        key = (cell.model if instead is None else str(instead.folder), resolve_dtype(cell.dtype, device), device)
         if _stamps(self.checkpoint(cell.model)) != self._stamps[cell.model]:
             raise ModelUnavailableError(
                 f"the files of {cell.model} were changed while they were in use; resume the study to run on what is"
@@ -191,8 +194,8 @@ class Workbench:
         if self._base is not None and self._base[0] != key:
             self._base = None  # before loading the next: two 7B models do not fit
         if self._base is None:
-            folder = self.checkpoint(cell.model).folder
-            self._base = (key, load_model(folder, key[1], device))
+            source = self.checkpoint(cell.model) if instead is None else instead
+            self._base = (key, load_model(source.folder, key[1], device))
         elif self._changed is not None:
             checkpoint = self.checkpoint(cell.model)
             load_state_into(self._base[1], checkpoint, None if self._changed == "all" else checkpoint.prunable)
@@ -205,6 +208,8 @@ class Workbench:
         except BaseException:
             self._base = None
             raise
+        if instead is not None:
+            self._base = None
 
     def untuned(self, key: str, name: str, measure: Callable[[], Evaluation]) -> tuple[str, Evaluation]:
         """The score of a model before fine-tuning: measured by the first cell that asks, shared by the rest.

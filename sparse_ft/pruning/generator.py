@@ -18,10 +18,12 @@ from sparse_ft.errors import UserError
 from sparse_ft.files import write_json
 from sparse_ft.models.checkpoint import copy_checkpoint
 from sparse_ft.models.devices import resolve_device, resolve_dtype
+from sparse_ft.models.families import architecture_of
 from sparse_ft.models.names import role
 from sparse_ft.models.opening import open_checkpoint
 from sparse_ft.progress import SILENT, Progress
 from sparse_ft.pruning.coverage import coverage_report
+from sparse_ft.pruning.expert_levels import check_levels
 from sparse_ft.pruning.histogram import exact_count
 from sparse_ft.pruning.output import LevelFiles, MaskFile
 from sparse_ft.pruning.rules import load
@@ -30,7 +32,7 @@ from sparse_ft.pruning.streaming import MaskSink, Pool, write_global, write_grou
 from sparse_ft.pruning.structure import choose_units, families, family_scores, write_units
 from sparse_ft.settings.field import part_of
 from sparse_ft.settings.pruning import PruningSettings
-from sparse_ft.settings.rules import ACTIVATIONS, GRADIENTS, HESSIANS, MAGNITUDE, NOTHING, RANDOM, UNIFORM
+from sparse_ft.settings.rules import ACTIVATIONS, EXPERTS, GRADIENTS, HESSIANS, MAGNITUDE, NOTHING, RANDOM, UNIFORM
 
 # What looks at text computes with torch, and is imported where it is needed: magnitudes and random masks need none.
 if TYPE_CHECKING:
@@ -117,6 +119,8 @@ class MaskGenerator:
                     " text is needed. Name a task (and data_dir) to take it from."
                 )
             self.calibration.check()
+        if self.settings.method == EXPERTS:
+            check_levels(self.checkpoint.config, self.settings.levels)
         if self.settings.method == "semi_structured":
             group = self.settings.m
             for name, shape in self.shapes.items():
@@ -128,6 +132,9 @@ class MaskGenerator:
     def _write(self, files: LevelFiles, folder: Path) -> list[Path | None]:
         """Makes the masks; returns each level's pruned checkpoint, where the weights that stay are updated."""
         settings = self.settings
+        if settings.method == EXPERTS:
+            self._write_experts(files, folder)
+            return [None] * len(settings.levels)
         if settings.rule.needs in (ACTIVATIONS, HESSIANS) and settings.scope != "global":
             return self._write_blockwise(files, folder)
         # What is bettered afterwards is written apart: masks on disk cannot be written twice.
@@ -157,6 +164,18 @@ class MaskGenerator:
             write_layers(source, counts, sink, **common)
         else:
             write_rows(source, counts, sink, **common)
+
+    def _write_experts(self, sink: MaskSink, folder: Path) -> None:
+        from sparse_ft.pruning.experts import choose_experts, expert_saliencies, write_experts
+
+        self._check_finite()
+        config, state = self.checkpoint.config, self._state(folder, "experts")
+        contribution = load(self.settings.rule.function)
+        saliencies = expert_saliencies(self._block_model(), self._tokens, contribution, state, self.progress)
+        counts = [exact_count(level, architecture_of(config).experts.number(config)) for level in self.settings.levels]
+        kept = [{block: choose_experts(values, k) for block, values in saliencies.items()} for k in counts]
+        write_experts(config, kept, self.shapes, sink)
+        self._finish_state(state)
 
     def _write_blockwise(
         self, files: LevelFiles, folder: Path, given: Callable[[int, str], np.ndarray] | None = None

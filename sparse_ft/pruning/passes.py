@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -25,7 +26,7 @@ class Visit:
     Attributes:
         block, stream: their numbers.
         module: the block, with its weights of the checkpoint.
-        watch: what was seen of its inputs.
+        watch: what was seen of it: an `InputWatch`, or what `run_blocks` was given.
         inputs: the hidden states that enter it.
         targets: the hidden states that leave the dense model's block; None where that does not run beside.
         before: the results of the stream before.
@@ -35,7 +36,7 @@ class Visit:
     block: int
     stream: int
     module: torch.nn.Module
-    watch: InputWatch
+    watch: Any
     inputs: HiddenStates
     targets: HiddenStates | None
     before: Results
@@ -53,6 +54,7 @@ def run_blocks(
     more: int = 0,
     progress: Progress = SILENT,
     stage: str = "prune blocks",
+    watch: Callable[[BlockModel, int], Any] | None = None,
 ) -> None:
     """Takes every block once: watches its inputs, lets ``visitor`` judge and change it, sends the text through.
 
@@ -64,6 +66,7 @@ def run_blocks(
         hessians: watch x x^T too.
         dense: send the text through the dense model beside.
         more: samples that the visitor says it works on at every visit.
+        watch: makes what watches a block instead of its inputs, a context.
     """
     samples = len(token_ids)
     each = streams * (2 * samples + more) + (samples if dense else 0)
@@ -88,10 +91,10 @@ def run_blocks(
             model.run(block, states(block, UNPRUNED), states(block + 1, UNPRUNED), advance=advance)
         for stream in range(streams):
             module = model.load(block)
-            watch = InputWatch(model, model.names(block), hessians)
+            seen = watch(model, block) if watch else InputWatch(model, model.names(block), hessians)
             inputs, targets = states(block, stream), states(block + 1, UNPRUNED) if dense else None
-            model.run(block, inputs, watch=watch, advance=advance)
-            results = visitor(Visit(block, stream, module, watch, inputs, targets, results, advance))
+            model.run(block, inputs, watch=seen, advance=advance)
+            results = visitor(Visit(block, stream, module, seen, inputs, targets, results, advance))
             state.save(block, stream, results)
             if block + 1 < model.count:
                 model.run(block, inputs, states(block + 1, stream))

@@ -16,7 +16,7 @@ from sparse_ft.settings.lora import LoraSettings
 from sparse_ft.settings.model import DataSettings, ModelSettings
 from sparse_ft.settings.modes import MODES, SPARSE_TO_SPARSE
 from sparse_ft.settings.pruning import CALIBRATION, TUNING, RecipeSettings
-from sparse_ft.settings.rules import AUTO, STEPS
+from sparse_ft.settings.rules import AUTO, EXPERTS, RANDOM, STEPS
 from sparse_ft.settings.scoring import ScoringSettings
 from sparse_ft.settings.training import TrainingSettings
 
@@ -48,7 +48,7 @@ class SparsitySettings(Settings):
     )
     sparsity: float = setting(
         0.5,
-        "fraction of the prunable weights to set to zero (dense ignores it).",
+        "fraction of the prunable weights to set to zero, or of the experts to remove (dense ignores it).",
         needed=True,
         time=False,
     )
@@ -93,6 +93,8 @@ class CellConfig(
             blank += ["allocation"]
         elif self.method == "semi_structured":
             values.update(scope="layer")
+        elif self.method == EXPERTS:
+            values.update(importance=self.rule.name)
         if self.method != "semi_structured":
             blank += ["pattern"]
         if not self.needs_calibration:
@@ -123,7 +125,7 @@ class CellConfig(
         model = self.model.rstrip("/").split("/")[-1]
         if not self.pruned:
             return f"dense · {self.task} · {model}"
-        kind = self.method if self.method == "random" or not self.importance else f"{self.method} {self.importance}"
+        kind = self.method if self.rule is RANDOM else f"{self.method} {self.rule.name}"
         kind += "".join(f"+{step}" for step in self.steps.values())
         return f"{level_label(self.sparsity)} % {MODES[self.mode].short} {kind} · {self.task} · {model}"
 
@@ -165,6 +167,7 @@ def mask_set_of(cell: CellConfig) -> MaskConfig | None:
     kind = replace(kind, scope="layer") if kind.method in ("random", "semi_structured") else kind
     kind = replace(kind, pattern=MaskConfig.pattern) if kind.method != "semi_structured" else kind
     kind = replace(kind, importance="magnitude") if kind.method == "random" else kind
+    kind = replace(kind, importance=kind.rule.name) if kind.method == EXPERTS else kind
     kind = replace(kind, update=kind.other_update or MaskConfig.update)
     if not kind.reconstructs:
         kind = replace(kind, **{name: value for name, value in defaults(MaskConfig).items() if name in TUNING})

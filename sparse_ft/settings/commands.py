@@ -40,7 +40,7 @@ class MaskConfig(PruningSettings, DataSettings, ModelSettings):
     )
     output_dir: str = setting("outputs/masks", "folder for masks, statistics and figures.", path=(), result=False)
     shrink: bool = setting(
-        False, "also write every level as a plain, smaller checkpoint (method structured, scope layer)."
+        False, "also write every level as a plain, smaller checkpoint (method structured or experts, scope layer)."
     )
 
 

@@ -16,11 +16,14 @@ from sparse_ft.settings.rules import (
     ACTIVATIONS,
     ALLOCATIONS,
     AUTO,
+    EXPERTS,
     GRADIENTS,
     HESSIANS,
+    MAGNITUDE,
     METHODS,
     NOTHING,
     RANDOM,
+    REAP,
     RECONSTRUCTIONS,
     REFINEMENTS,
     RULES,
@@ -50,10 +53,14 @@ class RecipeSettings(Settings):
 
     method: str | None = _rule(
         "unstructured",
-        "which weights may go: single ones, whole channels and heads, at random, or N of M.",
+        "which weights may go: single ones, whole channels and heads, at random, N of M, or whole experts.",
         choices=METHODS,
     )
-    importance: str | None = _rule("magnitude", "what decides which weights go (random needs none).", choices=RULES)
+    importance: str | None = _rule(
+        "magnitude",
+        "what decides which weights go (random needs none; of method experts the default is reap).",
+        choices=RULES,
+    )
     refine: str = _rule(
         "none",
         "what betters the masks, for weights that keep their values: nothing, or swaps of a pruned and a kept weight.",
@@ -116,6 +123,8 @@ class RecipeSettings(Settings):
     @property
     def rule(self) -> Rule:
         """What decides which weights go."""
+        if self.method == EXPERTS and self.importance in (None, MAGNITUDE.name):
+            return REAP  # the default is of weights
         if self.method == "random" or self.importance is None:
             return RANDOM
         # What a mask file says of itself may be an importance of one's own, whose scores looked at who knows what.
@@ -227,7 +236,8 @@ class PruningSettings(RecipeSettings):
         yield from problems or (why for refused, why in self._refusals() if refused)
 
     def _wrong_values(self) -> Iterator[str]:
-        if self.method is None or self.scope is None or (self.importance is None and self.method != "random"):
+        chosen = self.importance is not None or self.method in ("random", EXPERTS)
+        if self.method is None or self.scope is None or not chosen:
             yield "method, importance and scope are needed to make masks; none of them may be none."
         levels = self.sparsities
         if not levels:
@@ -287,6 +297,11 @@ class PruningSettings(RecipeSettings):
                 self.method == "structured" and self.scope == "row",
                 "structured pruning removes whole channels and heads, so scope row means nothing. Take layer"
                 " (the same number in every block, can be shrunk) or global.",
+            ),
+            (
+                self.method == EXPERTS and bool(self.steps),
+                f"{', '.join(f'{step} {value}' for step, value in self.steps.items())}: method experts removes whole"
+                " experts, and what stays is what it was. Leave it out.",
             ),
             (
                 grouped and self.scope == "global",
