@@ -49,7 +49,7 @@ def test_masks_a_smaller_checkpoint_training_from_the_file_and_its_proof(command
 @pytest.fixture
 def study(command, tmp_path):
     path = tmp_path / "study.yaml"
-    grid = {"sparsity": [0.5], "mode": ["sparse_to_sparse", "sparse_to_dense", "full"]}
+    grid = {"sparsity": [0.5], "mode": ["sparse_to_sparse", "sparse_to_dense", "full", "pruned"]}
     cell = SMALL | {"dtype": "bfloat16", "eval_limit": 2, "perplexity_tokens": 0, "score_untuned": False}
     path.write_text(json.dumps({"grid": grid, "cell": cell, "keep": "all", "dense_baseline": False}))
     status, said, err = command("sweep", config=path, output_dir=tmp_path / "out")
@@ -59,11 +59,11 @@ def study(command, tmp_path):
 
 def test_a_study_over_experts_and_its_cells_made_again(study, tmp_path):
     runs = {run.params["cfg/mode"]: run for run in cells()}
-    assert len(runs) == 3
+    assert len(runs) == 4
     for run in runs.values():
         assert run.status == "FINISHED" and run.metrics["sparsity/violations"] == 0
         assert 0.3 < run.metrics["sparsity/achieved"] < 0.5
-    for mode in ("sparse_to_sparse", "sparse_to_dense"):
+    for mode in ("sparse_to_sparse", "sparse_to_dense", "pruned"):
         run = runs[mode]
         target = rebuild(Tracker(), run.run_id, tmp_path / mode, Workbench())
         assert Checkpoint(target).fingerprint == run.tags["merged_fingerprint"]
