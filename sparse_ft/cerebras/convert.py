@@ -74,17 +74,18 @@ def to_hugging_face(
     """
     source = Checkpoint(origin)
     with TemporaryDirectory(dir=Path(merged).parent, prefix=".convert-") as temporary:
-        config = Path(temporary) / "config.yaml"
+        file = Path(temporary) / "config.yaml"
         section = {**model_section(source.config), "norm_first": True, "use_ff_layer1_dropout": False}
-        config.write_text(yaml.safe_dump({"model": section}), encoding="utf-8")
+        file.write_text(yaml.safe_dump({"model": section}), encoding="utf-8")
         out = Path(temporary) / "out"
         options = ["--export-safetensors"]
-        _convert(section["name"], FORMAT, "hf", config, out, Path(merged), python, run, options)
+        _convert(section["name"], FORMAT, "hf", file, out, Path(merged), python, run, options)
         shards = sorted(out.glob("**/*.safetensors"))
         with atomic_folder(folder) as target:
             _copy_companions(source.folder, target)
             found = _write_shards(shards, source, target, dtype)
-            write_json(target / "config.json", {**source.stored_config, "dtype": str(found).removeprefix("torch.")})
+            config = source.config if source.is_multimodal else source.stored_config
+            write_json(target / "config.json", {**config, "dtype": str(found).removeprefix("torch.")})
     return Path(folder)
 
 

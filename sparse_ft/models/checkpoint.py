@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from sparse_ft.errors import UserError
 from sparse_ft.files import atomic_folder, write_json
+from sparse_ft.models.families import is_multimodal, text_name
 from sparse_ft.models.folder import WeightFiles, read_json, weight_files
 from sparse_ft.models.names import listed_shapes, place, prunable_names
 from sparse_ft.models.skeleton import Skeleton, build_skeleton, config_values
@@ -46,14 +47,21 @@ _SCALES = re.compile(
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor is: its file, and the bytes there."""
+    """Where a tensor is: its file, and the bytes there.
+
+    Attributes:
+        dtype: torch's name of it; None: one that is not read. stored: the type's name in the file.
+        begin, end: bytes from the start of the file.
+        name: the tensor's name in the file.
+    """
 
     file: Path
-    dtype: str | None  # torch's name of it; None: one that is not read
+    dtype: str | None
     shape: tuple[int, ...]
-    begin: int  # bytes from the start of the file
+    begin: int
     end: int
-    stored: str = ""  # the type's name in the file
+    stored: str = ""
+    name: str = ""
 
     @property
     def described(self) -> str:
@@ -66,6 +74,9 @@ class Checkpoint:
 
     Nothing but the files' headers is read on opening; tensors are memory-mapped. Which of the tensors are the
     model's own is what transformers' model of that configuration says (`names`); the rest is `carried`.
+
+    A multimodal checkpoint is seen as its text part, with the configuration and the tensor names that this has in a
+    checkpoint of its own; what belongs to other modalities is carried.
 
     Raises:
         UserError: what `weight_files` raises, or a truncated file.
@@ -80,6 +91,8 @@ class Checkpoint:
         missing = sorted(self.weights.indexed - set(self._stored))
         if missing:
             raise UserError(f"Checkpoint {folder}: its index names {missing[0]}, which no file holds.")
+        if self.is_multimodal:
+            self._stored = {text_name(name): entry for name, entry in self._stored.items()}
 
     @cached_property
     def stored_config(self) -> dict[str, Any]:
@@ -88,6 +101,11 @@ class Checkpoint:
         if not path.is_file():
             raise UserError(f"Checkpoint {self.folder} has no config.json.")
         return read_json(path)
+
+    @cached_property
+    def is_multimodal(self) -> bool:
+        """Whether there is more in the folder than the language model that is seen."""
+        return (self.folder / "config.json").is_file() and is_multimodal(self.stored_config)
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -222,6 +240,10 @@ class Checkpoint:
     def shard(self, name: str) -> Path:
         """The file that holds the tensor ``name``."""
         return self._entry(name).file
+
+    def stored_name(self, name: str) -> str:
+        """What the file calls the tensor ``name``; one that is a part of a tensor there has its own name only."""
+        return self._entry(name).name if self.is_stored(name) else name
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._entry(name).shape
@@ -411,5 +433,5 @@ def _read_entries(file: Path) -> dict[str, Entry]:
         dtype, itemsize = _DTYPES.get(info["dtype"], (None, 0))
         shape = tuple(info["shape"])
         assert dtype is None or math.prod(shape) * itemsize == end - begin
-        entries[name] = Entry(file, dtype, shape, begin, end, info["dtype"])
+        entries[name] = Entry(file, dtype, shape, begin, end, info["dtype"], name)
     return entries

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -18,7 +19,16 @@ from sparse_ft.models.architecture import (
     some_steps,
 )
 
-__all__ = ["ARCHITECTURES", "Architecture", "Experts", "Projection", "architecture_of"]
+__all__ = [
+    "ARCHITECTURES",
+    "TEXT_NAMES",
+    "Architecture",
+    "Experts",
+    "Projection",
+    "architecture_of",
+    "is_multimodal",
+    "text_name",
+]
 
 _ATTENTION = (
     Projection("self_attn.q_proj", (HEADS,)),
@@ -67,12 +77,13 @@ _GEMMA_NORMS = (*_NORMS, "pre_feedforward_layernorm", "post_feedforward_layernor
 _OUTPUT_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm", "norm")
 
 
-def _with_norms(query: str, key: str, mean_of_all: bool = False) -> tuple[Projection, ...]:
-    """The attention with norms over query and key heads."""
-    norms = {"self_attn.q_proj": query, "self_attn.k_proj": key}
-    return tuple(
-        replace(map_, norm=norms[map_.path], mean_of_all=mean_of_all) if map_.path in norms else map_
-        for map_ in _ATTENTION
+def _with_norms(mean_of_all: bool) -> tuple[Projection, ...]:
+    """The attention with norms that have weights of their own for every query and key head."""
+    query, key, *others = _ATTENTION
+    return (
+        replace(query, norm="self_attn.q_norm", mean_of_all=mean_of_all),
+        replace(key, norm="self_attn.k_norm", mean_of_all=mean_of_all),
+        *others,
     )
 
 
@@ -154,23 +165,24 @@ _DENSE = (
     Architecture("smollm3", _ATTENTION + _MLP, title="SmolLM3", tiny={"no_rope_layers": [1, 0]}),
     Architecture(
         "cohere",
-        _with_norms("self_attn.q_norm", "self_attn.k_norm") + _MLP,
+        _with_norms(mean_of_all=False) + _MLP,
         title="Command R",
         norms=("input_layernorm", "norm") + _HEAD_NORMS,
         tiny={"use_qk_norm": True, "logit_scale": 0.5},
     ),
     Architecture(
         "olmo2",
-        _with_norms("self_attn.q_norm", "self_attn.k_norm", mean_of_all=True) + _MLP,
+        _with_norms(mean_of_all=True) + _MLP,
         title="OLMo 2",
         norms=_OUTPUT_NORMS + _HEAD_NORMS,
+        tiny={"rms_norm_eps": 1e-6},
     ),
     Architecture(
         "stablelm",
-        _with_norms("self_attn.q_layernorm", "self_attn.k_layernorm") + _MLP,
+        _ATTENTION + _MLP,
         title="StableLM 2",
         norms=(*_NORMS, "q_layernorm", "k_layernorm"),
-        head_dim=False,
+        head_dim=False,  # heads are as many as fill the hidden size
         tiny={"qk_layernorm": True, "use_qkv_bias": True, "rope_parameters": {"partial_rotary_factor": 0.5}},
     ),
     Architecture("seed_oss", _ATTENTION + _MLP, title="Seed-OSS", tiny={"head_dim": 12}),
@@ -256,7 +268,7 @@ _MIXTURES = (
     ),
     Architecture(
         "olmoe",
-        _with_norms("self_attn.q_norm", "self_attn.k_norm", mean_of_all=True),
+        _with_norms(mean_of_all=True),
         _listed("intermediate_size"),
         title="OLMoE",
         norms=_NORMS + _HEAD_NORMS,
@@ -290,6 +302,14 @@ _MIXTURES = (
 ARCHITECTURES = {row.model_type: row for row in _DENSE + _MIXTURES}
 _INSIDE = {kind: row.model_type for row in reversed(ARCHITECTURES.values()) for kind in row.inside}
 
+# How names of the text part begin in multimodal checkpoints (two of the hub, one of transformers 5's own model), and in
+# checkpoints of the text part alone.
+TEXT_NAMES = {
+    r"^language_model\.model\.": "model.",
+    r"^model\.language_model\.": "model.",
+    r"^language_model\.lm_head\.": "lm_head.",
+}
+
 
 def architecture_of(config: Mapping[str, Any]) -> Architecture:
     """The row of a model's family.
@@ -309,3 +329,19 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
             " models. A family is a row of a table: CONTRIBUTING.md says how to add one."
         )
     return ARCHITECTURES[kind]
+
+
+def is_multimodal(config: Mapping[str, Any]) -> bool:
+    """Whether ``config.json`` is that of a multimodal model, whose text part is pruned."""
+    return config.get("model_type") in _INSIDE
+
+
+def text_name(name: str) -> str:
+    """What a tensor of a multimodal checkpoint is called in a checkpoint of its text part alone.
+
+    Tensors of other parts keep their names, which no text model has.
+    """
+    for theirs, ours in TEXT_NAMES.items():
+        if re.match(theirs, name):
+            return re.sub(theirs, ours, name)
+    return name

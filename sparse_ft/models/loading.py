@@ -19,7 +19,7 @@ from sparse_ft.masks.checks import check_masks
 from sparse_ft.masks.mask_set import MaskSet
 from sparse_ft.models.checkpoint import Checkpoint
 from sparse_ft.models.devices import resolve_device, resolve_dtype
-from sparse_ft.models.families import architecture_of
+from sparse_ft.models.families import TEXT_NAMES, architecture_of
 from sparse_ft.models.names import has_fused_experts, listed_shapes, place, prunable_names, slots
 from sparse_ft.models.skeleton import model_config
 from sparse_ft.models.tokenizers import leave_open, pad_inside
@@ -44,7 +44,8 @@ def load_model(
     Only safetensors are read and no code from the folder is run. Attention is ``sdpa``, or what the family's row says.
 
     Args:
-        folder: ``config.json`` and ``model*.safetensors`` with every weight of the model.
+        folder: ``config.json`` and ``model*.safetensors`` with every weight of the model; of a multimodal model the
+            text part is loaded.
         dtype: of the parameters, or a name for `resolve_dtype`.
         device: or a name for `resolve_device`.
 
@@ -54,7 +55,8 @@ def load_model(
     """
     device = resolve_device(device) if isinstance(device, str) else device
     dtype = resolve_dtype(dtype, device) if isinstance(dtype, str) else dtype
-    Checkpoint(folder).check()  # says in one line what transformers says in a page, or a traceback
+    checkpoint = Checkpoint(folder)
+    checkpoint.check()  # says in one line what transformers says in a page, or a traceback
     config = model_config(folder)
     with quiet_transformers():
         try:
@@ -68,6 +70,7 @@ def load_model(
                 trust_remote_code=False,
                 device_map={"": device} if device.type != "cpu" else None,
                 output_loading_info=True,
+                key_mapping=TEXT_NAMES if checkpoint.is_multimodal else None,
             )
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise UserError(f"{folder} cannot be loaded as a language model: {error}") from error
@@ -78,6 +81,8 @@ def load_model(
                 f"{folder} does not hold the whole model: {len(names)} {problem.replace('_', ' ')}, first "
                 f"{names[0]}; is it an adapter that was not merged, or a checkpoint of another configuration?"
             )
+    if checkpoint.is_multimodal:  # or it would be saved under the names of the whole, of which it is a part
+        del model._weight_conversions
     return model.eval()
 
 
@@ -229,7 +234,8 @@ def load_state_into(
     for file, tensors in targets.items():
         with safe_open(file, framework="pt") as source:  # mapped, so the bytes are copied once
             for name, target in tensors.items():
-                target.copy_(source.get_tensor(name) if checkpoint.is_stored(name) else checkpoint.tensor(name))
+                stored = checkpoint.is_stored(name)
+                target.copy_(source.get_tensor(checkpoint.stored_name(name)) if stored else checkpoint.tensor(name))
 
 
 @contextmanager

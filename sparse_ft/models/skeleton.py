@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from sparse_ft.cache import cache_dir
 from sparse_ft.errors import UserError
 from sparse_ft.files import write_text
-from sparse_ft.models.families import architecture_of
+from sparse_ft.models.families import architecture_of, is_multimodal
 from sparse_ft.models.folder import read_json
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def model_config(path: str | Path) -> PretrainedConfig:
     """The configuration as transformers reads it, with its defaults for what the file leaves out.
 
     A ``quantization_config`` is left out: weights that are read here are plain ones, and transformers would
-    quantise them again, or refuse to save them.
+    quantise them again, or refuse to save them. Of a multimodal model it is the configuration of the text part.
 
     Args:
         path: a folder with ``config.json``, or that file.
@@ -60,11 +60,17 @@ def model_config(path: str | Path) -> PretrainedConfig:
     from transformers import AutoConfig
 
     file = _config_file(path)
-    architecture_of(read_json(file))
+    stored = read_json(file)
+    architecture_of(stored)
     try:
         config = AutoConfig.from_pretrained(str(file.parent), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # each config class has its own ways to refuse a value
-        raise UserError(f"transformers cannot read {file}: {type(error).__name__}: {error}") from error
+        said = " ".join(str(error).split())
+        raise UserError(f"transformers cannot read {file}: {type(error).__name__}: {said}") from error
+    if is_multimodal(stored):
+        config = config.get_text_config()
+        if "tie_word_embeddings" in stored and "tie_word_embeddings" not in stored.get("text_config", {}):
+            config.tie_word_embeddings = stored["tie_word_embeddings"]
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config
@@ -128,7 +134,8 @@ def _built(values: str) -> list[Any]:
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**json.loads(values)))
     except Exception as error:  # an unknown activation, sizes that do not go together, ...
         raise UserError(
-            f"transformers cannot build the model that config.json describes: {type(error).__name__}: {error}"
+            "transformers cannot build the model that config.json describes:"
+            f" {type(error).__name__}: {' '.join(str(error).split())}"
         ) from error
     tied = sorted(getattr(model, "all_tied_weights_keys", None) or {})
     return [{name: list(tensor.shape) for name, tensor in model.state_dict().items()}, tied]
@@ -157,6 +164,7 @@ def _answered(kind: str, question: str, about: bytes, ask: Callable[[], Any]) ->
 def _answering(kind: str) -> list[Any]:
     """Version, sizes and times of the code of transformers that describes models of a kind."""
     package = Path(find_spec("transformers").origin).parent
-    files = [*sorted(package.glob("*.py")), *sorted((package / "models" / kind).glob("*.py"))]
+    home = package / "models" / kind.removesuffix("_text")
+    files = [*sorted(package.glob("*.py")), *sorted(home.glob("*.py"))]
     stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return [version("transformers"), stamps]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from sparse_ft.models.checkpoint import Checkpoint, copy_other_files
 from sparse_ft.models.families import architecture_of
 from sparse_ft.models.folder import read_json
 from sparse_ft.models.mixtures import kept_experts, name_without, refitted
-from sparse_ft.models.names import router_block
+from sparse_ft.models.names import place, role, router_block
+from sparse_ft.models.skeleton import build_skeleton, config_values
 from sparse_ft.progress import SILENT, Progress
 from sparse_ft.pruning.structure import Family, Part, families
 from sparse_ft.settings.rules import EXPERTS
@@ -33,16 +35,17 @@ def shrink_checkpoint(
 
     The result is an ordinary Hugging Face folder: smaller ``intermediate_size``, ``num_attention_heads`` and
     ``num_key_value_heads``, the same ``head_dim``; and fewer experts, which the router does not know any more either.
-    Its logits are those of the masked model, where the experts that are gone have router logits of -inf. Memory holds
-    one file of the checkpoint.
+    Its logits are those of the masked model, where the experts that are gone have router logits of -inf. Biases and
+    norms with weights for every head lose those that go; a norm over all heads has its weights divided by the root of
+    the share that stays, since its mean is over fewer. Memory holds one file of the checkpoint.
 
     Args:
         masks: structured, with the same number of heads and channels left in every block (scope ``layer``), or of
             method ``experts``.
 
     Raises:
-        UserError: masks of another model, masks that are not structured, counts that differ between blocks, or
-            nothing left of a block.
+        UserError: masks of another model, masks that are not structured, counts that differ between blocks,
+            nothing left of a block, or a model that transformers cannot build that small.
     """
     checkpoint = Checkpoint(checkpoint_folder)
     shapes = checkpoint.prunable_shapes()
@@ -60,10 +63,12 @@ def shrink_checkpoint(
             indices = units.nonzero()[:, 0, None] * part.width + torch.arange(part.width) + part.start
             selections.setdefault(part.name, []).append((part, indices.flatten()))
         _check_masked(family, units, masks)
+    norms = _norms(checkpoint, selections)
     progress.start("write smaller checkpoint", sum(checkpoint.nbytes(name) for name in checkpoint.names), "B")
     with atomic_folder(target) as folder:
         copy_other_files(checkpoint, folder)
         write_json(folder / "config.json", _smaller_config(checkpoint, sizes))
+        _check_buildable(checkpoint, folder, selections, new_name)
         homes, total = {}, 0
         carried = {name for name in checkpoint.carried if checkpoint.is_readable(name)}
         written = checkpoint.names + sorted(carried)
@@ -75,8 +80,13 @@ def shrink_checkpoint(
                 if name not in carried:
                     tensor = _select(tensor, selections.get(name) or _bias_selection(name, selections))
                     tensor = _routed(checkpoint.config, name, tensor, left)
+                if name in norms:
+                    lines, factor = norms[name]
+                    kept_lines = (tensor.flatten()[lines].double() * factor).to(tensor.dtype)
+                    tensor = kept_lines.reshape(-1, *tensor.shape[1:])
                 if (new := new_name(name) if name in shapes else name) is None:
                     continue
+                new = checkpoint.stored_name(name) if new == name else new
                 tensors[new] = tensor.contiguous()
                 homes[new], total = file.name, total + tensor.numel() * tensor.element_size()
             if tensors:
@@ -142,11 +152,16 @@ def _sizes(config: Mapping[str, Any], members: list[Family], kept: list[torch.Te
         if counts == {0}:
             raise UserError(f"The masks leave no {what} ({field}); there is no smaller model of that shape.")
     sizes = {field: counts.pop() for field, counts in left.items()}
-    old_groups = config.get("num_key_value_heads") or heads
-    return {
-        "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
-        "num_attention_heads": heads // old_groups * sizes["num_key_value_heads"],
-    } | sizes
+    old_groups, groups = config.get("num_key_value_heads") or heads, sizes["num_key_value_heads"]
+    row = architecture_of(config)
+    if row.head_dim:
+        sizes["head_dim"] = config.get("head_dim") or config["hidden_size"] // heads
+    elif groups < old_groups:
+        raise UserError(
+            f"There is no smaller checkpoint for these masks: a {row.model_type} model has as many heads as fill its"
+            f" hidden size, and cannot have {groups} of {old_groups} key/value heads."
+        )
+    return {"num_attention_heads": heads // old_groups * groups} | sizes
 
 
 def _expert_sizes(checkpoint: Checkpoint, left: Mapping[int, list[int]]) -> dict[str, int]:
@@ -173,7 +188,58 @@ def _routed(config: Mapping[str, Any], name: str, tensor: torch.Tensor, left: Ma
 
 def _smaller_config(checkpoint: Checkpoint, sizes: Mapping[str, int]) -> dict[str, Any]:
     stored = {key: value for key, value in checkpoint.stored_config.items() if key != "quantization_config"}
+    if checkpoint.is_multimodal:
+        return stored | {"text_config": stored.get("text_config", {}) | sizes}
     return stored | sizes
+
+
+def _norms(
+    checkpoint: Checkpoint, selections: Mapping[str, list[tuple[Part, torch.Tensor]]]
+) -> dict[str, tuple[torch.Tensor, float]]:
+    """Of every norm with weights for all heads: which of them stay, and what they are multiplied with.
+
+    Where the norm's mean is over all heads, it is larger by (all / kept) over those that stay: the others were zeros.
+    What is added to the mean (``rms_norm_eps``) stays, and changes the output by less than its share in the mean.
+    """
+    found, own = {}, set(checkpoint.names)
+    for name, selection in selections.items():
+        projection = role(checkpoint.config, name).map
+        module = name.removesuffix(f"{projection.path}.weight") + projection.norm
+        for norm in own & {f"{module}.weight", f"{module}.bias"} if projection.norm else ():
+            lines, (_, kept) = checkpoint.shape(name)[0], selection[0]
+            found[norm] = kept, math.sqrt(lines / len(kept)) if projection.mean_of_all else 1.0
+            bias = name.removesuffix("weight") + "bias"
+            if projection.mean_of_all and len(kept) < lines and bias in own:
+                raise UserError(
+                    f"There is no smaller checkpoint for these masks: {bias} is not masked and counts in the norm over"
+                    " all heads that follows it, which would say something else without the heads that go."
+                )
+    return found
+
+
+def _check_buildable(
+    checkpoint: Checkpoint,
+    folder: Path,
+    selections: Mapping[str, list[tuple[Part, torch.Tensor]]],
+    new_name: Callable[[str], str | None],
+) -> None:
+    """Asks transformers, before anything is written, whether its model of the new config.json has the new shapes."""
+    try:
+        values = config_values(folder)
+        found = build_skeleton(values).tensors
+    except UserError as error:
+        reason = str(error).partition(": ")[2]
+        raise UserError(f"There is no smaller checkpoint for these masks: transformers refuses it: {reason}") from None
+    for name, selection in selections.items():
+        shape = list(checkpoint.shape(name))
+        shape[selection[0][0].axis == "column"] = sum(len(indices) for _, indices in selection)
+        slot = place(values, new_name(name) or name)
+        wanted = slot.view(torch.empty(found[slot.parameter], device="meta")).shape
+        if tuple(shape) != tuple(wanted):
+            raise UserError(
+                f"There is no smaller checkpoint for these masks: {name} would be {shape}, and transformers' model has"
+                f" {list(wanted)} there."
+            )
 
 
 def _bias_selection(

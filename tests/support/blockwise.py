@@ -4,7 +4,10 @@ from functools import partial
 
 import torch
 
+from sparse_ft.models.checkpoint import Checkpoint
+from sparse_ft.models.families import architecture_of
 from sparse_ft.models.loading import load_model
+from sparse_ft.models.names import role, slots
 from sparse_ft.pruning import Calibration, MaskGenerator, PruningSettings
 from sparse_ft.pruning.alps import alps
 from sparse_ft.pruning.hessian import damping_for, normalise
@@ -23,24 +26,45 @@ def keep_input(seen, name, module, inputs, output):
     seen[name] = inputs[0]
 
 
+def keep_routed(seen, experts, module, inputs, output):
+    """What every expert's matrices are multiplied with, by their parameter and the expert."""
+    hidden, chosen = inputs[0].reshape(-1, inputs[0].shape[-1]), inputs[1]
+    for expert in range(len(module.down_proj)):
+        x = hidden[(chosen == expert).any(dim=1)]
+        gate, up = (x @ module.gate_up_proj[expert].T).chunk(2, dim=-1)
+        seen[f"{experts}.gate_up_proj", expert] = x
+        seen[f"{experts}.down_proj", expert] = module.act_fn(gate) * up
+
+
 @torch.no_grad()
 def in_memory(folder, text, prune):
-    """Prunes a llama block by block: hooks gather each block's inputs from the model as pruned so far."""
-    model = load_model(folder, "float32", "cpu")
-    masks = {}
-    for block, layer in enumerate(model.model.layers):
-        seen, hooks = {}, []
-        for name, module in layer.named_modules():
+    """Prunes a model block by block: hooks gather each block's inputs from the model as pruned so far."""
+    model, checkpoint = load_model(folder, "float32", "cpu"), Checkpoint(folder)
+    row, masks = architecture_of(checkpoint.config), {}
+    places = slots(checkpoint.config, checkpoint.prunable)
+    for block, layer in enumerate(model.get_submodule(row.blocks)):
+        prefix, seen, hooks = row.block(block), {}, []
+        for name, module in layer.named_modules(prefix=prefix.removesuffix(".")):
             if isinstance(module, torch.nn.Linear):
-                hooks.append(module.register_forward_hook(partial(keep_input, seen, name)))
+                hooks.append(module.register_forward_hook(partial(keep_input, seen, f"{name}.weight")))
+            elif row.experts is not None and name == f"{prefix}{row.experts.module}.experts":
+                hooks.append(module.register_forward_hook(partial(keep_routed, seen, name)))
         model(input_ids=text)
         for hook in hooks:
             hook.remove()
-        for name, x in seen.items():
-            weight = layer.get_submodule(name).weight
-            new, kept = prune(weight, x.reshape(-1, x.shape[-1]))
+        for name in (name for name in checkpoint.prunable if name.startswith(prefix)):
+            slot, what = places[name], role(checkpoint.config, name)
+            weight = slot.view(model.get_parameter(slot.parameter))
+            if what.expert is None:
+                x = seen[slot.parameter]
+                new, kept = prune(weight, x.reshape(-1, x.shape[-1]))
+            elif what.fused_experts:
+                pairs = [prune(weight[expert], seen[slot.parameter, expert]) for expert in range(len(weight))]
+                new, kept = (torch.stack(both) for both in zip(*pairs, strict=True))
+            else:
+                new, kept = prune(weight, seen[slot.parameter, what.expert])
             weight.copy_(new)
-            masks[f"model.layers.{block}.{name}.weight"] = kept
+            masks[name] = kept
     return model, masks
 
 
