@@ -24,7 +24,7 @@ from sparse_ft.models.names import parameter_masks, slots
 from sparse_ft.models.tiny import tiny_config, tiny_tokenizer
 from sparse_ft.pruning import Calibration, MaskGenerator, PruningSettings
 from sparse_ft.pruning.shrink import shrink_checkpoint
-from sparse_ft.settings.modes import MODES
+from sparse_ft.settings.modes import MODES, TRAINED_MODES
 from sparse_ft.validation import validate_checkpoint
 
 TEXT = torch.randint(3, 500, (4, 24), generator=torch.Generator().manual_seed(5))
@@ -158,7 +158,7 @@ def test_structured_masks_make_a_smaller_model_that_says_the_same(family):
     assert left == masks.n_weights - masks.n_pruned < masks.n_weights
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", TRAINED_MODES)
 def test_what_was_trained_is_what_is_merged(family, masks, mode):
     kind = MODES[mode]
     model = family.load("bfloat16")
