@@ -10,6 +10,7 @@ from documents import PAGES, ROOT, commands
 
 STEPS = "tests/entrypoints/test_commands.py::test_"
 STARTED = "tests/test_docs.py::test_the_first_steps_run_as_they_are_written"
+EXPERTS = "tests/entrypoints/test_experts.py::test_masks_a_smaller_checkpoint_training_from_the_file_and_its_proof"
 PROJECT = STEPS + "mlflow_run_makes_one_run_and_keeps_what_was_typed"
 HUB = "tests/study/test_hub_models.py::test_the_full_study_with_its_models_and_data_from_a_hub"
 RESUMED = "tests/study/test_ledger.py::test_a_changed_configuration_says_what_changed_and_keeps_what_is_the_same"
@@ -44,6 +45,7 @@ RUN = {
     r"mlflow run \. -e train .* -P num_fewshot=10 .*": BY_HAND + "its scores stand in docs/design.md",
     r"mlflow run \. -e compute_masks --env-manager uv .*": BY_HAND + "uv 0.13.9",
     r"mlflow run \. -e (compute_masks|train) .* -P model=tiny-llama .*": STARTED,
+    r"mlflow run \. -e (compute_masks|train) .* -P model=tiny-mixtral -P method=experts .*": EXPERTS,
     r"mlflow run \. -e compute_masks .* -P model=smollm2-135m .* -P scope=global": BY_HAND + "for docs/pruning.md",
     r"mlflow run \. -e validate .*": STEPS + "validate_says_0_for_a_good_pair_1_for_a_broken_one_2_for_none",
     r"mlflow run( \.)?( --env-manager local)?": PROJECT,

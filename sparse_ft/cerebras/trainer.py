@@ -30,6 +30,7 @@ from sparse_ft.models.checkpoint import Checkpoint
 from sparse_ft.models.loading import load_state_into
 from sparse_ft.settings.cell import CellConfig
 from sparse_ft.settings.modes import MODES
+from sparse_ft.settings.rules import EXPERTS
 from sparse_ft.tracking.record import Tag
 
 __all__ = [
@@ -108,6 +109,8 @@ def check_trainable(cell: CellConfig, config: Mapping[str, Any], settings: Cereb
         UserError: a model or a setting that ModelZoo's trainer cannot take.
     """
     if MODES[cell.mode].trains:
+        if cell.pruned and cell.method == EXPERTS:
+            raise UserError("method experts trains a smaller model, which is none of ModelZoo's; take trainer local.")
         model_section(config)
         trainer_plan(cell, config, settings.device, settings.cluster)
 

@@ -17,7 +17,7 @@ from sparse_ft.cell.failures import classify
 from sparse_ft.cell.trainer import Watch
 from sparse_ft.cerebras.logs import Failure
 from sparse_ft.cerebras.runner import TrainerError
-from sparse_ft.cerebras.trainer import CerebrasSettings, load_settings, settings_of_try
+from sparse_ft.cerebras.trainer import CerebrasSettings, check_trainable, load_settings, settings_of_try
 from sparse_ft.commands.train import train
 from sparse_ft.errors import UserError
 from sparse_ft.settings.cell import CellConfig, TrainConfig
@@ -72,6 +72,12 @@ def test_what_is_missing_is_said_at_once_and_before_any_run(study_file, settings
     assert str(stop.value).count("no/such") == 1
     assert "\n" not in str(stop.value)
     assert Tracker().search() == []
+
+
+def test_a_smaller_mixture_is_none_of_modelzoos():
+    config = {"model_type": "mixtral"}
+    with pytest.raises(UserError, match="take trainer local"):
+        check_trainable(CellConfig(method="experts"), config, CerebrasSettings())
 
 
 @pytest.mark.parametrize("kind", ["lost_connection", "disk_quota", "job_time_limit", "configuration_refused"])

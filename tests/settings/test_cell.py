@@ -7,6 +7,7 @@ from sparse_ft.settings.commands import MaskConfig
 from sparse_ft.settings.field import part_of
 from sparse_ft.settings.lora import LoraSettings
 from sparse_ft.settings.parser import Parser
+from sparse_ft.settings.rules import RULES
 from sparse_ft.settings.scoring import ScoringSettings
 from sparse_ft.settings.training import TrainingSettings
 
@@ -28,6 +29,8 @@ def test_a_key_ignores_where_results_go_and_nothing_else():
         ({"method": "random"}, {"importance": "taylor", "scope": "global", "calibration_seq_len": 32}),
         ({"method": "unstructured"}, {"pattern": "1:2", "calibration_samples": 8}),
         ({"method": "semi_structured"}, {"scope": "row"}),
+        ({"method": "experts"}, {"importance": None, "pattern": "1:2"}),
+        ({"method": "experts", "importance": "reap"}, {"importance": "magnitude"}),
         ({"mode": "full"}, {"lora_r": 64, "lora_alpha": 1.0, "target_modules": ("q_proj",)}),
     ],
 )
@@ -54,6 +57,14 @@ def test_an_update_is_spoken_of_where_it_is_not_the_importances_own(values, own,
     assert apart.canonical()["update"] == other and apart.key() != plain.key()
     assert Parser(CellConfig).values(apart.canonical(), "its config.yaml").key() == apart.key()
     assert replace(plain, mode="dense").canonical() == replace(apart, mode="dense").canonical()
+
+
+@pytest.mark.parametrize("how", [{}, {"task": "gsm8k", "seed": 3}])
+def test_experts_are_chosen_by_reap_whatever_the_default_of_weights_is(how):
+    kinds = {mask_set_of(CellConfig(method="experts", importance=name, **how)) for name in ("magnitude", None, "reap")}
+    (kind,) = kinds
+    assert (kind.importance, kind.rule, kind.needs_calibration) == ("reap", RULES["reap"], True)
+    assert CellConfig(method="experts").canonical()["importance"] == "reap"
 
 
 @pytest.mark.parametrize("how", [{"update": "sparsegpt"}, {"refine": "swaps"}, {"reconstruct": "block"}])
@@ -98,6 +109,7 @@ def test_the_same_fields_tell_cells_apart_where_they_matter():
         (CellConfig(model="a/b-7b", sparsity=0.125), "12.5 % s2s unstructured magnitude · boolq · b-7b"),
         (CellConfig(mode="sparse_to_dense", sparsity=0.7), "70 % s2d unstructured magnitude · boolq · smollm2-135m"),
         (CellConfig(method="random"), "50 % s2s random · boolq · smollm2-135m"),
+        (CellConfig(method="experts"), "50 % s2s experts reap · boolq · smollm2-135m"),
         (CellConfig(importance="wanda", update="none"), "50 % s2s unstructured wanda · boolq · smollm2-135m"),
         (
             CellConfig(importance="wanda", update="sparsegpt"),

@@ -18,6 +18,7 @@ from sparse_ft.models.devices import resolve_device, resolve_dtype
 from sparse_ft.models.names import role
 from sparse_ft.settings.cell import CellConfig
 from sparse_ft.settings.modes import MODES
+from sparse_ft.settings.rules import EXPERTS
 from sparse_ft.study.plan import Plan
 
 __all__ = ["Disk", "disk_problems", "estimate_disk", "gigabytes", "model_bytes"]
@@ -69,7 +70,8 @@ def estimate_disk(plan: Plan, bench: Workbench, workers: int) -> Disk:
     for cell in plan.computed:
         checkpoint = bench.checkpoint(cell.model)
         size = model_bytes(cell, bench)
-        biggest = max(biggest, size)
+        # Of experts' cells the checkpoint that they begin with, which is no larger, is there too.
+        biggest = max(biggest, 2 * size if cell.pruned and cell.method == EXPERTS else size)
         if cell.keep != "none" and MODES[cell.mode].lora:
             adapters += _adapter_bytes(checkpoint, cell.lora_r, cell.target_modules)
         if cell.keep == "all":
