@@ -81,7 +81,7 @@ def _answer(cells: pd.DataFrame, table: pd.DataFrame, model: str, task: str, nam
         parts.append(f"{subject}: what sparsity costs is not known, because {' and '.join(reasons)}.")
     else:
         parts.append(_kept_sentence(subject, own, here, base, share, dense))
-    parts += [text for text in (_perplexity_sentence(here, base),) if text]
+    parts += [text for text in (_rules_sentence(here, base), _perplexity_sentence(here, base)) if text]
     parts += _warnings(own)
     missing = int((own["status"] != "FINISHED").sum())
     if missing:
@@ -145,14 +145,32 @@ def _level(series: str, line: pd.DataFrame, own: pd.DataFrame, share: float) -> 
     return True, f"{text} ({_listed(between)} without a score)" if between else text
 
 
+def _rules_sentence(here: pd.DataFrame, base: pd.Series | None) -> str:
+    """What the choice of the rule is worth before tuning, at the highest level where there is a choice."""
+    before = here["perplexity_untuned"].where(here["mode"].map(is_tuned), here["perplexity"])
+    known = here.assign(before=before)[before.notna() & (here["sparsity"] > 0)]
+    choices = known.groupby("sparsity_percent")["series"].nunique()
+    if not (choices > 1).any():
+        return ""
+    level = choices[choices > 1].index.max()
+    points = known[known["sparsity_percent"] == level].sort_values("before", kind="stable")
+    best, worst = points.iloc[0], points.iloc[-1]
+    column = "perplexity" + ("_untuned" if base is not None and is_tuned(base["mode"]) else "")
+    dense = f" (dense: {_plain(base[column])})" if base is not None and base[column] > 0 else ""
+    return (
+        f"At {level:g} % the perplexity before fine-tuning is {_plain(best['before'])} with {best['series']}, and"
+        f" {_plain(worst['before'])} with {worst['series']}{dense}."
+    )
+
+
 def _perplexity_sentence(here: pd.DataFrame, base: pd.Series | None) -> str:
-    """The line that was pruned hardest, before and after tuning, beside dense."""
+    """The line that was pruned hardest, of several the best one, before and after tuning, beside dense."""
     shown = (SPARSE_TO_SPARSE.name, PRUNED.name)
     known = here[here["mode"].isin(shown) & (here["sparsity"] > 0) & here["perplexity"].notna()]
     if known.empty:
         return ""
-    first = known[known["series"] == known["series"].iloc[0]].sort_values("sparsity")
-    point = first.iloc[-1]
+    hardest = known[known["sparsity"] == known["sparsity"].max()]
+    point = hardest.loc[hardest["perplexity"].idxmin()]
     before, after = _plain(point["perplexity_untuned"]), _plain(point["perplexity"])
     dense = f" (dense: {_plain(base['perplexity'])})" if base is not None and base["perplexity"] > 0 else ""
     level = f"{point['sparsity_percent']:g} % {point['series']}"

@@ -79,8 +79,8 @@ class RecipeSettings(Settings):
         choices=RECONSTRUCTIONS,
         later=True,
     )
-    reconstruct_epochs: int = _rule(10, "of block reconstruction; the best one counts.", least=0, later=True)
-    reconstruct_batch: int = _rule(8, "samples of a step of block reconstruction.", least=1, later=True)
+    reconstruct_epochs: int = _rule(2, "of block reconstruction; the best one counts.", least=0, later=True)
+    reconstruct_batch: int = _rule(2, "samples of a step of block reconstruction.", least=1, later=True)
     reconstruct_learning_rate: float = _rule(
         2e-4, "of block reconstruction (Adam); it falls linearly to 0.", later=True
     )

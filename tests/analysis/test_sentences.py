@@ -136,3 +136,23 @@ def test_cells_whose_merge_costs_or_that_trained_nothing_are_counted():
     assert "In 1 of its 5 cells the merge raises the loss on the answers by more than one standard error." in text
     assert "In 1 of its 5 cells training moved no weight" in text
     assert "the merge raises" not in said(demo())[0]
+
+
+def test_the_rules_are_held_against_each_other_where_there_is_a_choice():
+    def row(importance, sparsity, before, after, mode="sparse_to_sparse"):
+        metrics = {"eval/accuracy": 0.5, "eval/perplexity": after}
+        metrics |= {} if mode == "pruned" else {"eval/perplexity_untuned": before}
+        return cell(importance=importance, sparsity=sparsity, mode=mode, metrics=metrics)
+
+    rows = [row("magnitude", 0.5, 300, 200), row("magnitude", 0.7, 60000, 20000), row("alps", 0.5, 44, 40),
+            row("alps", 0.7, 136, 90), row("magnitude", 0.9, 1e6, 1e6)]  # fmt: skip
+    (text,) = said(rows)
+    expected = "At 70 % the perplexity before fine-tuning is 136 with unstructured alps, and 60,000 with unstructured"
+    assert f"{expected} magnitude." in text
+    assert "At 90 % unstructured magnitude, sparse to sparse fine-tuning" in text
+    (text,) = said(rows[:4])
+    assert "At 70 % unstructured alps, sparse to sparse fine-tuning brings perplexity from 136 to 90." in text
+    assert "before fine-tuning is" not in said(rows[:2])[0]
+    (text,) = said([row("magnitude", 0.7, 0, 60000, "pruned"), row("alps", 0.7, 0, 136, "pruned")])
+    assert "At 70 % the perplexity before fine-tuning is 136 with unstructured alps" in text
+    assert "At 70 % unstructured alps, not fine-tuned, perplexity is 136." in text

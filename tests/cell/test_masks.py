@@ -62,7 +62,7 @@ def test_a_refinement_that_a_file_did_not_have_is_refused_and_not_passed_over(fi
 
 def test_a_file_says_how_its_blocks_were_tuned(files):
     settled = files["tuned"].settle(CellConfig(model="tiny-llama", reconstruct="block", reconstruct_epochs=7))
-    assert (settled.reconstruct, settled.reconstruct_epochs, settled.reconstruct_batch) == ("block", 1, 8)
+    assert (settled.reconstruct, settled.reconstruct_epochs, settled.reconstruct_batch) == ("block", 1, 2)
     with pytest.raises(UserError, match=r"reconstruct is block, and the masks .* were made with reconstruct none"):
         files["none"].settle(CellConfig(model="tiny-llama", reconstruct="block"))
 
