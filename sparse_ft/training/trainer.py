@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import time
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,73 +21,10 @@ from sparse_ft.progress import SILENT, Progress
 from sparse_ft.settings.field import part_of
 from sparse_ft.settings.training import TrainingSettings
 from sparse_ft.tasks.examples import Example, check_ids
+from sparse_ft.training.collator import AnswerCollator
+from sparse_ft.training.watch import TrainingResult, Watch
 
-__all__ = ["AnswerCollator", "NonFiniteLossError", "TrainingResult", "train"]
-
-_IGNORED = -100  # the label that torch's cross entropy leaves out
-
-
-class NonFiniteLossError(RuntimeError):
-    """The training loss became NaN or infinite."""
-
-    failure_class = "non_finite_loss"  # see `sparse_ft.cell.failures.classify`
-
-
-@dataclass
-class TrainingResult:
-    """What training gave and cost. What could not be measured is None.
-
-    ``loss`` is the mean over the last tenth of the steps; ``loss_curve`` holds (step, loss). Throughput counts
-    non-padding tokens and leaves out the first ``warmup_steps_untimed`` steps.
-    """
-
-    loss: float | None
-    loss_curve: list[tuple[int, float]]
-    steps: int
-    tokens: int
-    seconds: float
-    tokens_per_second: float | None
-    samples_per_second: float | None
-    warmup_steps_untimed: int
-    peak_bytes: int
-    protocol: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class AnswerCollator:
-    """Batches examples so that all answers end together at the right edge.
-
-    Padding goes to the left; the model then needs logits for the last K+1 positions only (K: the longest
-    answer of the batch), a large part of the work where the vocabulary is large. Position ids start at 0 at
-    each example's first token, so padding changes nothing.
-
-    Returns (for B examples, T the longest):
-        input_ids int64 [B, T], attention_mask int64 [B, T], position_ids int64 [B, T],
-        labels int64 [B, K+1] (-100 outside the answer), logits_to_keep = K+1.
-    """
-
-    pad_token_id: int
-
-    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        longest = max(len(example["input_ids"]) for example in examples)
-        keep = 1 + max(len(example["input_ids"]) - example["answer_start"] for example in examples)
-        ids = torch.full((len(examples), longest), self.pad_token_id)
-        attention = torch.zeros(len(examples), longest, dtype=torch.int64)
-        labels = torch.full((len(examples), keep), _IGNORED)
-        for row, example in enumerate(examples):
-            tokens = torch.tensor(example["input_ids"])
-            answer = tokens[example["answer_start"] :]
-            ids[row, longest - len(tokens) :] = tokens
-            attention[row, longest - len(tokens) :] = 1
-            labels[row, keep - len(answer) :] = answer
-        positions = (attention.cumsum(1) - 1).clamp(min=0)
-        return {
-            "input_ids": ids,
-            "attention_mask": attention,
-            "position_ids": positions,
-            "labels": labels,
-            "logits_to_keep": keep,
-        }
+__all__ = ["train"]
 
 
 @one_process()
@@ -126,7 +61,7 @@ def train(
     rows = [{"input_ids": example.input_ids, "answer_start": example.answer_start} for example in examples]
     check_ids((max(example.input_ids) for example in examples), model.get_input_embeddings().weight.shape[0])
     device = next(model.parameters()).device
-    watch = _Watch(settings, progress)
+    watch = Watch(settings, progress)
     if settings.gradient_checkpointing is not None:
         model.enable_input_require_grads()  # reentrant checkpoints need an input that requires a gradient
     trainer = _Trainer(
@@ -236,59 +171,6 @@ def _optimizer(settings: TrainingSettings, model: torch.nn.Module) -> tuple[type
     if not low or settings.rounding == "nearest":
         return None
     return DitheredAdamW, {"lr": settings.learning_rate, "seed": settings.seed}
-
-
-class _Watch(TrainerCallback):
-    """Reports progress, keeps the loss curve and the clock, stops at a loss that is not finite."""
-
-    def __init__(self, settings: TrainingSettings, progress: Progress):
-        self._progress = progress
-        # The first steps pay for allocations and compilation; a two-step run has only the second to show.
-        self._untimed = min(2, settings.max_steps - 1)
-        self._batch = settings.batch_size * settings.gradient_accumulation
-        self._curve: list[tuple[int, float]] = []
-        self._marks: list[tuple[float, int]] = []  # (clock, tokens seen) at the start and after each step
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self._marks = [(time.perf_counter(), state.num_input_tokens_seen)]
-        self._first_step = state.global_step
-        self._processes = args.world_size
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self._marks.append((time.perf_counter(), state.num_input_tokens_seen))
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        loss = (logs or {}).get("loss")
-        if loss is None:
-            return
-        loss = float(loss)
-        self._curve.append((state.global_step, loss))
-        self._progress.advance(1, note=f"loss {loss:.4f}")
-        if not math.isfinite(loss):
-            raise NonFiniteLossError(f"the training loss is {loss} at step {state.global_step}")
-
-    def result(self, peak: int, protocol: dict[str, Any]) -> TrainingResult:
-        steps = len(self._marks) - 1
-        (began, tokens_before), (ended, tokens) = self._marks[0], self._marks[-1]
-        timed = steps - self._untimed
-        rate, samples = None, None
-        if timed > 0:
-            clock, seen = self._marks[self._untimed]
-            rate = (tokens - seen) / (ended - clock)
-            samples = timed * self._batch * self._processes / (ended - clock)
-        last = [loss for _, loss in self._curve[-max(1, len(self._curve) // 10) :]]
-        return TrainingResult(
-            loss=sum(last) / len(last) if last else None,
-            loss_curve=self._curve,
-            steps=steps,
-            tokens=tokens - tokens_before,
-            seconds=ended - began,
-            tokens_per_second=rate,
-            samples_per_second=samples,
-            warmup_steps_untimed=self._untimed,
-            peak_bytes=peak,
-            protocol=protocol,
-        )
 
 
 def _protocol(settings: TrainingSettings, model, rows: list[dict[str, Any]], device: torch.device) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from sparse_ft.errors import UserError
 from sparse_ft.progress import Progress
 from sparse_ft.settings.training import TrainingSettings
 from sparse_ft.tasks.examples import Example
-from sparse_ft.training import AnswerCollator, NonFiniteLossError, _arguments, train
+from sparse_ft.training import AnswerCollator, NonFiniteLossError, train
+from sparse_ft.training.trainer import _arguments
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,94 @@
+"""What a training gave and cost, measured while it goes on."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainerCallback
+
+from sparse_ft.progress import Progress
+from sparse_ft.settings.training import TrainingSettings
+
+__all__ = ["NonFiniteLossError", "TrainingResult", "Watch"]
+
+
+class NonFiniteLossError(RuntimeError):
+    """The training loss became NaN or infinite."""
+
+    failure_class = "non_finite_loss"  # see `sparse_ft.cell.failures.classify`
+
+
+@dataclass
+class TrainingResult:
+    """What training gave and cost. What could not be measured is None.
+
+    ``loss`` is the mean over the last tenth of the steps; ``loss_curve`` holds (step, loss). Throughput counts
+    non-padding tokens and leaves out the first ``warmup_steps_untimed`` steps.
+    """
+
+    loss: float | None
+    loss_curve: list[tuple[int, float]]
+    steps: int
+    tokens: int
+    seconds: float
+    tokens_per_second: float | None
+    samples_per_second: float | None
+    warmup_steps_untimed: int
+    peak_bytes: int
+    protocol: dict[str, Any] = field(default_factory=dict)
+
+
+class Watch(TrainerCallback):
+    """Reports progress, keeps the loss curve and the clock, stops at a loss that is not finite."""
+
+    def __init__(self, settings: TrainingSettings, progress: Progress):
+        self._progress = progress
+        # The first steps pay for allocations and compilation; a two-step run has only the second to show.
+        self._untimed = min(2, settings.max_steps - 1)
+        self._batch = settings.batch_size * settings.gradient_accumulation
+        self._curve: list[tuple[int, float]] = []
+        self._marks: list[tuple[float, int]] = []  # (clock, tokens seen) at the start and after each step
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._marks = [(time.perf_counter(), state.num_input_tokens_seen)]
+        self._first_step = state.global_step
+        self._processes = args.world_size
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._marks.append((time.perf_counter(), state.num_input_tokens_seen))
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        loss = (logs or {}).get("loss")
+        if loss is None:
+            return
+        loss = float(loss)
+        self._curve.append((state.global_step, loss))
+        self._progress.advance(1, note=f"loss {loss:.4f}")
+        if not math.isfinite(loss):
+            raise NonFiniteLossError(f"the training loss is {loss} at step {state.global_step}")
+
+    def result(self, peak: int, protocol: dict[str, Any]) -> TrainingResult:
+        steps = len(self._marks) - 1
+        (began, tokens_before), (ended, tokens) = self._marks[0], self._marks[-1]
+        timed = steps - self._untimed
+        rate, samples = None, None
+        if timed > 0:
+            clock, seen = self._marks[self._untimed]
+            rate = (tokens - seen) / (ended - clock)
+            samples = timed * self._batch * self._processes / (ended - clock)
+        last = [loss for _, loss in self._curve[-max(1, len(self._curve) // 10) :]]
+        return TrainingResult(
+            loss=sum(last) / len(last) if last else None,
+            loss_curve=self._curve,
+            steps=steps,
+            tokens=tokens - tokens_before,
+            seconds=ended - began,
+            tokens_per_second=rate,
+            samples_per_second=samples,
+            warmup_steps_untimed=self._untimed,
+            peak_bytes=peak,
+            protocol=protocol,
+        )
