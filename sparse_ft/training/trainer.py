@@ -22,6 +22,7 @@ from sparse_ft.settings.field import part_of
 from sparse_ft.settings.training import TrainingSettings
 from sparse_ft.tasks.examples import Example, check_ids
 from sparse_ft.training.collator import AnswerCollator
+from sparse_ft.training.distillation import Distillation
 from sparse_ft.training.watch import TrainingResult, Watch
 
 __all__ = ["train"]
@@ -36,6 +37,7 @@ def train(
     pad_token_id: int = 0,
     progress: Progress = SILENT,
     callbacks: Sequence[TrainerCallback] = (),
+    distillation: Distillation | None = None,
 ) -> TrainingResult:
     """Trains the parameters of ``model`` that require gradients, in place, and leaves it in eval mode.
 
@@ -49,6 +51,8 @@ def train(
         settings: see `TrainingSettings`.
         output_dir: the Trainer's; nothing is written there.
         pad_token_id: any id; padding is masked.
+        distillation: a teacher whose outputs count in the loss. Batches of one step then weigh the same, whatever their
+            numbers of tokens.
         callbacks: of the Trainer, besides the ones that measure here. What they take counts as training time.
 
     Raises:
@@ -71,6 +75,7 @@ def train(
         data_collator=AnswerCollator(pad_token_id),
         callbacks=[watch, *callbacks],
         optimizer_cls_and_kwargs=_optimizer(settings, model),
+        distillation=distillation,
     )
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -97,7 +102,20 @@ def train(
 
 
 class _Trainer(Trainer):
-    """The Trainer with a schedule of our own: in its warmup the first step has learning rate 0 and changes nothing."""
+    """The Trainer with a schedule of our own, for in its warmup the first step has learning rate 0 and changes nothing;
+    and with a teacher's loss where there is one."""
+
+    def __init__(self, *args: Any, distillation: Distillation | None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._distillation = distillation
+        if distillation is not None:
+            self.model_accepts_loss_kwargs = False  # the mean of each batch's loss, not the model's own sum
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The model's own loss, or the weighted parts beside a teacher's."""
+        if self._distillation is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        return self._distillation.loss(model, inputs)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         """Linear up, linear down; step k of n has a factor above 0."""
