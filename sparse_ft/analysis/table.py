@@ -37,6 +37,8 @@ RESULTS = (
     "accuracy", "accuracy_stderr", "acc_norm", "loss", "loss_stderr", "perplexity", "perplexity_stderr",
     "accuracy_untuned", "accuracy_stderr_untuned", "loss_untuned", "loss_stderr_untuned",
     "perplexity_untuned", "perplexity_stderr_untuned",
+    "accuracy_recovered", "accuracy_stderr_recovered", "loss_recovered", "loss_stderr_recovered",
+    "perplexity_recovered", "perplexity_stderr_recovered",
     "accuracy_remasked", "accuracy_stderr_remasked", "loss_remasked", "loss_stderr_remasked",
     "perplexity_remasked", "perplexity_stderr_remasked",
     "train_loss", "train_tokens_per_second", "train_samples_per_second", "eval_samples_per_second",
@@ -51,7 +53,9 @@ TAGS = tuple(
 MEASURES = tuple(name for name in RESULTS if "stderr" not in name)
 # Scores that come with a standard error, each as it was measured: of the tuned model, before tuning, re-masked.
 ERRORS = tuple(
-    (name, suffix) for name in ("accuracy", "loss", "perplexity") for suffix in ("", "_untuned", "_remasked")
+    (name, suffix)
+    for name in ("accuracy", "loss", "perplexity")
+    for suffix in ("", "_untuned", "_recovered", "_remasked")
 )
 # Two scores are the same measurement only if all of these agree.
 EVALUATION_PROTOCOL = (

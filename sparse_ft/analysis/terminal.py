@@ -101,12 +101,15 @@ def _stages(cell: dict[str, Any]) -> dict[str, str]:
     """When a cell was scored, by what the columns of those scores end with."""
     if not is_tuned(cell["mode"]):
         return {"": "untuned"}
-    return {"_untuned": "untuned", "": "not tuned" if "no_weight_moved" in (cell["warning"] or "") else "tuned"}
+    recovered = {} if math.isnan(cell["loss_recovered"]) else {"_recovered": "recovered"}
+    tuned = "not tuned" if "no_weight_moved" in (cell["warning"] or "") else "tuned"
+    return {"_untuned": "untuned", **recovered, "": tuned}
 
 
-def _stacked(before: str, after: str = "") -> Text:
+def _stacked(*stages: str) -> Text:
     """Before tuning above, after tuning below."""
-    return Text.assemble((before, "dim" if after else ""), "\n", after, justify="right")
+    *before, last = stages
+    return Text.assemble(*((f"{stage}\n", "dim") for stage in before), last, justify="right")
 
 
 def _percent(value: float) -> str:

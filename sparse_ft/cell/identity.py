@@ -23,8 +23,10 @@ from sparse_ft.models.devices import resolve_device, resolve_dtype
 from sparse_ft.settings.cell import CellConfig
 from sparse_ft.settings.commands import MaskConfig
 from sparse_ft.settings.corpora import CORPORA, TASK, corpus_problem
-from sparse_ft.settings.field import named, plain_values, unsaid
+from sparse_ft.settings.field import defaults, named, plain_values, unsaid
+from sparse_ft.settings.lora import LoraSettings
 from sparse_ft.settings.modes import MODES
+from sparse_ft.settings.recovery import RecoverySettings
 from sparse_ft.settings.rules import AUTO
 from sparse_ft.tasks.corpora import held_out_file
 
@@ -33,8 +35,10 @@ __all__ = [
     "cell_identity",
     "cell_key",
     "check_identity",
+    "digest",
     "mask_key",
     "plan_identity",
+    "recovery_parts",
     "untuned_key",
     "versions",
 ]
@@ -52,9 +56,9 @@ def cell_identity(cell: CellConfig, bench: Workbench, trainer: str = "local") ->
 
     ``weights``, ``model_config`` and ``tokenizer`` of the base model; ``training_data``, ``scored_data`` and
     ``fewshot_data`` (where there are any); ``task_definition`` (of a task of one's own); ``num_fewshot``;
-    ``perplexity_text`` (of a file); ``calibration_text`` (of a corpus); ``masks`` (of a given file); ``dtype`` and
-    ``device`` as resolved; ``versions`` of this program and of the libraries that compute; ``trainer``, where it is not
-    the local one.
+    ``perplexity_text`` (of a file); ``calibration_text`` and ``recovery_text`` (of a corpus); ``masks`` (of a given
+    file); ``dtype`` and ``device`` as resolved; ``versions`` of this program and of the libraries that compute;
+    ``trainer``, where it is not the local one.
 
     Raises:
         UserError: a model, a task, a mask file or a text that cannot be had.
@@ -69,7 +73,9 @@ def cell_identity(cell: CellConfig, bench: Workbench, trainer: str = "local") ->
     if cell.perplexity_tokens != 0:
         found["perplexity_text"] = _text(cell.perplexity_corpus, cell.data_dir)
     if calibrated and cell.calibration_corpus != TASK:
-        found["calibration_text"] = bench.corpus(cell).digest
+        found["calibration_text"] = bench.corpus(cell.calibration_corpus, cell.data_dir).digest
+    if cell.recovered and cell.recover_corpus != TASK:
+        found["recovery_text"] = bench.corpus(cell.recover_corpus, cell.data_dir).digest
     if cell.pruned and cell.masks is not None:
         found["masks"] = bench.given_masks(cell.masks)
     found |= {"dtype": str(resolve_dtype(cell.dtype, device)).removeprefix("torch."), "device": device.type}
@@ -100,7 +106,7 @@ def cell_key(cell: CellConfig, identity: Mapping[str, str], mask_checksum: str =
         settings.pop("rounding")  # nothing is rounded
     if cell.perplexity_tokens == 0:
         settings = {name: value for name, value in settings.items() if name != "perplexity_seq_len"}
-    return _digest([settings, dict(identity), mask_checksum])
+    return digest([settings, dict(identity), mask_checksum])
 
 
 def mask_key(config: MaskConfig, bench: Workbench) -> str:
@@ -120,10 +126,10 @@ def mask_key(config: MaskConfig, bench: Workbench) -> str:
         behind |= {"tokenizer": model["tokenizer"], "task": config.task, "versions": versions(), "device": device.type}
         behind["dtype"] = str(resolve_dtype(config.dtype, device))
         if config.calibration_corpus != TASK:
-            return _digest([values, behind | {"text": bench.corpus(config).digest}])
+            return digest([values, behind | {"text": bench.corpus(config.calibration_corpus, config.data_dir).digest}])
         behind |= {name: value for name, value in bench.data_digests(config).items() if name == "task_definition"}
         behind["text"] = bench.data_digests(config).get("training_data", "none")
-    return _digest([values, behind])
+    return digest([values, behind])
 
 
 def untuned_key(
@@ -135,11 +141,30 @@ def untuned_key(
         start: fingerprint of the weights under the masks (after an update not the base's).
         settings: how is scored.
     """
-    scored = {
-        name: value for name, value in identity.items() if name not in ("training_data", "masks", "calibration_text")
-    }
+    no_matter = ("training_data", "masks", "calibration_text", "recovery_text")  # to how a model is scored
+    scored = {name: value for name, value in identity.items() if name not in no_matter}
     how = {name: value for name, value in settings.items() if name not in ("perplexity_corpus", "num_fewshot")}
-    return _digest([cell.task, scored, start, mask_checksum, how], 64)
+    return digest([cell.task, scored, start, mask_checksum, how], 64)
+
+
+def recovery_parts(cell: CellConfig, identity: Mapping[str, str]) -> dict[str, Any]:
+    """What a recovered model is made of, but for the pruned one that it begins with: cells that agree share it."""
+    values, mode = cell.canonical(), MODES[cell.mode]
+    names = [
+        *defaults(RecoverySettings),
+        "weight_decay",
+        "warmup_fraction",
+        "gradient_checkpointing",
+        "rounding",
+        "seed",
+    ]
+    names += [name for name in defaults(LoraSettings) if name in values and not mode.trains_weights]
+    parts = {name: values.get(name) for name in names if name != "recover_corpus"}
+    behind = ["weights", "model_config", "tokenizer", "dtype", "device", "versions"]
+    own_text = cell.recover_corpus == TASK
+    behind += ["training_data", "task_definition"] if own_text else ["recovery_text"]
+    parts |= {f"behind_{name}": identity.get(name) for name in behind}
+    return parts | {"all_weights": mode.trains_weights, "task": cell.task if own_text else ""}
 
 
 def plan_identity(cells: Sequence[CellConfig], identities: Sequence[Mapping[str, str]]) -> dict[str, dict[str, str]]:
@@ -167,6 +192,8 @@ def _owners(cell: CellConfig, name: str) -> Iterator[str]:
         yield f"data of {cell.task} ({cell.data_dir or 'none'})"
     elif name == "calibration_text":
         yield f"text {cell.calibration_corpus}"
+    elif name == "recovery_text":
+        yield f"text {cell.recover_corpus}"
     elif name == "perplexity_text":
         yield f"text {cell.perplexity_corpus}"
     elif name == "masks":
@@ -184,5 +211,6 @@ def _text(corpus: str, data_dir: str | None) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
-def _digest(value: Any, length: int = 16) -> str:
+def digest(value: Any, length: int = 16) -> str:
+    """SHA-256 of plain data, so many hex digits of it."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:length]

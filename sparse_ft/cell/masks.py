@@ -90,9 +90,11 @@ def _generator(config: MaskConfig, bench: Workbench) -> MaskGenerator:
         if corpus == TASK:
             tokens = calibration_tokens(bench.task(config), tokenizer, samples, length, config.seed)
         else:
-            tokens = drawn_windows(bench.corpus(config), tokenizer, samples, length, config.seed)
+            tokens = drawn_windows(bench.corpus(corpus, config.data_dir), tokenizer, samples, length, config.seed)
         check_ids(tokens.flatten().tolist(), embedding_rows(checkpoint.folder))
-        text = {"task": config.task} if corpus == TASK else {"corpus": corpus, "text": bench.corpus(config).digest}
+        text = {"task": config.task}
+        if corpus != TASK:
+            text = {"corpus": corpus, "text": bench.corpus(corpus, config.data_dir).digest}
         about = {**text, "samples": samples, "length": length, "seed": config.seed}
         calibration = Calibration(tokens, about)
     return MaskGenerator(checkpoint.folder, config, calibration, config.model, bench.progress)

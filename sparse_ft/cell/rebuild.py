@@ -66,7 +66,10 @@ def rebuild(tracker: Tracker, run_id: str, target: Path, bench: Workbench) -> Pa
             starting(masks, found, Path(scratch)) as begun,
             bench.borrow(cell, begun.checkpoint if begun.smaller else None) as model,
         ):
-            if begun.checkpoint is not found and not begun.smaller:
+            recovered = _recovered(tracker, run)
+            if recovered is not None:
+                load_state_into(model, recovered)
+            elif begun.checkpoint is not found and not begun.smaller:
                 load_state_into(model, begun.checkpoint, begun.checkpoint.prunable)
             adapted = model
             if adapter is None:
@@ -81,6 +84,22 @@ def rebuild(tracker: Tracker, run_id: str, target: Path, bench: Workbench) -> Pa
                 if (problem := not_of(run, made)) is not None:
                     raise UserError(f"{problem}; rebuild on the kind of device that the cell ran on. Nothing is kept.")
     return target
+
+
+def _recovered(tracker: Tracker, run: Run) -> Checkpoint | None:
+    """The recovered model under the run's adapter, from the study's folder; None where there was no recovery."""
+    wanted = run.tags.get(Tag.RECOVERED_FINGERPRINT)
+    if wanted is None:
+        return None
+    parent = tracker.run(run.parent_run_id) if run.parent_run_id else run
+    for config in sorted((Path(parent.folder) / "recovered").glob("*/config.json")):
+        found = Checkpoint(config.parent)
+        if found.is_called(wanted):
+            return found
+    raise UserError(
+        f"run {run.run_id}: the recovered model ({wanted}) that its adapter belongs to is not in the study's folder any"
+        " more; run the cell again."
+    )
 
 
 def not_of(run: Run, folder: Path) -> str | None:

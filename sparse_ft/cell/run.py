@@ -1,4 +1,4 @@
-"""The life of a cell: masks on, score, train and merge, prove, score. Plain results; nothing is logged here."""
+"""The life of a cell: masks on, score, recover, train, merge, prove, score. Plain results; nothing is logged here."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from sparse_ft.cell.clock import Clock
 from sparse_ft.cell.masks import foreign_masks
 from sparse_ft.cell.merge_cost import NO_WEIGHT_MOVED, merge_warning, weights_moved
 from sparse_ft.cell.promise import check_promise
+from sparse_ft.cell.recovery import recover
 from sparse_ft.cell.result import CellResult
 from sparse_ft.cell.scores import Scores
 from sparse_ft.cell.start import Start, starting
@@ -107,6 +108,12 @@ def _run(
                 result.tags[Tag.UNTUNED_MEASURED_BY] = measured_by
                 result.add_scores(untuned.metrics, "_untuned" if mode.trains else "")
                 result.protocol.update({} if mode.trains else untuned.protocol)
+
+        if cell.recovered:
+            start = recover(cell, bench, model, begun, folder, clock, result, name or cell.title)
+            if cell.score_untuned:
+                with clock("eval_recovered"):
+                    result.add_scores(scores.untuned(model, start, masks.checksum)[1].metrics, "_recovered")
 
         training = Training(
             cell=cell, model=model, base=checkpoint, start=start, masks=masks, examples=examples, tokenizer=tokenizer,

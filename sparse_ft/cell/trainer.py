@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparse_ft.cell.clock import Clock
 from sparse_ft.cell.early_stopping import Judge, Rungs
+from sparse_ft.cell.recovery import teacher_of
 from sparse_ft.cell.result import CellResult
 from sparse_ft.cell.scores import Scores
 from sparse_ft.lora.merge import merge_all_lora_weights
@@ -166,6 +167,7 @@ class LocalTrainer:
             adapted = apply_sparse_lora(training.model, cell, cell.mode, masks, cell.seed)
             judge = training.watch.judge
             rungs = Rungs(judge, adapted, scores, clock) if judge is not None and judge.rungs else None
+            guide = None if cell.recovers else teacher_of(cell, training.base, training.model)
             trained = train(
                 adapted,
                 training.examples,
@@ -174,9 +176,13 @@ class LocalTrainer:
                 training.tokenizer.pad_token_id,
                 progress=training.progress,
                 callbacks=[rungs] if rungs else [],
+                distillation=guide,
             )
         shutil.rmtree(training.folder / "trainer", ignore_errors=True)
         _log(result, trained, timed=rungs is None)
+        for part, values in (guide.parts if guide else {}).items():
+            result.series[f"train/{part}"] = list(enumerate(values, 1))
+        guide = None  # its model
         if rungs is not None:
             result.series["eval/loss_while_training"] = rungs.losses
         if cell.keep != "none" and mode.lora:

@@ -22,7 +22,6 @@ from sparse_ft.progress import SILENT, Progress
 from sparse_ft.settings.cell import CellConfig
 from sparse_ft.settings.model import DataSettings
 from sparse_ft.settings.modes import MODES
-from sparse_ft.settings.pruning import RecipeSettings
 from sparse_ft.tracking.record import Tag
 
 # What loads models, tokenizers and tasks is imported with the first of them: masks by weight alone need none.
@@ -112,15 +111,20 @@ class Workbench:
             self._rows[key] = data_digests(self.task(settings))
         return self._rows[key]
 
-    def corpus(self, settings: RecipeSettings) -> CorpusRows:
-        """The calibration corpus of a cell or of masks.
+    @property
+    def recovered(self) -> Path | None:
+        """The folder in which workers share recovered models; None: each keeps its own."""
+        return self._shared and self._shared.parent / "recovered"
+
+    def corpus(self, name: str, data_dir: str | None) -> CorpusRows:
+        """The rows of a corpus, or of a file.
 
         Raises:
             DataMissingError: it cannot be had.
         """
         from sparse_ft.tasks.corpora import training_rows
 
-        key = settings.calibration_corpus, settings.data_dir
+        key = name, data_dir
         if key not in self._corpora:
             try:
                 self._corpora[key] = training_rows(*key)

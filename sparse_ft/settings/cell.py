@@ -16,6 +16,7 @@ from sparse_ft.settings.lora import LoraSettings
 from sparse_ft.settings.model import DataSettings, ModelSettings
 from sparse_ft.settings.modes import MODES, SPARSE_TO_SPARSE
 from sparse_ft.settings.pruning import CALIBRATION, TUNING, RecipeSettings
+from sparse_ft.settings.recovery import RecoverySettings
 from sparse_ft.settings.rules import AUTO, EXPERTS, RANDOM, STEPS
 from sparse_ft.settings.scoring import ScoringSettings
 from sparse_ft.settings.training import TrainingSettings
@@ -56,7 +57,14 @@ class SparsitySettings(Settings):
 
 @dataclass(frozen=True)
 class CellConfig(
-    ScoringSettings, TrainingSettings, LoraSettings, RecipeSettings, SparsitySettings, DataSettings, ModelSettings
+    ScoringSettings,
+    RecoverySettings,
+    TrainingSettings,
+    LoraSettings,
+    RecipeSettings,
+    SparsitySettings,
+    DataSettings,
+    ModelSettings,
 ):
     """Prunes, fine-tunes, merges, proves and scores one model: one cell of a study."""
 
@@ -77,6 +85,11 @@ class CellConfig(
     def pruned(self) -> bool:
         """Whether masks are applied at all."""
         return MODES[self.mode].masked_base
+
+    @property
+    def recovered(self) -> bool:
+        """Whether the pruned model is trained on text before the task."""
+        return self.recovers and self.pruned and MODES[self.mode].trains
 
     def canonical(self) -> dict[str, Any]:
         """Everything that the result depends on, by the names it was asked for with. Fields that cannot matter under
@@ -103,6 +116,10 @@ class CellConfig(
             blank += TUNING
         if not MODES[self.mode].lora:
             blank += ["lora_r", "lora_alpha", "lora_dropout", "target_modules"]
+        if not (self.pruned and MODES[self.mode].trains):
+            blank += defaults(RecoverySettings)
+        blank += [name for name in defaults(RecoverySettings) if name.startswith("recover_") and not self.recovers]
+        blank += [name for name in defaults(RecoverySettings) if name.startswith("teacher_") and not self.taught]
         if not MODES[self.mode].trains:
             values.update(rounding="nearest")
             blank += [*_TRAINING, "max_seq_len", "score_untuned"]

@@ -65,6 +65,8 @@ class Tag(StrEnum):
     REGISTERED_AS = "registered_as"
     VALID = "valid"
     UNTUNED_MEASURED_BY = "untuned_measured_by"
+    RECOVERED_BY = "recovered_by"
+    RECOVERED_FINGERPRINT = "recovered_fingerprint"
     CEREBRAS_ATTEMPTS = "cerebras_attempts"
     CEREBRAS_JOBS = "cerebras_jobs"
     # What a result counts for.

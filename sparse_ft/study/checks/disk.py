@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
@@ -16,7 +17,7 @@ from sparse_ft.masks.files import HEADER_ROOM
 from sparse_ft.models.checkpoint import Checkpoint
 from sparse_ft.models.devices import resolve_device, resolve_dtype
 from sparse_ft.models.names import role
-from sparse_ft.settings.cell import CellConfig
+from sparse_ft.settings.cell import CellConfig, mask_set_of
 from sparse_ft.settings.modes import MODES
 from sparse_ft.settings.rules import EXPERTS
 from sparse_ft.study.plan import Plan
@@ -37,10 +38,11 @@ class Disk:
     passing: int
     registered: int
     runs: int
+    recovered: int = 0
 
     @property
     def output(self) -> int:
-        return self.masks + self.models + self.passing
+        return self.masks + self.models + self.recovered + self.passing
 
     @property
     def artifacts(self) -> int:
@@ -51,7 +53,9 @@ class Disk:
         yield f"disk: at most {gigabytes(self.output)} in the output folder, {gigabytes(self.artifacts)} of artifacts"
         yield (
             f"  masks {gigabytes(self.masks)} in each, adapters {gigabytes(self.adapters)}, whole models "
-            f"{gigabytes(self.models + self.registered)}, and {gigabytes(self.passing)} while cells run"
+            f"{gigabytes(self.models + self.registered)}, "
+            + (f"recovered models {gigabytes(self.recovered)}, " if self.recovered else "")
+            + f"and {gigabytes(self.passing)} while cells run"
         )
 
 
@@ -61,6 +65,7 @@ def estimate_disk(plan: Plan, bench: Workbench, workers: int) -> Disk:
     Of the Pareto front it is not known beforehand how many models it has: one per sparsity is the most.
     """
     masks = adapters = models = 0
+    recovered: dict[Any, int] = {}
     biggest = 0
     fronts: dict[tuple[str, str], set[float]] = {}
     for item in plan.mask_sets:
@@ -72,6 +77,9 @@ def estimate_disk(plan: Plan, bench: Workbench, workers: int) -> Disk:
         size = model_bytes(cell, bench)
         # Of experts' cells the checkpoint that they begin with, which is no larger, is there too.
         biggest = max(biggest, 2 * size if cell.pruned and cell.method == EXPERTS else size)
+        if cell.recovered:  # cells that begin with one share it
+            begin = cell.model, mask_set_of(cell), cell.masks, cell.sparsity, cell.task
+            recovered[begin, MODES[cell.mode].trains_weights] = size
         if cell.keep != "none" and MODES[cell.mode].lora:
             adapters += _adapter_bytes(checkpoint, cell.lora_r, cell.target_modules)
         if cell.keep == "all":
@@ -84,7 +92,8 @@ def estimate_disk(plan: Plan, bench: Workbench, workers: int) -> Disk:
     registered = 0
     if plan.study.registers:
         models, registered = 0, models
-    return Disk(masks, adapters, models, biggest * workers, registered, _RUN_BYTES * len(plan.cells))
+    runs = _RUN_BYTES * len(plan.cells)
+    return Disk(masks, adapters, models, biggest * workers, registered, runs, sum(recovered.values()))
 
 
 def disk_problems(plan: Plan, bench: Workbench, folder: Path, artifacts: str | None, workers: int) -> list[str]:
