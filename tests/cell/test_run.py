@@ -159,7 +159,7 @@ def test_a_pruned_cell_is_the_pruned_model_and_scored_as_it_is_before_any_traini
     for name in ("accuracy", "loss", "perplexity"):
         assert result.metrics[f"eval/{name}"] == tuned.metrics[f"eval/{name}_untuned"]
     assert result.metrics["eval/loss"] != tuned.metrics["eval/loss"]
-    assert {"task", "perplexity_corpus", "n_scored"} <= set(result.protocol)
+    assert {"task", "perplexity_corpus", "samples"} <= set(result.protocol)
     assert not [name for name in result.metrics if name.startswith("train/") or name.endswith("_untuned")]
     assert result.metrics["sparsity/violations"] == 0
     start = Checkpoint(masks.checkpoint) if masks.checkpoint else bench.checkpoint("tiny-llama")
