@@ -39,8 +39,8 @@ class RecoverySettings(Settings):
     recover_learning_rate: float = _later(1e-3, "peak of recovery's linear schedule.")
     teacher: str = setting(
         "none",
-        "dense: the dense model's logits and blocks' outputs are matched, in recovery, or without one in training on the"
-        " task; it is in memory beside the pruned one.",
+        "dense: the dense model's logits and blocks' outputs are matched, in recovery or, without one, in training on"
+        " the task; it takes memory beside the pruned one.",
         choices=TEACHERS,
         later=True,
     )
