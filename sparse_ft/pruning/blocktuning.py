@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch.func import functional_call
 
-from sparse_ft.pruning.blocks import BlockModel
+from sparse_ft.models.blocks import BlockModel
 from sparse_ft.pruning.passes import Visit
 from sparse_ft.pruning.reconstruct import Reconstruction, reconstruct
 

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from sparse_ft.masks.mask_set import pack_bits, unpack_bits
+from sparse_ft.models.blocks import BlockModel, InputWatch
 from sparse_ft.progress import SILENT, Progress
 from sparse_ft.pruning.allocation import tensor_counts
-from sparse_ft.pruning.blocks import BlockModel, InputWatch
 from sparse_ft.pruning.blockstate import BlockState
 from sparse_ft.pruning.blocktuning import tune_block
 from sparse_ft.pruning.importance import Importance, Statistics, score, wanda, with_floor

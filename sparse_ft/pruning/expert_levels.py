@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sparse_ft.errors import UserError
+from sparse_ft.masks.histogram import exact_count
 from sparse_ft.models.families import architecture_of
-from sparse_ft.pruning.histogram import exact_count
 
 __all__ = ["check_levels"]
 

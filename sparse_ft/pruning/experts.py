@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from sparse_ft.models.blocks import BlockModel
 from sparse_ft.models.names import role
 from sparse_ft.progress import SILENT, Progress
-from sparse_ft.pruning.blocks import BlockModel
 from sparse_ft.pruning.blockstate import BlockState
 from sparse_ft.pruning.passes import Results, Visit, run_blocks
 from sparse_ft.pruning.sources import row_parts

@@ -16,6 +16,7 @@ import sparse_ft
 from sparse_ft.cores import cores
 from sparse_ft.errors import UserError
 from sparse_ft.files import write_json
+from sparse_ft.masks.histogram import exact_count
 from sparse_ft.models.checkpoint import copy_checkpoint
 from sparse_ft.models.devices import resolve_device, resolve_dtype
 from sparse_ft.models.families import architecture_of
@@ -24,7 +25,6 @@ from sparse_ft.models.opening import open_checkpoint
 from sparse_ft.progress import SILENT, Progress
 from sparse_ft.pruning.coverage import coverage_report
 from sparse_ft.pruning.expert_levels import check_levels
-from sparse_ft.pruning.histogram import exact_count
 from sparse_ft.pruning.output import LevelFiles, MaskFile
 from sparse_ft.pruning.rules import load
 from sparse_ft.pruning.sources import KeySource, MagnitudeSource, RandomSource, ScoreSource
@@ -38,7 +38,7 @@ from sparse_ft.settings.rules import ACTIVATIONS, EXPERTS, GRADIENTS, HESSIANS, 
 if TYPE_CHECKING:
     import torch
 
-    from sparse_ft.pruning.blocks import BlockModel
+    from sparse_ft.models.blocks import BlockModel
     from sparse_ft.pruning.blockstate import BlockState
     from sparse_ft.pruning.calibration import Calibration
     from sparse_ft.pruning.importance import Statistics
@@ -316,7 +316,7 @@ class MaskGenerator:
         return self.calibration.token_ids
 
     def _block_model(self) -> BlockModel:
-        from sparse_ft.pruning.blocks import BlockModel
+        from sparse_ft.models.blocks import BlockModel
 
         device = resolve_device(self.settings.device)
         return BlockModel(self.checkpoint, resolve_dtype(self.settings.dtype, device), device)

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from sparse_ft.models.blocks import BlockModel, HiddenStates, InputWatch
 from sparse_ft.progress import SILENT, Progress
-from sparse_ft.pruning.blocks import BlockModel, HiddenStates, InputWatch
 from sparse_ft.pruning.blockstate import UNPRUNED, BlockState
 
 __all__ = ["Results", "Visit", "run_blocks"]

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from sparse_ft.errors import UserError
+from sparse_ft.masks.histogram import exact_count
 from sparse_ft.masks.mask_set import unpack_bits
-from sparse_ft.pruning.histogram import exact_count
 from sparse_ft.pruning.sources import RandomSource, ScoreSource
 from sparse_ft.pruning.streaming import MemorySink, write_global, write_groups, write_layers, write_rows
 from sparse_ft.settings.pruning import PruningSettings

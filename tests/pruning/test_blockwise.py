@@ -12,11 +12,11 @@ from blockwise import (
     rows_of_wanda_and_swaps,
 )
 
+from sparse_ft.models.blocks import InputWatch
 from sparse_ft.models.checkpoint import Checkpoint
 from sparse_ft.models.loading import apply_masks, load_model
 from sparse_ft.progress import Progress
 from sparse_ft.pruning import PruningSettings
-from sparse_ft.pruning.blocks import InputWatch
 
 
 @pytest.mark.parametrize(("refine", "rule"), [("none", rows_of_wanda), ("swaps", rows_of_wanda_and_swaps)])

@@ -7,11 +7,11 @@ import torch
 from mixtures import MIXTURES, mixtures_of, without
 
 from sparse_ft.errors import UserError
+from sparse_ft.models.blocks import BlockModel
 from sparse_ft.models.checkpoint import Checkpoint
 from sparse_ft.models.loading import load_model
 from sparse_ft.models.mixtures import kept_experts
 from sparse_ft.pruning import Calibration, MaskGenerator, PruningSettings
-from sparse_ft.pruning.blocks import BlockModel
 from sparse_ft.pruning.blockstate import BlockState
 from sparse_ft.pruning.experts import choose_experts, expert_saliencies, reap
 from sparse_ft.pruning.shrink import shrink_checkpoint

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from sparse_ft.pruning.histogram import Cut, cut_counts, cut_digits, exact_count, share_ties
+from sparse_ft.masks.histogram import Cut, cut_counts, cut_digits, exact_count, share_ties
 
 
 def pruned(keys, cut):

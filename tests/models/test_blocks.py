@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from sparse_ft.models.blocks import BlockModel, HiddenStates, InputWatch, sample_batches
 from sparse_ft.models.checkpoint import Checkpoint
 from sparse_ft.models.loading import load_model
-from sparse_ft.pruning.blocks import BlockModel, HiddenStates, InputWatch, sample_batches
 
 KINDS = ["tiny-llama", "tiny-mistral", "tiny-mixtral"]
 
