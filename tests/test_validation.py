@@ -9,7 +9,8 @@ import torch
 from sparse_ft.errors import UserError
 from sparse_ft.files import write_json
 from sparse_ft.masks.mask_set import MaskSet
-from sparse_ft.models.checkpoint import Checkpoint, copy_checkpoint
+from sparse_ft.models.checkpoint import Checkpoint
+from sparse_ft.models.copying import copy_checkpoint
 from sparse_ft.models.names import parameter_masks, slots
 from sparse_ft.models.tiny import make_tiny
 from sparse_ft.validation import validate_checkpoint

@@ -7,30 +7,27 @@ import json
 import math
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from sparse_ft.errors import UserError
-from sparse_ft.files import atomic_folder, write_json
 from sparse_ft.models.families import is_multimodal, text_name
 from sparse_ft.models.folder import WeightFiles, read_json, weight_files
 from sparse_ft.models.names import listed_shapes, place, prunable_names
 from sparse_ft.models.skeleton import Skeleton, build_skeleton, config_values
-from sparse_ft.progress import SILENT, Progress
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Checkpoint", "Entry", "copy_checkpoint", "copy_other_files"]
+__all__ = ["Checkpoint", "Entry"]
 
 # What safetensors calls a type -> what torch calls it, and bytes.
 _DTYPES = {
@@ -355,66 +352,6 @@ class Checkpoint:
             return self._stored[name] if name in self._stored else self._entries[name]
         except KeyError:
             raise UserError(f"Checkpoint {self.folder} has no tensor {name}.") from None
-
-
-def copy_checkpoint(
-    source: Checkpoint,
-    target: str | Path,
-    change: Callable[[str, torch.Tensor], torch.Tensor],
-    progress: Progress = SILENT,
-) -> Path:
-    """Writes a copy of a checkpoint with ``change(name, tensor)`` applied to each of the model's own tensors.
-
-    Goes tensor by tensor; what the checkpoint carries besides is copied byte for byte. Config, tokenizer and
-    index are copied; the folder appears when it is complete. Names, shapes and dtypes must stay.
-
-    Raises:
-        ValueError: ``change`` returned another shape or dtype.
-    """
-    import torch
-
-    progress.start("write checkpoint", sum(source.nbytes(name) for name in source.names), "B")
-    with atomic_folder(target) as folder:
-        copy_other_files(source, folder)
-        for file in source.weights.files:
-            own = [name for name in source.names if source.shard(name) == file]
-            with open(file, "rb") as original, open(folder / file.name, "wb") as written:
-                for name in sorted(own, key=source.offset):
-                    tensor = source.tensor(name)
-                    changed = change(name, tensor)
-                    if changed.shape != tensor.shape or changed.dtype != tensor.dtype:
-                        raise ValueError(f"{name}: {changed.dtype} {tuple(changed.shape)} instead of {tensor.dtype}")
-                    _copy_bytes(original, written, source.offset(name) - written.tell())
-                    written.write(memoryview(changed.contiguous().view(-1).view(torch.uint8).numpy()))
-                    original.seek(written.tell())
-                    progress.advance(source.nbytes(name))
-                _copy_bytes(original, written, file.stat().st_size - written.tell())
-    progress.stop()
-    return Path(target)
-
-
-def copy_other_files(source: Checkpoint, folder: Path) -> None:
-    """Copies what lies beside the weights: the tokenizer, the index, and a config.json of plain weights.
-
-    Weights in other files or formats stay behind, and so do their indices and ``quantization_config``.
-    """
-    for other in source.folder.iterdir():
-        weights = other.suffix in (".safetensors", ".bin", ".pt", ".gguf")
-        stray = other.name.endswith(".index.json") and other != source.weights.index
-        if other.is_file() and not weights and not stray:
-            shutil.copy2(other, folder / other.name)
-    if "quantization_config" in source.stored_config:
-        plain = {key: value for key, value in source.stored_config.items() if key != "quantization_config"}
-        write_json(folder / "config.json", plain)
-
-
-def _copy_bytes(source: BinaryIO, target: BinaryIO, count: int) -> None:
-    while count > 0:
-        block = source.read(min(count, 1 << 24))
-        if not block:
-            raise UserError(f"{source.name} ends too early; it is truncated.")
-        target.write(block)
-        count -= len(block)
 
 
 def _read_entries(file: Path) -> dict[str, Entry]:

@@ -17,7 +17,7 @@ from sparse_ft.cores import cores
 from sparse_ft.errors import UserError
 from sparse_ft.files import write_json
 from sparse_ft.masks.histogram import exact_count
-from sparse_ft.models.checkpoint import copy_checkpoint
+from sparse_ft.models.copying import copy_checkpoint
 from sparse_ft.models.devices import resolve_device, resolve_dtype
 from sparse_ft.models.families import architecture_of
 from sparse_ft.models.names import role

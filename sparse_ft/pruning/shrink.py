@@ -15,7 +15,8 @@ from sparse_ft.errors import UserError
 from sparse_ft.files import atomic_folder, write_json
 from sparse_ft.masks.checks import check_masks
 from sparse_ft.masks.mask_set import MaskSet
-from sparse_ft.models.checkpoint import Checkpoint, copy_other_files
+from sparse_ft.models.checkpoint import Checkpoint
+from sparse_ft.models.copying import copy_other_files
 from sparse_ft.models.families import architecture_of
 from sparse_ft.models.folder import read_json
 from sparse_ft.models.mixtures import kept_experts, name_without, refitted

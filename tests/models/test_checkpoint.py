@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, MistralConfig
 
 from sparse_ft.errors import UserError
 from sparse_ft.masks.mask_set import MaskSet
-from sparse_ft.models.checkpoint import Checkpoint, copy_checkpoint
+from sparse_ft.models.checkpoint import Checkpoint
+from sparse_ft.models.copying import copy_checkpoint
 from sparse_ft.models.loading import load_model, load_state_into, save_model
 from sparse_ft.pruning.structure import families
 from sparse_ft.validation import validate_checkpoint

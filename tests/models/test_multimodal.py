@@ -15,7 +15,8 @@ from transformers import (
 from sparse_ft.lora import LoraSettings
 from sparse_ft.lora.merge import merge_all_lora_weights
 from sparse_ft.lora.model import apply_sparse_lora
-from sparse_ft.models.checkpoint import Checkpoint, copy_checkpoint
+from sparse_ft.models.checkpoint import Checkpoint
+from sparse_ft.models.copying import copy_checkpoint
 from sparse_ft.models.families import ARCHITECTURES
 from sparse_ft.models.loading import load_model, load_state_into, save_model
 from sparse_ft.models.tiny import tiny_config

@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 
 from sparse_ft.errors import UserError
-from sparse_ft.models.checkpoint import Checkpoint, copy_checkpoint
+from sparse_ft.models.checkpoint import Checkpoint
+from sparse_ft.models.copying import copy_checkpoint
 from sparse_ft.settings.commands import SweepConfig
 from sparse_ft.study.display import duration
 from sparse_ft.study.driver import sweep

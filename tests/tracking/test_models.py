@@ -15,7 +15,8 @@ from mlflow.exceptions import MlflowException
 from safetensors.torch import load_file, save_file
 
 from sparse_ft.errors import UserError
-from sparse_ft.models.checkpoint import Checkpoint, copy_checkpoint
+from sparse_ft.models.checkpoint import Checkpoint
+from sparse_ft.models.copying import copy_checkpoint
 from sparse_ft.models.tiny import make_tiny
 from sparse_ft.tracking.models import (
     log_model,
