@@ -11,6 +11,12 @@ KINDS = ["tiny-llama", "tiny-mistral", "tiny-mixtral"]
 
 
 @pytest.fixture
+def text():
+    """Token ids for the tiny models, int64 [4, 24]."""
+    return torch.randint(3, 500, (4, 24), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture
 def blockwise(tiny_model, tmp_path, text):
     def walk(kind, dtype=torch.float32):
         """Yields (block, model, watch, hidden states that came in) for every block."""
