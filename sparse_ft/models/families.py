@@ -71,6 +71,14 @@ def _mlp(module: str, *width: str) -> tuple[Projection, ...]:
 
 
 _MOE_WIDTH = "moe_intermediate_size"
+_DEEPSEEK_EXPERTS = _listed(
+    _MOE_WIDTH,
+    count=("n_routed_experts", "num_local_experts"),
+    shared=_mlp("mlp.shared_experts", _MOE_WIDTH, "n_shared_experts"),
+    dense=_MLP,
+    mixes=after_the_first,
+    groups="n_group",
+)
 _NORMS = ("input_layernorm", "post_attention_layernorm", "norm")
 _HEAD_NORMS = ("q_norm", "k_norm")
 _GEMMA_NORMS = (*_NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm")
@@ -278,14 +286,7 @@ _MIXTURES = (
     Architecture(
         "glm4_moe",
         _ATTENTION,
-        _listed(
-            _MOE_WIDTH,
-            count=("n_routed_experts", "num_local_experts"),
-            shared=_mlp("mlp.shared_experts", _MOE_WIDTH, "n_shared_experts"),
-            dense=_MLP,
-            mixes=after_the_first,
-            groups="n_group",
-        ),
+        _DEEPSEEK_EXPERTS,
         title="GLM-4.5, GLM-4.6",
         norms=_NORMS + _HEAD_NORMS,
         tiny={
@@ -295,6 +296,24 @@ _MIXTURES = (
             _MOE_WIDTH: 32,
             "head_dim": 12,
             "use_qk_norm": True,
+        },
+    ),
+    Architecture(
+        "dots1",
+        _ATTENTION,
+        _DEEPSEEK_EXPERTS,
+        title="dots.llm1",
+        norms=_NORMS + _HEAD_NORMS,
+        tiny={
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_shared_experts": 1,
+            _MOE_WIDTH: 32,
+            "head_dim": 12,
+            "first_k_dense_replace": 1,
+            "norm_topk_prob": True,
+            "sliding_window": 8,
+            "max_window_layers": 1,
         },
     ),
 )

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from sparse_ft.errors import UserError
 from sparse_ft.masks.kernels import add_column_sums
 from sparse_ft.models.families import CHANNELS, GROUPS, HEADS, architecture_of
 from sparse_ft.models.names import role
@@ -22,7 +23,17 @@ from sparse_ft.progress import SILENT, Progress
 from sparse_ft.pruning.sources import PART, KeySource
 from sparse_ft.pruning.streaming import MaskSink, Pool
 
-__all__ = ["Channels", "Family", "Part", "block_counts", "choose_units", "families", "family_scores", "write_units"]
+__all__ = [
+    "Channels",
+    "Family",
+    "Part",
+    "block_counts",
+    "check_heads",
+    "choose_units",
+    "families",
+    "family_scores",
+    "write_units",
+]
 
 
 @dataclass(frozen=True)
@@ -189,6 +200,23 @@ def choose_units(
             ]
         )
     return kept
+
+
+def check_heads(config: Mapping[str, Any], members: Sequence[Family], levels: Sequence[float]) -> None:
+    """Refuses levels of scope ``layer`` at which heads go, where a plain model of the family cannot have fewer.
+
+    Raises:
+        UserError: naming the first such level.
+    """
+    row = architecture_of(config)
+    block = [family for family in members if family.block == members[0].block]
+    attention = next(family.field for family in block if family.kind == "attention")
+    lost = [level for level in sorted(levels) if _gone(level, block)[attention]]
+    if lost and not row.head_dim:
+        raise UserError(
+            f"shrink: a model of type {row.model_type} has as many heads as fill its hidden size, and at sparsity"
+            f" {lost[0]:g} heads go. Leave shrink out, or take lower levels."
+        )
 
 
 def _gone(level: float, block: Sequence[Family]) -> dict[str, int]:

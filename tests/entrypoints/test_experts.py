@@ -73,12 +73,17 @@ def test_a_study_over_experts_and_its_cells_made_again(study, tmp_path):
     ("name", "values", "message"),
     [
         ("compute_masks", {"model": "tiny-llama", "sparsities": "0.5"}, "a llama model has no experts"),
+        (
+            "compute_masks",
+            {"model": "tiny-olmoe", "method": "structured", "sparsities": "0.1,0.5", "shrink": "true"},
+            "a model of type olmoe has as many heads as fill its hidden size, and at sparsity 0.5 heads go",
+        ),
         ("compute_masks", {"model": "tiny-mixtral", "sparsities": "0.5,0.75"}, "The largest level is 0.5."),
         ("train", {"model": "tiny-mixtral", "sparsity": "0.75"}, "The largest level is 0.5."),
         ("train", {"model": "tiny-mixtral", "importance": "taylor"}, "Taylor prunes unstructured"),
     ],
 )
 def test_what_cannot_be_is_one_line_and_makes_no_run(command, tmp_path, name, values, message):
-    status, _, err = command(name, method="experts", output_dir=tmp_path / "o", **TEXT, **values)
+    status, _, err = command(name, output_dir=tmp_path / "o", **TEXT | {"method": "experts"} | values)
     assert status == 2 and message in err and len(err.strip().splitlines()) == 1
     assert not (tmp_path / "o").exists() and not Tracker().search()

@@ -6,7 +6,7 @@ import torch
 
 from sparse_ft.models.families import architecture_of
 
-MIXTURES = ("tiny-mixtral", "tiny-qwen2_moe", "tiny-qwen3_moe", "tiny-olmoe", "tiny-glm4_moe")
+MIXTURES = ("tiny-mixtral", "tiny-qwen2_moe", "tiny-qwen3_moe", "tiny-olmoe", "tiny-glm4_moe", "tiny-dots1")
 
 
 def mixtures_of(model):
