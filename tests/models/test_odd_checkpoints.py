@@ -190,6 +190,8 @@ def test_every_kind_of_rope(family, kind, tmp_path):
         ("gemma2", {"attn_logit_softcapping": 1.0, "final_logit_softcapping": 2.0}, ""),
         # heads: each with keys of its own, all with the same
         ("qwen3", {"num_key_value_heads": 6}, ""),
+        ("qwen3", {"hidden_size": 40, "num_attention_heads": 10, "num_key_value_heads": 5}, ""),
+        ("llama", {"hidden_size": 40, "num_attention_heads": 10, "num_key_value_heads": 5}, "not a multiple"),
         ("phi3", {"num_key_value_heads": 6}, ""),
         ("olmo2", {"num_key_value_heads": 6}, ""),
     ],
