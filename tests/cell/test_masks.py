@@ -80,7 +80,7 @@ def test_masks_calibrated_on_a_corpus_are_one_set_for_all_tasks_and_say_so(tmp_p
     (made,) = make_masks(replace(sets[0], sparsities=(0.5,)), bench, tmp_path / "masks")
     about = made.metadata["calibration"]
     assert (about["corpus"], about["samples"], about["length"]) == ("c4", 4, 16) and "task" not in about
-    tokens = drawn_windows(bench.corpus(sets[0]), bench.tokenizer("tiny-llama"), 4, 16, 0)
+    tokens = drawn_windows(bench.corpus("c4", sets[0].data_dir), bench.tokenizer("tiny-llama"), 4, 16, 0)
     folder = bench.checkpoint("tiny-llama").folder
     settings = PruningSettings(importance="wanda", scope="row", dtype="float32")
     (same,) = MaskGenerator(folder, settings, Calibration(tokens)).generate(tmp_path / "again", figures="none")

@@ -152,7 +152,7 @@ def test_small_steps_in_bfloat16_move_weights_unless_rounded_to_the_nearest(run,
     assert moved["dithered"] > 1.5 * moved["nearest"]
 
 
-@pytest.mark.parametrize("rule", [{}, {"importance": "sparsegpt", "update": "refit"}])
+@pytest.mark.parametrize("rule", [{}, {"importance": "sparsegpt", "update": "refit", "calibration_samples": 8}])
 def test_a_pruned_cell_is_the_pruned_model_and_scored_as_it_is_before_any_training(run, bench, rule):
     _, masks, result, folder = run(mode="pruned", keep="all", sparsity=0.7, **rule)
     *_, tuned, _ = run(mode="sparse_to_sparse", sparsity=0.7, **rule)

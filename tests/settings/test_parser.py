@@ -34,7 +34,7 @@ def test_flags_and_a_file_with_flags_on_top(tmp_path):
     ("argv", "message"),
     [
         (["--max_steps", "many"], "max_steps is 'many'; it must be a whole number."),
-        (["--mode", "thin"], "mode is 'thin'; it must be dense | sparse_to_dense | sparse_to_sparse | full."),
+        (["--mode", "thin"], "mode is 'thin'; it must be dense | sparse_to_dense | sparse_to_sparse | full | pruned."),
         (["--eval_limit", "all"], "eval_limit is 'all'; it must be a whole number or none."),
         (["--learning_rate", "fast"], "learning_rate is 'fast'; it must be a number."),
         (["--steps", "3"], "--steps"),
