@@ -116,7 +116,7 @@ def recovery_examples(cell: CellConfig, bench: Workbench) -> list[Example]:
 
 def teacher_of(cell: CellConfig, base: Checkpoint, model: PreTrainedModel) -> Distillation | None:
     """The dense model beside the pruned one, in its precision and on its device; None where the cell has no teacher."""
-    if not cell.taught:
+    if not cell.has_teacher:
         return None
     parameter = next(model.parameters())
     dense = load_model(base.folder, parameter.dtype, parameter.device).requires_grad_(False)

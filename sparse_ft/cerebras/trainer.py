@@ -108,7 +108,7 @@ def check_trainable(cell: CellConfig, config: Mapping[str, Any], settings: Cereb
     Raises:
         UserError: a model or a setting that ModelZoo's trainer cannot take.
     """
-    if cell.recovered or cell.taught:
+    if cell.recovered or cell.has_teacher:
         raise UserError("recovery and a teacher are trained here, not on a Cerebras; take trainer local")
     if MODES[cell.mode].trains:
         if cell.pruned and cell.method == EXPERTS:

@@ -91,6 +91,11 @@ class CellConfig(
         """Whether the pruned model is trained on text before the task."""
         return self.recovers and self.pruned and MODES[self.mode].trains
 
+    @property
+    def has_teacher(self) -> bool:
+        """Whether a dense model teaches: in recovery, or, without one, on the task."""
+        return self.taught and self.pruned and MODES[self.mode].trains
+
     def canonical(self) -> dict[str, Any]:
         """Everything that the result depends on, by the names it was asked for with. Fields that cannot matter under
         the others (the pruning of a dense cell, the pattern of masks that have none) are none or their default, so

@@ -77,7 +77,11 @@ def test_settings_of_recovery_matter_where_there_is_one():
     assert replace(plain, recover_seq_len=64, recover_corpus="c4", teacher_kl=3.0).key() == plain.key()
     assert not any(name.startswith(("recover", "teacher")) for name in plain.canonical())
     assert replace(dense, recover_steps=9, teacher="dense").key() == dense.key()
+    for mode in ("dense", "pruned"):  # nothing was pruned, or nothing is trained
+        cell = replace(plain, mode=mode, recover_steps=9, teacher="dense")
+        assert not cell.recovered and not cell.has_teacher
     recovered = replace(plain, recover_steps=9)
+    assert recovered.recovered and replace(plain, teacher="dense").has_teacher
     for values in (
         {"recover_seq_len": 64},
         {"recover_corpus": "c4"},

@@ -70,7 +70,7 @@ def _memory_problem(plan: Plan, bench: Workbench, workers: int) -> str | None:
     needs = []
     for cell in plan.configs:
         copies = 4 if MODES[cell.mode].trains_weights else 1  # with gradients and two moments
-        copies += cell.taught
+        copies += cell.has_teacher
         needs.append((copies * model_bytes(cell, bench), cell.model, resolve_device(cell.device)))
     size, model, device = max(needs, key=lambda need: need[0])
     if device.type == "cuda":
