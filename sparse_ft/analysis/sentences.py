@@ -59,7 +59,7 @@ def _answer(cells: pd.DataFrame, table: pd.DataFrame, model: str, task: str, nam
     here = table[(table["model"] == model) & (table["task"] == task)]
     tuned = bool(here.loc[here["accuracy"].notna(), "mode"].map(is_tuned).any())
     here = here[here["mode"].map(is_tuned) == tuned]  # what is not fine-tuned stands beside, and answers if alone
-    scored, dense = here[here["accuracy"].notna()], "dense fine-tuned" if tuned else "dense"
+    scored, dense = here[here["accuracy"].notna()], f"{DENSE.label} fine-tuned" if tuned else DENSE.label
     if scored.empty:
         done = int((own["status"] == "FINISHED").sum())
         said = f"{subject}: no cell has a score of a tuned model ({done} of {len(own)} finished)."

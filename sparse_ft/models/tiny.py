@@ -7,6 +7,7 @@ length is no multiple of 8, so that packed bits have a rest. A change here that 
 
 from __future__ import annotations
 
+import copy
 import zlib
 from pathlib import Path
 
@@ -65,7 +66,8 @@ def tiny_config(kind: str) -> PretrainedConfig:
     Raises:
         ValueError: not one of ``KINDS``.
     """
-    return AutoConfig.for_model(_row(kind).model_type, **{**_SIZES, **_row(kind).tiny})
+    # A copy: transformers completes nested values, such as those of rope, in place.
+    return AutoConfig.for_model(_row(kind).model_type, **copy.deepcopy({**_SIZES, **_row(kind).tiny}))
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from sparse_ft.masks.histogram import cut_counts, exact_count
-from sparse_ft.masks.kernels import add_digit_histogram, add_histogram
+from sparse_ft.pruning.kernels import add_digit_histogram, add_histogram
 
 __all__ = [
     "dlp_deviations",

@@ -13,8 +13,8 @@ from typing import Protocol
 import numpy as np
 
 from sparse_ft.errors import UserError
-from sparse_ft.masks.kernels import random_keys, strip_signs
 from sparse_ft.models.checkpoint import Checkpoint
+from sparse_ft.pruning.kernels import random_keys, strip_signs
 
 __all__ = ["PART", "KeySource", "MagnitudeSource", "RandomSource", "ScoreSource", "ordered_keys", "row_parts"]
 

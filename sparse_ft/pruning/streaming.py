@@ -10,7 +10,8 @@ from typing import Protocol
 import numpy as np
 
 from sparse_ft.masks.histogram import Cut, cut_counts, cut_digits, exact_count, share_ties
-from sparse_ft.masks.kernels import (
+from sparse_ft.progress import SILENT, Progress
+from sparse_ft.pruning.kernels import (
     add_digit_histogram,
     add_histogram,
     count_equal,
@@ -18,7 +19,6 @@ from sparse_ft.masks.kernels import (
     pack_at_least,
     row_ranks,
 )
-from sparse_ft.progress import SILENT, Progress
 from sparse_ft.pruning.sources import KeySource
 
 __all__ = ["MaskSink", "MemorySink", "Pool", "write_global", "write_groups", "write_layers", "write_rows"]

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from sparse_ft.errors import UserError
-from sparse_ft.masks.kernels import add_column_sums
 from sparse_ft.models.families import CHANNELS, GROUPS, HEADS, architecture_of
 from sparse_ft.models.names import role
 from sparse_ft.progress import SILENT, Progress
+from sparse_ft.pruning.kernels import add_column_sums
 from sparse_ft.pruning.sources import PART, KeySource
 from sparse_ft.pruning.streaming import MaskSink, Pool
 

@@ -9,10 +9,11 @@ from functools import partial
 
 from sparse_ft.settings.corpora import TASK, corpus_problem, corpus_words
 from sparse_ft.settings.field import Settings, setting
+from sparse_ft.settings.modes import DENSE
 
 __all__ = ["TEACHERS", "RecoverySettings"]
 
-TEACHERS = ("none", "dense")
+TEACHERS = ("none", DENSE.name)
 
 _later = partial(setting, later=True, time=False)
 

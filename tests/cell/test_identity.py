@@ -158,7 +158,7 @@ def test_keys_of_mask_sets(cells, bench):
 
 
 def test_a_key_of_masks_speaks_of_nothing_that_was_not_there_when_it_was_made(bench, monkeypatch):
-    monkeypatch.setattr("sparse_ft.cell.identity._digest", lambda value, length=16: value)
+    monkeypatch.setattr("sparse_ft.cell.identity.digest", lambda value, length=16: value)
     values, _ = mask_key(MaskConfig(model="tiny-llama"), bench)
     assert set(values) == {"method", "importance", "scope", "pattern", "allocation", "calibration_samples",
                            "calibration_seq_len", "seed", "format", "levels"}  # fmt: skip

@@ -310,8 +310,8 @@ def test_any_task_of_lm_eval_by_its_name(name, model, tokenizer, tmp_path):
         ({"eval_batch_size": 0}, "eval_batch_size is 0"),
         ({"perplexity_tokens": -1}, "perplexity_tokens is -1"),
         ({"perplexity_seq_len": 1}, "perplexity_seq_len is 1"),
-        ({"perplexity_corpus": "no/such/file"}, "neither task, wikitext2 nor a text file"),
-        ({"perplexity_corpus": "wikitext2"}, "cannot load wikitext-2 from the hub"),
+        ({"perplexity_corpus": "no/such/file"}, "there is no such file. Give task, wikitext2, c4 or a text file"),
+        ({"perplexity_corpus": "wikitext2"}, "cannot load wikitext2 from the hub"),
     ],
 )
 def test_wrong_settings_are_one_line(change, message, model, tokenizer, tasks):

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from sparse_ft.masks import kernels
+from sparse_ft.pruning import kernels
 
 
 @pytest.fixture
