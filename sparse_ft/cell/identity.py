@@ -126,6 +126,7 @@ def mask_key(config: MaskConfig, bench: Workbench) -> str:
         behind |= {"tokenizer": model["tokenizer"], "task": config.task, "versions": versions(), "device": device.type}
         behind["dtype"] = str(resolve_dtype(config.dtype, device))
         if config.calibration_corpus != TASK:
+            values.pop("calibration_corpus")  # what it stands for counts
             return digest([values, behind | {"text": bench.corpus(config.calibration_corpus, config.data_dir).digest}])
         behind |= {name: value for name, value in bench.data_digests(config).items() if name == "task_definition"}
         behind["text"] = bench.data_digests(config).get("training_data", "none")
@@ -160,6 +161,7 @@ def recovery_parts(cell: CellConfig, identity: Mapping[str, str]) -> dict[str, A
     ]
     names += [name for name in defaults(LoraSettings) if name in values and not mode.trains_weights]
     parts = {name: values.get(name) for name in names if name != "recover_corpus"}
+    parts["max_grad_norm"] = cell.max_grad_norm
     behind = ["weights", "model_config", "tokenizer", "dtype", "device", "versions"]
     own_text = cell.recover_corpus == TASK
     behind += ["training_data", "task_definition"] if own_text else ["recovery_text"]

@@ -75,16 +75,16 @@ def recover(
     place = (bench.recovered or folder / "recovered") / key
     place.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{place}.lock"):  # whoever comes second waits, which takes no longer than to train again
-        record = place / _RECORD
-        if record.is_file():
+        said = _made(place)
+        if said is not None:
             with clock("load"):
                 load_state_into(model, Checkpoint(place))
         else:
-            shutil.rmtree(place, ignore_errors=True)  # of a run that was killed
+            shutil.rmtree(place, ignore_errors=True)  # of a run that was killed, or changed since
             with clock("recover"):
                 series = _train(cell, bench, model, start, place)
-            write_json(record, {"recovered_by": name, "series": series})
-    said = json.loads(record.read_text(encoding="utf-8"))
+            said = {"recovered_by": name, "fingerprint": Checkpoint(place).fingerprint, "series": series}
+            write_json(place / _RECORD, said)
     found = Checkpoint(place)
     result.tags |= {Tag.RECOVERED_BY: said["recovered_by"], Tag.RECOVERED_FINGERPRINT: found.fingerprint}
     result.series.update({metric: [tuple(point) for point in points] for metric, points in said["series"].items()})
@@ -125,6 +125,15 @@ def teacher_of(cell: CellConfig, base: Checkpoint, model: PreTrainedModel) -> Di
     return Distillation(dense, blocks, **weights, temperature=cell.teacher_temperature, largest=_LARGEST)
 
 
+def _made(place: Path) -> dict[str, Any] | None:
+    """What is recorded of a recovered model; None where there is none, or its weights are others than were written."""
+    try:
+        said = json.loads((place / _RECORD).read_text(encoding="utf-8"))
+        return said if Checkpoint(place).is_called(said["fingerprint"]) else None
+    except (OSError, ValueError, KeyError, UserError):
+        return None
+
+
 def _train(
     cell: CellConfig, bench: Workbench, model: PreTrainedModel, start: Start, place: Path
 ) -> Mapping[str, list[Any]]:
@@ -145,8 +154,7 @@ def _train(
     trained = train(adapted, examples, settings, scratch, pad, bench.progress, distillation=guide)
     shutil.rmtree(scratch, ignore_errors=True)
     series = {"recover/loss": trained.loss_curve}
-    for part, values in (guide.parts if guide else {}).items():
-        series[f"recover/{part}"] = list(enumerate(values, 1))
+    series |= {f"recover/{part}": points for part, points in (guide.curves() if guide else {}).items()}
     merged = merge_all_lora_weights(adapted, cell.rounding, cell.seed)
     save_model(merged, saved_tokenizer(base.folder), place)
     return series

@@ -104,10 +104,16 @@ def _run(
         pruned = masks is not None and masks.n_pruned > 0  # masks that keep all leave the model as it is
         if cell.score_untuned or not mode.trains:
             with clock("eval_untuned" if mode.trains else "eval"):
-                measured_by, untuned = scores.untuned(model, start, masks.checksum if pruned else "")
+                if mode.trains or not cell.keep_samples:
+                    measured_by, untuned = scores.untuned(model, start, masks.checksum if pruned else "")
+                else:
+                    measured_by, untuned = scores.name, scores(model, "score")
                 result.tags[Tag.UNTUNED_MEASURED_BY] = measured_by
-                result.add_scores(untuned.metrics, "_untuned" if mode.trains else "")
-                result.protocol.update({} if mode.trains else untuned.protocol)
+                if mode.trains:
+                    result.add_scores(untuned.metrics, "_untuned")
+                else:
+                    result.add_scores(_own(untuned.metrics, bool(scores.protocol)))
+                    result.protocol.update(untuned.protocol)
 
         if cell.recovered:
             start = recover(cell, bench, model, begun, folder, clock, result, name or cell.title)
@@ -167,6 +173,11 @@ def _log_masks(file: MaskFile, begun: Start, base: Checkpoint, foreign: bool, re
             raise UserError(f"{problem}; a study compares only masks of its own models.")
         result.warn(problem)
     result.metrics.update({"sparsity/target": file.sparsity, "sparsity/achieved": begun.whole.sparsity})
+
+
+def _own(metrics: Mapping[str, float], measured: bool) -> dict[str, float]:
+    """Scores without speeds where another cell measured them."""
+    return {name: value for name, value in metrics.items() if measured or not name.endswith("_per_second")}
 
 
 def _log_merge(result: CellResult, trained: Trained, merged: Mapping[str, float]) -> None:

@@ -34,12 +34,13 @@ class Scores:
         folder: the cell's; answers that are kept go into its ``samples/``.
 
     Attributes:
-        protocol: how the latest model was scored.
+        protocol: how the latest model was scored; empty until one was, by this cell.
         written: the files of answers; the folder may hold an earlier cell's.
+        name: of the cell's run.
     """
 
     def __init__(self, cell: CellConfig, name: str, bench: Workbench, tokenizer, task, folder: Path):
-        self._cell, self._name, self._bench, self._tokenizer, self._task = cell, name, bench, tokenizer, task
+        self._cell, self.name, self._bench, self._tokenizer, self._task = cell, name, bench, tokenizer, task
         self._samples = folder / "samples"
         self.protocol: dict[str, Any] = {}
         self.written: list[Path] = []
@@ -72,7 +73,7 @@ class Scores:
         """
         identity = cell_identity(self._cell, self._bench)
         key = untuned_key(self._cell, identity, start.fingerprint, checksum, part_of(ScoringSettings, self._cell))
-        return self._bench.untuned(key, self._name, lambda: self(model, "score untuned"))
+        return self._bench.untuned(key, self.name, lambda: self(model, "score untuned"))
 
 
 class _Staged(Progress):

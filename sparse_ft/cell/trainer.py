@@ -180,9 +180,10 @@ class LocalTrainer:
             )
         shutil.rmtree(training.folder / "trainer", ignore_errors=True)
         _log(result, trained, timed=rungs is None)
-        for part, values in (guide.parts if guide else {}).items():
-            result.series[f"train/{part}"] = list(enumerate(values, 1))
-        guide = None  # its model
+        if guide is not None:
+            parts = guide.curves(cell.gradient_accumulation)
+            result.series.update({f"train/{part}": points for part, points in parts.items()})
+            del guide  # and the teacher
         if rungs is not None:
             result.series["eval/loss_while_training"] = rungs.losses
         if cell.keep != "none" and mode.lora:

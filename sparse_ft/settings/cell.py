@@ -159,6 +159,8 @@ class CellConfig(
         possible = 0 <= self.sparsity <= 1
         if self.pruned and not possible:
             yield f"sparsity is {self.sparsity}; it must lie between 0 and 1 (50 % is 0.5)."
+        if self.has_teacher and self.teacher_squarehead and self.gradient_checkpointing == "reentrant":
+            yield ("gradient_checkpointing reentrant hides the blocks' outputs from the teacher; take non_reentrant.")
         if self.register_as not in (None, "auto") and (problem := name_problem(self.register_as)):
             yield problem
         if (kind := mask_set_of(self)) is not None and possible:

@@ -96,6 +96,7 @@ class RecipeSettings(Settings):
         "text that importances look at: task (its training texts), wikitext2, c4 (of data_dir/corpora or the hub, drawn"
         " as the papers draw), or a file.",
         path=corpus_words(),
+        named=True,
         later=True,
     )
     calibration_samples: int = _rule(64, "number of calibration sequences, for importances that need any.")

@@ -36,8 +36,8 @@ class CorpusRows:
 
     @cached_property
     def digest(self) -> str:
-        """16 hex digits: SHA-256 over the rows in their order, wherever they came from."""
-        identity = hashlib.sha256()
+        """16 hex digits: SHA-256 over the rows in their order, wherever they came from, and how they are drawn from."""
+        identity = hashlib.sha256(b"joined" if self.joined else b"row by row")
         for row in self.rows:
             content = row.encode()
             identity.update(len(content).to_bytes(8, "little") + content)

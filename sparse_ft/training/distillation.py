@@ -74,7 +74,7 @@ class Distillation:
         blocks: the path of the blocks in a plain model (`sparse_ft.models.families.Architecture.blocks`).
         ce, kl, squarehead: weights of the parts; what weighs 0 is not computed.
         temperature, largest: of the KL, see `kl_divergence`.
-        parts: what each part was, step by step, unweighted; by name.
+        parts: what each part was, batch by batch, unweighted; by name.
     """
 
     teacher: nn.Module
@@ -93,10 +93,9 @@ class Distillation:
             model: the student; a PeftModel, or plain.
             inputs: with ``labels`` ``[B, K]`` of the last K positions (``logits_to_keep``).
         """
-        labels = inputs["labels"]
+        labels, rest = inputs["labels"], {name: value for name, value in inputs.items() if name != "labels"}
         with self._watched(model) as seen:
-            output = model(**inputs)
-        rest = {name: value for name, value in inputs.items() if name != "labels"}
+            output = model(**(inputs if self.ce else rest))
         with torch.no_grad(), self._watched(self.teacher) as known:
             taught = self.teacher(**rest)
         losses = {"ce": output.loss} if self.ce else {}
@@ -110,6 +109,14 @@ class Distillation:
         for name, value in losses.items():
             self.parts.setdefault(name, []).append(float(value.detach()))
         return sum(getattr(self, name) * value for name, value in losses.items())
+
+    def curves(self, batches: int = 1) -> dict[str, list[tuple[int, float]]]:
+        """Each part by name: (step, mean over the ``batches`` of the step)."""
+        found = {}
+        for name, values in self.parts.items():
+            steps = [values[first : first + batches] for first in range(0, len(values), batches)]
+            found[name] = [(step, sum(some) / len(some)) for step, some in enumerate(steps, 1)]
+        return found
 
     @contextmanager
     def _watched(self, model: nn.Module) -> Iterator[list[Tensor]]:

@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from sparse_ft.analysis.table import GROUP, cell_table
-from sparse_ft.cell.identity import cell_identity, cell_key, check_identity, mask_key, untuned_key
+from sparse_ft.cell.identity import cell_identity, cell_key, check_identity, mask_key, recovery_parts, untuned_key
 from sparse_ft.cell.workbench import Workbench
 from sparse_ft.errors import UserError
 from sparse_ft.settings.cell import CellConfig, mask_set_of
@@ -224,3 +224,21 @@ def test_a_worker_refuses_what_is_not_what_was_planned(places, bench):
             check_identity(here, cell_identity(changed, bench), "cell")
     check_identity(here, here | {"device": "cuda", "dtype": "bfloat16"}, "cell")  # the driver may have no GPU
     check_identity({}, here, "cell")
+
+
+def test_a_corpus_is_known_by_its_text_and_by_how_it_is_drawn_and_not_by_its_name(places, bench, tmp_path):
+    text = "One book. " * 400
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": text}))
+    names = [*(str(places["calibration_corpus"] / name) for name in ("book.txt", "copy.txt", "other.txt"))]
+    cells = [
+        CellConfig(model="tiny-llama", data_dir="made", importance="wanda", scope="row", calibration_corpus=name,
+                   recover_steps=2, recover_corpus=name)
+        for name in (*names, str(tmp_path / "rows.jsonl"))
+    ]  # fmt: skip
+    identities = [cell_identity(cell, bench) for cell in cells]
+    for keys in (
+        [_of_masks(cell, bench) for cell in cells],
+        [cell_key(cell, identity) for cell, identity in zip(cells, identities, strict=True)],
+        [json.dumps(recovery_parts(cell, identity)) for cell, identity in zip(cells, identities, strict=True)],
+    ):
+        assert keys[0] == keys[1] and len(set(keys)) == 3

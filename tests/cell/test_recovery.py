@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from sparse_ft.cell.masks import make_masks
 from sparse_ft.cell.rebuild import rebuild
@@ -72,6 +73,18 @@ def test_what_is_recovered_does_not_depend_on_the_cell_before(run):
     assert run(bench, **RECOVER)[1].tags["recovered_fingerprint"] == run(**RECOVER)[1].tags["recovered_fingerprint"]
 
 
+def test_a_recovered_model_whose_weights_were_changed_is_trained_again(run, tmp_path):
+    bench = Workbench(shared=tmp_path / "untuned")
+    _, first, _ = run(bench, **RECOVER)
+    (file,) = (tmp_path / "recovered").glob("*/model.safetensors")
+    tensors = load_file(file)
+    tensors["model.norm.weight"] += 1
+    save_file(tensors, file, metadata={"format": "pt"})
+    _, again, _ = run(bench, **RECOVER)
+    assert again.tags["recovered_fingerprint"] == first.tags["recovered_fingerprint"]
+    assert "time/recover_seconds" in again.metrics
+
+
 def test_settings_of_recovery_matter_where_there_is_one():
     plain, dense = CellConfig(), CellConfig(mode="dense")
     assert replace(plain, recover_seq_len=64, recover_corpus="c4", teacher_kl=3.0).key() == plain.key()
@@ -105,6 +118,7 @@ def test_settings_of_recovery_matter_where_there_is_one():
         ({"teacher_kl": -1.0}, "teacher_kl is -1.0; it must be at least 0"),
         ({"teacher": "dense", "teacher_ce": 0.0, "teacher_kl": 0.0, "teacher_squarehead": 0.0}, "nothing is left"),
         ({"teacher_temperature": 0.0}, "teacher_temperature is 0.0"),
+        ({"teacher": "dense", "gradient_checkpointing": "reentrant"}, "reentrant hides the blocks' outputs"),
     ],
 )
 def test_what_makes_no_sense_is_one_line(values, said):

@@ -19,14 +19,14 @@ def bench():
 
 @pytest.fixture
 def run(bench, small, tmp_path):
-    def run(**values):
+    def run(own=None, **values):
         cell = CellConfig(**{"model": "tiny-llama", **small, **values})
         kind = mask_set_of(cell)
         masks = None
         if kind is not None:
-            (masks,) = make_masks(replace(kind, sparsities=(cell.sparsity,)), bench, tmp_path / "masks")
+            (masks,) = make_masks(replace(kind, sparsities=(cell.sparsity,)), own or bench, tmp_path / "masks")
         folder = tmp_path / cell.key()
-        return cell, masks, run_cell(cell, masks, bench, folder), folder
+        return cell, masks, run_cell(cell, masks, own or bench, folder), folder
 
     return run
 
@@ -175,3 +175,14 @@ def test_settings_of_training_make_no_other_cell_of_one_that_trains_nothing():
         assert replace(pruned, **values).key() == pruned.key()
     for values in ({"eval_limit": 3}, {"sparsity": 0.3}, {"mode": "full"}, {"seed": 1}):
         assert replace(pruned, **values).key() != pruned.key()
+
+
+def test_a_pruned_cell_takes_no_speed_over_and_keeps_its_own_answers(run):
+    bench = Workbench()
+    *_, first, _ = run(bench, mode="pruned")
+    *_, second, _ = run(bench, mode="pruned", seed=1)  # the same masks and questions
+    assert first.tags["untuned_measured_by"] == second.tags["untuned_measured_by"]
+    assert first.metrics["eval/loss"] == second.metrics["eval/loss"]
+    assert "eval/samples_per_second" in first.metrics and "eval/samples_per_second" not in second.metrics
+    *_, kept, folder = run(bench, mode="pruned", keep_samples=True)
+    assert list((folder / "samples").glob("*.jsonl")) and kept.metrics["eval/loss"] == first.metrics["eval/loss"]

@@ -123,3 +123,22 @@ def test_a_taught_student_comes_nearer_to_its_teacher(teacher, masks, examples, 
             assert [len(values) for values in guide.parts.values()] == [12, 12]
             assert result.loss_curve[-1][1] < result.loss_curve[0][1]
     assert distance[True][0] < 0.9 * distance[False][0] and distance[True][1] < distance[False][1]
+
+
+def test_checkpoints_change_neither_the_parts_nor_the_gradients(teacher, masks, examples):
+    batch = AnswerCollator(0)([{"input_ids": e.input_ids, "answer_start": e.answer_start} for e in examples])
+    found = []
+    for checkpointing in (False, True):
+        student = apply_sparse_lora(copy.deepcopy(teacher).requires_grad_(True), LoraSettings(), "full", masks).train()
+        if checkpointing:
+            student.gradient_checkpointing_enable({"use_reentrant": False})
+        guide = Distillation(teacher, "model.layers")
+        guide.loss(student, batch).backward()
+        found.append((guide.parts, {name: p.grad for name, p in student.named_parameters()}))
+    (parts, gradients), (again, others) = found
+    assert parts == again and all(torch.equal(gradient, others[name]) for name, gradient in gradients.items())
+
+
+def test_a_curve_has_a_point_a_step_however_many_batches_a_step_has():
+    guide = Distillation(torch.nn.Identity(), "", parts={"kl": [1.0, 3.0, 5.0, 7.0]})
+    assert guide.curves(2) == {"kl": [(1, 2.0), (2, 6.0)]} and guide.curves()["kl"][-1] == (4, 7.0)

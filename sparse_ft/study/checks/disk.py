@@ -18,7 +18,10 @@ from sparse_ft.models.checkpoint import Checkpoint
 from sparse_ft.models.devices import resolve_device, resolve_dtype
 from sparse_ft.models.names import role
 from sparse_ft.settings.cell import CellConfig, mask_set_of
+from sparse_ft.settings.field import part_of
+from sparse_ft.settings.lora import LoraSettings
 from sparse_ft.settings.modes import MODES
+from sparse_ft.settings.recovery import RecoverySettings
 from sparse_ft.settings.rules import EXPERTS
 from sparse_ft.study.plan import Plan
 
@@ -79,7 +82,8 @@ def estimate_disk(plan: Plan, bench: Workbench, workers: int) -> Disk:
         biggest = max(biggest, 2 * size if cell.pruned and cell.method == EXPERTS else size)
         if cell.recovered:  # cells that begin with one share it
             begin = cell.model, mask_set_of(cell), cell.masks, cell.sparsity, cell.task
-            recovered[begin, MODES[cell.mode].trains_weights] = size
+            how = (*part_of(RecoverySettings, cell).values(), *part_of(LoraSettings, cell).values(), cell.seed)
+            recovered[begin, how, MODES[cell.mode].trains_weights] = size
         if cell.keep != "none" and MODES[cell.mode].lora:
             adapters += _adapter_bytes(checkpoint, cell.lora_r, cell.target_modules)
         if cell.keep == "all":
