@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from adapters import adapted
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -12,9 +13,7 @@ from transformers import (
     Mistral3ForConditionalGeneration,
 )
 
-from sparse_ft.lora import LoraSettings
 from sparse_ft.lora.merge import merge_all_lora_weights
-from sparse_ft.lora.model import apply_sparse_lora
 from sparse_ft.models.checkpoint import Checkpoint
 from sparse_ft.models.copying import copy_checkpoint
 from sparse_ft.models.families import ARCHITECTURES
@@ -128,11 +127,7 @@ def test_a_smaller_one_is_multimodal_still(folders, tmp_path):
 def test_what_is_trained_is_saved_as_a_text_model(folders, tmp_path):
     whole, _, _ = folders
     masks = generate(whole, tmp_path / "masks").load()
-    model = apply_sparse_lora(load_model(whole, "bfloat16", "cpu"), LoraSettings(lora_r=2), masks=masks)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.05)
+    model = adapted(whole, masks)
     trained = logits(model)
     merged = save_model(merge_all_lora_weights(model), None, tmp_path / "merged")
     assert all(name.startswith(("model.", "lm_head.")) for name in load_file(merged / "model.safetensors"))

@@ -1,4 +1,4 @@
-"""The papers' protocol at a tiny size: not trained, calibrated and scored on corpora, beside published numbers."""
+"""Studies of ``configs/`` that need corpora, at a tiny size: the papers' protocol beside their numbers; recovery."""
 
 import json
 import shutil
@@ -70,6 +70,21 @@ def test_the_published_study_at_a_tiny_size(tmp_path, tiny_model, data, capsys):
     alps = next(run for run in runs if run.params["cfg/importance"] == "alps" and run.params["cfg/sparsity"] == "0.7")
     again = rebuild(tracker, alps.run_id, tmp_path / "again", Workbench())
     assert Checkpoint(again).fingerprint == alps.tags["merged_fingerprint"]
+
+
+def test_the_recovery_study_at_a_tiny_size(tmp_path, data):
+    study = yaml.safe_load((ROOT / "configs/recovery.yaml").read_text(encoding="utf-8"))
+    study["grid"] |= {"model": ["tiny-llama"], "sparsity": [0.7], "recover_steps": [0, 2]}
+    small = {"max_steps": 2, "batch_size": 2, "max_seq_len": 64, "recover_seq_len": 32, "recover_batch_size": 2}
+    study["cell"] |= SMALL | small | {"data_dir": str(data), "perplexity_seq_len": 64, "perplexity_tokens": 256}
+    study["figures"] = "none"
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study), encoding="utf-8")
+    assert sweep(SweepConfig(config=str(tmp_path / "study.yaml"), output_dir=str(tmp_path / "out"))) == 0
+    runs = [run for run in Tracker().search() if run.tags.get("kind") == "cell"]
+    recovered = [run for run in runs if "eval/perplexity_recovered" in run.metrics]
+    assert len(runs) == 1 + 4 and len(recovered) == 2
+    assert len({run.tags["recovered_fingerprint"] for run in recovered}) == 2  # with a teacher, and without
+    assert {run.metrics["sparsity/violations"] for run in runs} == {0}
 
 
 def test_a_corpus_that_is_not_there_is_said_before_anything_is_made(tmp_path, study_file, monkeypatch):
