@@ -264,3 +264,17 @@ def test_fields_that_pages_name_exist():
     for page in ("docs/troubleshooting.md", "docs/design.md", "docs/getting_started.md"):
         for name in re.findall(r"`(\w+)=[^`]*`", (ROOT / page).read_text()):
             assert name in known, f"{page}: {name}"
+
+
+def test_docstrings_describe_parameters_that_are_there():
+    """The site is built in strict mode, which this foretells without building it."""
+    wrong = []
+    for path in sorted((ROOT / "sparse_ft").rglob("*.py")):
+        for function in ast.walk(ast.parse(path.read_text())):
+            if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
+                args = function.args
+                listed = (*args.posonlyargs, *args.args, *args.kwonlyargs, args.vararg, args.kwarg)
+                lines = (ast.get_docstring(function) or "").partition("\nArgs:\n")[2].partition("\n\n")[0].splitlines()
+                said = {m[1].lstrip("*") for line in lines if (m := re.match(r" {4}(\S[^:]*):", line))}
+                wrong += [(path.name, function.name, name) for name in said - {arg.arg for arg in listed if arg}]
+    assert not wrong

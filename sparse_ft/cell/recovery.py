@@ -60,7 +60,8 @@ def recover(
         model: with the weights of ``start`` under its masks; changed in place.
         start: the weights and masks that recovery begins with.
         folder: for what was recovered, where nothing is shared.
-        clock, result: are told what it took and how it went.
+        clock: is told what it took.
+        result: is told how it went.
         name: of the cell's run, for those that take over what it trained.
 
     Returns:

@@ -21,7 +21,8 @@ def merged_weight(
 
     Args:
         weight: ``[out, in]``, pruned already where it is sparse.
-        factor_a, factor_b: ``[r, in]`` and ``[out, r]``.
+        factor_a: ``[r, in]``.
+        factor_b: ``[out, r]``.
         mask: boolean ``[out, in]``, True = kept.
     """
     delta = torch.matmul(factor_b, factor_a) * scaling

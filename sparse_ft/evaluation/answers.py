@@ -31,8 +31,7 @@ def answer_loss(
     A quarter of the work where a question has four choices, and no text is generated. The last digits may differ
     from `evaluate`'s, because other rows share a batch.
 
-    Args:
-        model, tokenizer, task, settings, progress: as `evaluate` takes them.
+    Takes what `evaluate` takes.
 
     Returns:
         nothing for tasks without right answers (rolling log-likelihoods).

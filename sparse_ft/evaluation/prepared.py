@@ -22,7 +22,8 @@ def prepared(model: torch.nn.Module, task: Task, num_fewshot: int | None) -> Ite
     """The model in eval mode, the task with its examples as lm-eval's command line draws them, and no bar on stderr.
 
     Args:
-        model, task: used inside, and put back afterwards.
+        model: used inside, and put back afterwards.
+        task: likewise.
         num_fewshot: examples before each question; None: the task's own number.
     """
     with quiet(), quiet_transformers(), _kept_mode(model), _fewshot(task, num_fewshot), _without_bar(task):

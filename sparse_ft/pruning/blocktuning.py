@@ -31,7 +31,10 @@ def tune_block(
         visit: the block; its inputs and its targets.
         weights: of the checkpoint's names, where tuning begins.
         masks: bool, of the same names and shapes, True = kept.
-        epochs, batch, learning_rate, seed: see `reconstruct`.
+        epochs: see `reconstruct`, as for the three that follow.
+        batch: samples a step.
+        learning_rate: of Adam.
+        seed: of the order of the samples.
 
     Returns:
         new weights by the checkpoint's names, of the dtypes that ``weights`` have; and how it went.

@@ -36,7 +36,8 @@ def gradient_statistics(
         checkpoint_folder: a Hugging Face folder.
         token_ids: int64 ``[samples, seq_len]``.
         kinds: of ``gradient``, ``product``.
-        dtype, device: of the model. bfloat16 gradients are rounded, the sums are float32.
+        dtype: of the model. bfloat16 gradients are rounded, the sums are float32.
+        device: where the model computes.
 
     Returns:
         kind -> checkpoint tensor name -> float32 CPU tensor of the tensor's shape.

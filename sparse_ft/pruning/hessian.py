@@ -82,7 +82,8 @@ def output_error(weight: torch.Tensor, original: torch.Tensor, hessian: Normalis
     """tr((W - W0) H (W - W0)^T), H the damped Hessian: what pruning is to keep small.
 
     Args:
-        weight, original: ``[..., R, C]``.
+        weight: pruned and perhaps updated, ``[..., R, C]``.
+        original: what it was before, of that shape.
     """
     change = (weight - original) * hessian.scale[..., None, :]
     return float(((change @ hessian.matrix) * change).sum(dtype=torch.float64))

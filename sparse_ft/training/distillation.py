@@ -24,7 +24,8 @@ def squarehead(student: Sequence[Tensor], teacher: Sequence[Tensor], counted: Te
     """Mean over the blocks of mean((s - t)^2) / mean(t^2).
 
     Args:
-        student, teacher: outputs of each block, ``[B, T, H]``.
+        student: outputs of each block, ``[B, T, H]``.
+        teacher: the same of the teacher; no gradient reaches them.
         counted: bool ``[B, T]``: the tokens that are no padding.
 
     Returns:
@@ -43,7 +44,8 @@ def kl_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0, la
     """Mean over the tokens of KL(teacher || student), times the square of the temperature (Hinton et al. 2015).
 
     Args:
-        student, teacher: logits ``[N, V]``.
+        student: logits ``[N, V]``.
+        teacher: the same of the teacher; no gradient reaches them.
         temperature: both are divided by it.
         largest: compare the teacher's so many likeliest tokens, and all others as one; 0 (or V and more): every token.
             Never above the whole divergence, and takes memory for these alone beside the logits.
