@@ -20,15 +20,8 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from sparse_ft.errors import UserError
 from sparse_ft.files import write_text
 from sparse_ft.progress import SILENT, Progress
-from sparse_ft.tasks.sources import (
-    ADAPTED,
-    PACKAGED,
-    adapt_row,
-    line_number,
-    local_rows,
-    packaged_data_dir,
-    write_rows,
-)
+from sparse_ft.tasks.packaged import PACKAGED, PACKAGED_TASKS, packaged_data_dir
+from sparse_ft.tasks.sources import ADAPTED, adapt_row, line_number, local_rows, write_rows
 
 __all__ = [
     "LM_EVAL_TASKS",
@@ -62,7 +55,7 @@ def load_task(
 
     Args:
         name: a task of lm-eval (``boolq``, ``hellaswag``, ``gsm8k``, ``arc_easy``, ...).
-        data_dir: a folder with ``NAME/SPLIT.jsonl`` in the hub's columns; ``packaged`` for the BoolQ that
+        data_dir: a folder with ``NAME/SPLIT.jsonl`` in the hub's columns; ``packaged`` for the BoolQ or PIQA that
             this project fetches by itself; None for the hub, through ``datasets``. In a folder the scored
             split must be there; the training split may be missing if no few-shot example needs it.
         num_fewshot: examples before each question; None for the task's own default (GSM8K 5, the rest 0).
@@ -226,7 +219,7 @@ def _from_hub(name: str, path: Path) -> Task:
         raise
     except Exception as error:  # datasets raises half a dozen classes for "no network"
         reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-        ours = f", or '{PACKAGED}'" if name == "boolq" else ""
+        ours = f", or '{PACKAGED}'" if name in PACKAGED_TASKS else ""
         raise UserError(
             f"cannot load the data of {name} from the hub ({reason}); check the network, or give data_dir: "
             f"a folder with {name}/SPLIT.jsonl{ours}"

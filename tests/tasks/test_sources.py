@@ -5,10 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from sparse_ft.cache import cache_dir
 from sparse_ft.errors import UserError
-from sparse_ft.tasks import sources
-from sparse_ft.tasks.sources import adapt_row, local_rows, packaged_data_dir, split_context, split_packaged_boolq
+from sparse_ft.tasks.sources import adapt_row, local_rows, split_context
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 BOOLQ = {"question": "is water wet", "passage": "Water -- It is."}
@@ -81,72 +79,6 @@ def test_errors_name_file_and_line(tmp_path):
     assert local_rows("boolq", "validation", tmp_path) is None
     with pytest.raises(UserError, match="is not a folder"):
         local_rows("boolq", "train", tmp_path / "nowhere")
-
-
-def _wheel_rows():
-    combined = [
-        {"question": "b", "passage": "T -- b", "idx": 1, "label": False},
-        {"question": "v", "passage": "T -- v", "idx": 1, "label": True},
-        {"question": "t", "passage": "T -- t", "idx": 0},
-        {"question": "a", "passage": "T -- a", "idx": 0, "label": True},
-        {"question": "u", "passage": "T -- u", "idx": 0, "label": False},
-        {"question": "n", "passage": "T -- n", "idx": 1, "label": None},
-    ]
-    dev = [
-        {"question": question, "passage": "x", "answer": answer} for question, answer in [("u", "False"), ("v", "True")]
-    ]
-    return combined, dev
-
-
-def test_packaged_splits_never_mix():
-    train, validation = split_packaged_boolq(*_wheel_rows())
-    assert train == [
-        {"question": "a", "passage": "T -- a", "answer": True, "idx": 0},
-        {"question": "b", "passage": "T -- b", "answer": False, "idx": 1},
-    ]
-    assert validation == [
-        {"question": "u", "passage": "T -- u", "answer": False, "idx": 0},
-        {"question": "v", "passage": "T -- v", "answer": True, "idx": 1},
-    ]
-
-
-def test_packaged_files_that_disagree_are_refused():
-    combined, dev = _wheel_rows()
-    with pytest.raises(UserError, match="disagree"):
-        split_packaged_boolq(combined, [{**dev[0], "answer": "True"}, dev[1]])
-    with pytest.raises(UserError, match="exactly once"):
-        split_packaged_boolq([row for row in combined if row["question"] != "v"], dev)
-    with pytest.raises(UserError, match="exactly once"):
-        split_packaged_boolq([*combined, combined[1]], dev)
-
-
-def test_packaged_data_is_made_once_from_the_wheels_files(tmp_path, monkeypatch):
-    monkeypatch.setenv("SPARSE_FT_CACHE", str(tmp_path / "cache"))
-    package, version, digest = sources._BOOLQ_WHEEL
-    wheel = cache_dir() / "wheels" / f"{package}-{version}-{digest[:16]}"
-    for member, rows in zip(sources._BOOLQ_MEMBERS, _wheel_rows(), strict=True):
-        sources.write_rows(wheel / member, rows)
-    folder = packaged_data_dir("boolq")
-    assert [row["label"] for row in local_rows("boolq", "train", folder)] == [1, 0]
-    assert [row["question"] for row in local_rows("boolq", "validation", folder)] == ["u", "v"]
-    for member in sources._BOOLQ_MEMBERS:
-        (wheel / member).unlink()
-    assert packaged_data_dir("boolq") == folder
-    with pytest.raises(UserError, match="has only boolq, not gsm8k"):
-        packaged_data_dir("gsm8k")
-
-
-@pytest.mark.slow
-def test_packaged_boolq_is_superglues():
-    """Downloads 20 MB where the cache does not hold it."""
-    folder = packaged_data_dir("boolq")
-    train, validation = (local_rows("boolq", split, folder) for split in ("train", "validation"))
-    assert (len(train), len(validation)) == (9427, 3270)
-    assert not {row["question"] for row in train} & {row["question"] for row in validation}
-    assert train[0]["question"] == "do iran and afghanistan speak the same language"
-    assert validation[0]["question"] == "does ethanol take more energy make that produces"
-    assert all(" -- " in row["passage"] for row in validation)
-    assert sum(row["label"] for row in validation) == 2033
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no real files beside the repository")
