@@ -10,17 +10,21 @@ from typing import TYPE_CHECKING
 from sparse_ft.cell.failures import Failure, classify
 from sparse_ft.cell.result import CellResult
 from sparse_ft.masks.statistics import block_sparsities
+from sparse_ft.models.devices import device_name, resolve_device
 from sparse_ft.pruning.output import MaskFile
 from sparse_ft.settings.cell import CellConfig
+from sparse_ft.settings.command_line import command_line
 from sparse_ft.settings.commands import MaskConfig
-from sparse_ft.settings.field import plain_values
+from sparse_ft.settings.field import defaults, plain_values
+from sparse_ft.settings.pruning import RecipeSettings
 from sparse_ft.tracking.parameters import flatten_config
-from sparse_ft.tracking.record import Tag, level_tag
+from sparse_ft.tracking.record import Tag, level_tag, version_tag
 
 if TYPE_CHECKING:
     from sparse_ft.tracking.runs import Tracker
 
 __all__ = [
+    "device_tags",
     "log_cell_inputs",
     "log_cell_result",
     "log_failure",
@@ -35,17 +39,39 @@ _TAG_ROOM = 1000  # characters; all remarks are in the mask files' metadata
 
 
 def log_cell_inputs(
-    tracker: Tracker, run_id: str, cell: CellConfig, identity: Mapping[str, str], planned: CellConfig | None = None
+    tracker: Tracker,
+    run_id: str,
+    cell: CellConfig,
+    identity: Mapping[str, str],
+    planned: CellConfig | None = None,
+    tags: Mapping[str, str] | None = None,
 ) -> None:
-    """The cell's configuration, as parameters ``cfg/...`` and as ``config.yaml``, and what its names stand for, as
-    parameters ``identity/...``; see `sparse_ft.cell.identity`.
+    """The cell's configuration, as parameters ``cfg/...`` and as ``config.yaml``, what its names stand for, as
+    parameters ``identity/...`` (see `sparse_ft.cell.identity`), and the command that repeats it, with other ``tags``.
 
     A cell that runs with a smaller batch than ``planned`` is the planned one in the parameters, by which results are
     compared, and the one that ran in the file, from which it can be repeated.
     """
     names = flatten_config((planned or cell).canonical())
-    tracker.log(run_id, params=names | flatten_config(dict(identity), "identity"))
+    tags = {**(tags or {}), Tag.COMMAND: _command(cell, identity)}
+    tracker.log(run_id, params=names | flatten_config(dict(identity), "identity"), tags=tags)
     tracker.log_dict(run_id, cell.canonical(), "config.yaml")
+
+
+def _command(cell: CellConfig, identity: Mapping[str, str]) -> str | None:
+    if "trainer" in identity and not hasattr(cell, "trainer"):
+        return None  # one elsewhere has settings of its own, which the cell of a study does not know
+    # What a mask file says of itself is read again.
+    told = () if cell.masks is None else (*defaults(RecipeSettings), "sparsity")
+    return command_line("train", cell, told)
+
+
+def device_tags(device: str) -> dict[str, str]:
+    """What the device of that name is, for whoever computes on it: to ask takes hold of a GPU."""
+    import torch
+
+    tags = {Tag.DEVICE_NAME: device_name(resolve_device(device))}
+    return tags | ({version_tag("cuda"): torch.version.cuda} if torch.version.cuda else {})
 
 
 def log_cell_result(tracker: Tracker, run_id: str, result: CellResult) -> None:
@@ -81,10 +107,13 @@ def recorded(tracker: Tracker, run_id: str) -> Iterator[None]:
             raise
 
 
-def log_mask_inputs(tracker: Tracker, run_id: str, config: MaskConfig) -> None:
-    """The mask configuration, as parameters ``cfg/...`` and as ``config.yaml``."""
+def log_mask_inputs(tracker: Tracker, run_id: str, config: MaskConfig, tags: Mapping[str, str] | None = None) -> None:
+    """The mask configuration, as parameters ``cfg/...`` and as ``config.yaml``, and the command that repeats it, with
+    other ``tags``."""
     values = {key: value for key, value in plain_values(config).items() if key != "output_dir"}
-    tracker.log(run_id, params=flatten_config(values))
+    tracker.log(
+        run_id, params=flatten_config(values), tags={**(tags or {}), Tag.COMMAND: command_line("compute_masks", config)}
+    )
     tracker.log_dict(run_id, values, "config.yaml")
 
 

@@ -8,6 +8,7 @@ from sparse_ft.analysis.terminal import print_table, terminal_table
 from sparse_ft.analysis.write import write_analysis
 from sparse_ft.errors import UserError
 from sparse_ft.progress import shown_progress, wide_console
+from sparse_ft.settings.command_line import command_line
 from sparse_ft.settings.commands import AnalyzeConfig
 from sparse_ft.settings.field import plain_values
 from sparse_ft.tracking.curves import write_curve_runs
@@ -32,7 +33,7 @@ def analyze(config: AnalyzeConfig) -> int:
         tracker = Tracker.reading(config.experiment)
         parent, title = None, config.experiment
         runs = tracker.search(experiment_id=tracker.experiment(config.experiment))
-    run_id = tracker.start(f"analysis {title}", {Tag.KIND: Kind.ANALYSIS})
+    run_id = tracker.start(f"analysis {title}", {Tag.KIND: Kind.ANALYSIS, Tag.COMMAND: command_line("analyze", config)})
     with tracker.ending(run_id):
         tracker.log(run_id, params=flatten_config(plain_values(config)))
         folder = Path(config.output_dir)

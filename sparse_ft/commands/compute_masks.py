@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sparse_ft.cell.masks import check_mask_set, check_shrink, make_masks, shrink
-from sparse_ft.cell.record import log_mask_inputs, log_masks, recorded
+from sparse_ft.cell.record import device_tags, log_mask_inputs, log_masks, recorded
 from sparse_ft.cell.workbench import Workbench
 from sparse_ft.levels import level_label
 from sparse_ft.progress import shown_progress
@@ -30,7 +30,8 @@ def compute_masks(config: MaskConfig) -> int:
     tracker = Tracker()
     run_id = tracker.start(f"masks {Path(config.model).name} {config.method}", {Tag.KIND: Kind.MASKS})
     with recorded(tracker, run_id):
-        log_mask_inputs(tracker, run_id, config)
+        here = device_tags(config.device) if config.needs_calibration else {}
+        log_mask_inputs(tracker, run_id, config, here)
         files = make_masks(config, bench)
         log_masks(tracker, run_id, files)
         smaller = shrink(config, files, bench) if config.shrink else []

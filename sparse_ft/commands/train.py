@@ -38,7 +38,14 @@ def _run(config: TrainConfig, given: GivenMasks | None, bench: Workbench) -> int
     # What trains, scores and logs takes seconds to import: what is wrong with the model or the masks is said before.
     from sparse_ft.analysis.terminal import print_table, terminal_table
     from sparse_ft.cell.identity import cell_identity, cell_key
-    from sparse_ft.cell.record import log_cell_inputs, log_cell_result, log_mask_files, mask_tags, recorded
+    from sparse_ft.cell.record import (
+        device_tags,
+        log_cell_inputs,
+        log_cell_result,
+        log_mask_files,
+        mask_tags,
+        recorded,
+    )
     from sparse_ft.cell.register import register_cell
     from sparse_ft.cell.run import run_cell
     from sparse_ft.cell.trainer import Watch
@@ -63,7 +70,7 @@ def _run(config: TrainConfig, given: GivenMasks | None, bench: Workbench) -> int
     tracker, folder = Tracker(), Path(config.output_dir)
     run_id = tracker.start(config.title, {Tag.KIND: Kind.CELL})
     with recorded(tracker, run_id):
-        log_cell_inputs(tracker, run_id, config, identity)
+        log_cell_inputs(tracker, run_id, config, identity, tags=device_tags(config.device))
         masks = given.file if given else None
         if kind is not None:
             (masks,) = make_masks(kind, bench, folder / "masks")

@@ -9,6 +9,7 @@ from sparse_ft.files import write_json
 from sparse_ft.masks.files import load_masks
 from sparse_ft.models.opening import open_checkpoint
 from sparse_ft.progress import shown_progress
+from sparse_ft.settings.command_line import command_line
 from sparse_ft.settings.commands import ValidateConfig
 from sparse_ft.tracking.parameters import flatten_config
 from sparse_ft.tracking.record import Kind, Tag
@@ -37,7 +38,8 @@ def validate(config: ValidateConfig) -> int:
     report = validation.to_dict() | {"checkpoint": config.checkpoint}
     if config.report is not None:
         write_json(config.report, report)
-    run_id = tracker.start(f"validate {Path(config.checkpoint).name}", {Tag.KIND: Kind.VALIDATION})
+    tags = {Tag.KIND: Kind.VALIDATION, Tag.COMMAND: command_line("validate", config)}
+    run_id = tracker.start(f"validate {Path(config.checkpoint).name}", tags)
     with tracker.ending(run_id):
         tracker.log(
             run_id,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from typing import TYPE_CHECKING
 
 from sparse_ft.errors import UserError
@@ -9,7 +10,7 @@ from sparse_ft.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["check_device", "resolve_device", "resolve_dtype"]
+__all__ = ["check_device", "device_name", "resolve_device", "resolve_dtype"]
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _EVERYWHERE = ("auto", "cpu")
@@ -45,6 +46,19 @@ def resolve_device(device: str = "auto") -> torch.device:
             "devices; use auto or cpu, or install a torch built for your GPU"
         )
     return torch.device("cuda", found.index or 0) if found.type == "cuda" else found
+
+
+def device_name(device: torch.device) -> str:
+    """What the device calls itself: ``NVIDIA H100 80GB HBM3``, ``AMD EPYC 7763``."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):  # not Linux, or an ARM
+        return platform.processor() or platform.machine()
 
 
 def resolve_dtype(dtype: str, device: torch.device | str) -> torch.dtype:

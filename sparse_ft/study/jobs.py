@@ -73,8 +73,8 @@ class Job:
         """The tags that its run begins with."""
         return {Tag.KIND: self.kind, self.key_tag: self.key, Tag.ATTEMPT: self.attempt}
 
-    def log_inputs(self, tracker: Tracker, run_id: str) -> None:
-        """Logs what is asked for."""
+    def log_inputs(self, tracker: Tracker, run_id: str, *, tags: Mapping[str, str] | None = None) -> None:
+        """Logs what is asked for, and more ``tags``."""
 
     def run(self, run: Callable[[Job], Outcome]) -> Outcome:
         """Runs it at the worker; ``run`` runs a job as a run of its own."""
@@ -143,9 +143,17 @@ class CellJob(Job):
     def run_tags(self) -> dict[str, object]:
         return super().run_tags | dict(self.tags)
 
-    def log_inputs(self, tracker: Tracker, run_id: str, identity: Mapping[str, str] | None = None) -> None:
+    def log_inputs(
+        self,
+        tracker: Tracker,
+        run_id: str,
+        identity: Mapping[str, str] | None = None,
+        *,
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
         """Logs the cell and what its names stand for: ``identity``, or what they stood for when it was planned."""
-        log_cell_inputs(tracker, run_id, self.cell, self.identity if identity is None else identity, self.planned)
+        identity = self.identity if identity is None else identity
+        log_cell_inputs(tracker, run_id, self.cell, identity, self.planned, tags)
 
     def halved(self) -> CellJob | None:
         """The job with half the batch and twice the accumulation (the same examples in every step); None where
@@ -190,5 +198,5 @@ class MaskJob(Job):
     def title(self) -> str:
         return f"masks {self.name}"
 
-    def log_inputs(self, tracker: Tracker, run_id: str) -> None:
-        log_mask_inputs(tracker, run_id, self.config)
+    def log_inputs(self, tracker: Tracker, run_id: str, *, tags: Mapping[str, str] | None = None) -> None:
+        log_mask_inputs(tracker, run_id, self.config, tags)

@@ -16,6 +16,7 @@ from sparse_ft.cell.identity import plan_identity
 from sparse_ft.errors import UserError
 from sparse_ft.files import load_yaml
 from sparse_ft.processes import driver_name
+from sparse_ft.settings.command_line import command_line
 from sparse_ft.settings.commands import SweepConfig
 from sparse_ft.study.heartbeat import living_driver
 from sparse_ft.study.ledger import Ledger, read_ledger
@@ -71,9 +72,10 @@ def start_study(tracker: Tracker, plan: Plan, config: SweepConfig, console: Cons
             console.print(line, highlight=False, soft_wrap=True)
         if adopted := os.environ.get("MLFLOW_RUN_ID"):  # the run that `mlflow run` made for this start
             tracker.log(adopted, tags={Tag.KIND: Kind.RESUME, Tag.RESUMES: parent})
+    command = command_line("sweep", config, ("resume",))
     tracker.log_dict(parent, study, STUDY_FILE)
     tracker.log_dict(parent, identity, _IDENTITY_FILE)
-    tracker.log(parent, tags={Tag.FOLDER: str(start.folder.absolute())})
+    tracker.log(parent, tags={Tag.FOLDER: str(start.folder.absolute()), Tag.COMMAND: command})
     return start
 
 

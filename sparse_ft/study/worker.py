@@ -13,7 +13,7 @@ from sparse_ft.cell.early_stopping import StoppedEarly
 from sparse_ft.cell.failures import CellTimeoutError, Failure, classify
 from sparse_ft.cell.identity import cell_identity, check_identity
 from sparse_ft.cell.masks import make_masks, write_manifest
-from sparse_ft.cell.record import log_cell_result, log_failure, log_masks
+from sparse_ft.cell.record import device_tags, log_cell_result, log_failure, log_masks
 from sparse_ft.cell.run import run_cell
 from sparse_ft.cell.trainer import LOCAL, Trainer, Watch
 from sparse_ft.cell.workbench import Workbench
@@ -106,12 +106,13 @@ class Worker:
             progress.stop()
 
     def _cell(self, job: CellJob, run_id: str, began: float) -> Outcome:
-        identity = job.identity
+        identity, tags = job.identity, {}
         try:
             if not isinstance(job.masks, Failure):
+                tags = device_tags(job.cell.device)
                 identity = cell_identity(job.cell, self._bench, self._trainer.name)
         finally:
-            job.log_inputs(self._tracker, run_id, identity)
+            job.log_inputs(self._tracker, run_id, identity, tags=tags)
         if isinstance(job.masks, Failure):
             return self._failed(job, run_id, began, job.masks)
         check_identity(job.identity, identity, job.title)
@@ -126,7 +127,8 @@ class Worker:
         return Outcome(job, run_id, "FINISHED", time.monotonic() - began, metrics)
 
     def _masks(self, job: MaskJob, run_id: str, began: float) -> Outcome:
-        job.log_inputs(self._tracker, run_id)
+        here = device_tags(job.config.device) if job.config.needs_calibration else {}
+        job.log_inputs(self._tracker, run_id, tags=here)
         files = make_masks(job.config, self._bench, job.folder)
         write_manifest(job.folder, files)
         log_masks(self._tracker, run_id, files)

@@ -8,7 +8,7 @@ from enum import StrEnum
 
 from sparse_ft.levels import level_label
 
-__all__ = ["ENDED", "Kind", "Run", "Tag", "best_name", "by_level", "level_tag"]
+__all__ = ["ENDED", "Kind", "Run", "Tag", "best_name", "by_level", "level_tag", "version_tag"]
 
 ENDED = ("FINISHED", "FAILED", "KILLED")  # the statuses of a run that nobody works at
 
@@ -32,6 +32,10 @@ class Tag(StrEnum):
     KIND = "kind"
     PARENT = "mlflow.parentRunId"  # by which MLflow's pages nest runs
     COLOUR = "mlflow.runColor"
+    # Where it was made, and how to make it again; see `version_tag` too.
+    HOST = "host"
+    DEVICE_NAME = "device_name"
+    COMMAND = "command"  # that repeats this run alone
     # A study's: which plan, who drives it, where its files are, whether it has come to its end.
     PLAN_KEY = "plan_key"
     DRIVER = "driver"
@@ -147,6 +151,11 @@ def by_level(tags: Mapping[str, str], family: Tag) -> dict[float, str]:
     """Sparsity -> value, of the tags that `level_tag` has named."""
     prefix = f"{family}_"
     return {float(name.removeprefix(prefix)) / 100: value for name, value in tags.items() if name.startswith(prefix)}
+
+
+def version_tag(name: str) -> str:
+    """The tag of a program's version: ``version/torch``."""
+    return f"version/{name}"
 
 
 def best_name(name: str) -> str:

@@ -20,6 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from sparse_ft.errors import UserError, masked
 from sparse_ft.tracking.parameters import text_of
+from sparse_ft.tracking.provenance import provenance
 from sparse_ft.tracking.reading import Reader
 from sparse_ft.tracking.record import ENDED, Tag
 from sparse_ft.tracking.stores import (
@@ -62,6 +63,7 @@ class Tracker(Reader):
         reachable(self.uri)
         self._experiments: dict[str, str] = {}  # run id -> experiment id
         self._given: dict[str, set[str]] = {}  # run id -> parameters that `mlflow run` has logged
+        self._said: dict[str, set[str]] = {}  # run id -> tags that it has set
         try:
             with quiet_mlflow(), store_lock(self.uri):
                 self.client = MlflowClient(self.uri)
@@ -125,7 +127,9 @@ class Tracker(Reader):
             return self._create(self.experiment_id, name, tags or {})
         self._adopted(adopted)
         self.client.update_run(adopted, status="RUNNING", name=name)
-        self.log(adopted, tags=tags)
+        # Of what `mlflow run` has said itself (project, user, commit) nothing is said otherwise.
+        found = {name: value for name, value in provenance().items() if name not in self._said[adopted]}
+        self.log(adopted, tags={**found, **(tags or {})})
         return adopted
 
     def start_child(self, parent_run_id: str | None, name: str, tags: Mapping[str, Any] | None = None) -> str:
@@ -255,7 +259,7 @@ class Tracker(Reader):
     # -- inside
 
     def _create(self, experiment_id: str, name: str, tags: Mapping[str, Any]) -> str:
-        run = self.client.create_run(experiment_id, run_name=name, tags=_plain_tags(tags))
+        run = self.client.create_run(experiment_id, run_name=name, tags=_plain_tags({**provenance(), **tags}))
         self._experiments[run.info.run_id] = experiment_id
         return run.info.run_id
 
@@ -269,7 +273,7 @@ class Tracker(Reader):
                     f"MLFLOW_RUN_ID names the run {run_id}, which is not in {self.uri}; give mlflow run an absolute "
                     "MLFLOW_TRACKING_URI, or unset MLFLOW_RUN_ID"
                 ) from error
-            self._given[run_id] = set(run.data.params)
+            self._given[run_id], self._said[run_id] = set(run.data.params), set(run.data.tags)
             self._experiments[run_id] = run.info.experiment_id
         return self._experiments[run_id]
 

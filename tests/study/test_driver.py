@@ -1,3 +1,4 @@
+import shlex
 from pathlib import Path
 
 import pytest
@@ -5,9 +6,12 @@ import pytest
 from sparse_ft.errors import UserError
 from sparse_ft.models.checkpoint import Checkpoint
 from sparse_ft.models.copying import copy_checkpoint
-from sparse_ft.settings.commands import SweepConfig
+from sparse_ft.settings.cell import TrainConfig
+from sparse_ft.settings.commands import MaskConfig, SweepConfig
+from sparse_ft.settings.parser import Parser
 from sparse_ft.study.display import duration
 from sparse_ft.study.driver import sweep
+from sparse_ft.tracking.parameters import flatten_config
 from sparse_ft.tracking.runs import Tracker
 
 
@@ -44,6 +48,13 @@ def test_a_study_is_a_parent_with_a_child_for_every_cell_and_mask_set(run_study,
     assert sparse.tags["mask_checksum"] == masks[0].tags["mask_checksum_50"]
     assert "config.yaml" in tracker.artifacts(sparse.run_id)
     assert "adapter/adapter_config.json" in tracker.artifacts(sparse.run_id)
+    for run in [parent, *children]:
+        assert {"mlflow.user", "mlflow.source.name", "host", "version/torch", "version/sparse_ft"} <= set(run.tags)
+    assert "device_name" in sparse.tags and shlex.split(parent.tags["command"])[:2] == ["sparse-ft", "sweep"]
+    _, command, *words = shlex.split(sparse.tags["command"])
+    again = Parser(TrainConfig).arguments(words)
+    assert command == "train" and flatten_config(again.canonical()).items() <= sparse.params.items()
+    assert Parser(MaskConfig).arguments(shlex.split(masks[0].tags["command"])[2:]).sparsities == (0.5,)
     shown = capsys.readouterr().out
     assert "sparse to sparse" in shown
     assert "mlflow ui --backend-store-uri" in shown
