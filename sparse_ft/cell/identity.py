@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import sparse_ft
+from sparse_ft.cell.teacher import teacher_fingerprint
 from sparse_ft.cell.workbench import Workbench
 from sparse_ft.errors import ModelUnavailableError, UserError
 from sparse_ft.models.devices import resolve_device, resolve_dtype
@@ -57,11 +58,11 @@ def cell_identity(cell: CellConfig, bench: Workbench, trainer: str = "local") ->
     ``weights``, ``model_config`` and ``tokenizer`` of the base model; ``training_data``, ``scored_data`` and
     ``fewshot_data`` (where there are any); ``task_definition`` (of a task of one's own); ``num_fewshot``;
     ``perplexity_text`` (of a file); ``calibration_text`` and ``recovery_text`` (of a corpus); ``masks`` (of a given
-    file); ``dtype`` and ``device`` as resolved; ``versions`` of this program and of the libraries that compute;
-    ``trainer``, where it is not the local one.
+    file); ``teacher`` (of one that is named); ``dtype`` and ``device`` as resolved; ``versions`` of this program and
+    of the libraries that compute; ``trainer``, where it is not the local one.
 
     Raises:
-        UserError: a model, a task, a mask file or a text that cannot be had.
+        UserError: a model, a task, a mask file, a text or a teacher that cannot be had.
     """
     task = bench.task(cell)
     device = resolve_device(cell.device)
@@ -78,6 +79,8 @@ def cell_identity(cell: CellConfig, bench: Workbench, trainer: str = "local") ->
         found["recovery_text"] = bench.corpus(cell.recover_corpus, cell.data_dir).digest
     if cell.pruned and cell.masks is not None:
         found["masks"] = bench.given_masks(cell.masks)
+    if (teacher := teacher_fingerprint(cell, bench)) is not None:
+        found["teacher"] = teacher
     found |= {"dtype": str(resolve_dtype(cell.dtype, device)).removeprefix("torch."), "device": device.type}
     found |= {"versions": versions()}
     return found if trainer == "local" else found | {"trainer": trainer}
@@ -98,15 +101,24 @@ def check_identity(planned: Mapping[str, str], here: Mapping[str, str], where: s
         )
 
 
-def cell_key(cell: CellConfig, identity: Mapping[str, str], mask_checksum: str = "") -> str:
-    """Identity of a result: SHA-256 (16 hex digits) over the cell's settings, what its names stand for, its masks."""
+def cell_key(cell: CellConfig, identity: Mapping[str, str], mask_checksum: str = "", tuned: str = "") -> str:
+    """Identity of a result: SHA-256 (16 hex digits) over the cell's settings, what its names stand for, its masks.
+
+    Args:
+        cell: what is asked for.
+        identity: what its names stand for.
+        mask_checksum: of its masks; empty where it has none.
+        tuned: fingerprint of the study's dense baseline, where that teaches.
+    """
     names = named(CellConfig, named=True)  # what they stand for is in the identity
     settings = {name: value for name, value in cell.canonical().items() if name not in names}
     if identity.get("dtype") == "float32":
         settings.pop("rounding")  # nothing is rounded
     if cell.perplexity_tokens == 0:
         settings = {name: value for name, value in settings.items() if name != "perplexity_seq_len"}
-    return digest([settings, dict(identity), mask_checksum])
+    if "teacher" in identity:
+        settings.pop("teacher")  # a name
+    return digest([settings, dict(identity), mask_checksum, *([tuned] if tuned else [])])
 
 
 def mask_key(config: MaskConfig, bench: Workbench) -> str:
@@ -142,7 +154,7 @@ def untuned_key(
         start: fingerprint of the weights under the masks (after an update not the base's).
         settings: how is scored.
     """
-    no_matter = ("training_data", "masks", "calibration_text", "recovery_text")  # to how a model is scored
+    no_matter = ("training_data", "masks", "calibration_text", "recovery_text", "teacher")  # to how a model is scored
     scored = {name: value for name, value in identity.items() if name not in no_matter}
     how = {name: value for name, value in settings.items() if name not in ("perplexity_corpus", "num_fewshot")}
     return digest([cell.task, scored, start, mask_checksum, how], 64)
@@ -196,6 +208,8 @@ def _owners(cell: CellConfig, name: str) -> Iterator[str]:
         yield f"text {cell.calibration_corpus}"
     elif name == "recovery_text":
         yield f"text {cell.recover_corpus}"
+    elif name == "teacher":
+        yield f"teacher {cell.teacher}"
     elif name == "perplexity_text":
         yield f"text {cell.perplexity_corpus}"
     elif name == "masks":

@@ -27,7 +27,7 @@ from sparse_ft.settings.parser import Parser
 from sparse_ft.tracking.record import Kind, Run, Tag, level_tag
 from sparse_ft.tracking.runs import Tracker
 
-__all__ = ["logged_cell", "not_of", "rebuild"]
+__all__ = ["finished_cell", "logged_cell", "not_of", "rebuild"]
 
 
 def rebuild(tracker: Tracker, run_id: str, target: Path, bench: Workbench) -> Path:
@@ -45,16 +45,10 @@ def rebuild(tracker: Tracker, run_id: str, target: Path, bench: Workbench) -> Pa
     Raises:
         UserError: no such run, no adapter or masks any more, or weights that came out otherwise.
     """
-    run = tracker.run(run_id)
-    if run.same_as:
-        run = tracker.run(run.same_as)
-    if run.kind != Kind.CELL or not run.is_finished:
-        raise UserError(f"run {run_id} is no finished cell ({run.status}); there is nothing to rebuild.")
+    run, cell = finished_cell(tracker, run_id)
+    trains = MODES[cell.mode].trains
     with tempfile.TemporaryDirectory() as scratch:
-        cell = replace(logged_cell(tracker, run), output_dir=scratch)
-        trains = MODES[cell.mode].trains
-        if trains and not any(name.startswith("adapter/") for name in tracker.artifacts(run.run_id)):
-            raise UserError(f"run {run_id} holds no adapter (mode {cell.mode}, keep: none); run the cell again.")
+        cell = replace(cell, output_dir=scratch)
         adapter = tracker.fetch(run.run_id, "adapter", scratch) if trains else None
         masks = _masks(tracker, run, cell, Path(scratch))
         base, found = run.tags.get(Tag.BASE_FINGERPRINT), bench.checkpoint(cell.model)
@@ -84,6 +78,27 @@ def rebuild(tracker: Tracker, run_id: str, target: Path, bench: Workbench) -> Pa
                 if (problem := not_of(run, made)) is not None:
                     raise UserError(f"{problem}; rebuild on the kind of device that the cell ran on. Nothing is kept.")
     return target
+
+
+def finished_cell(tracker: Tracker, run_id: str) -> tuple[Run, CellConfig]:
+    """The run that holds what a cell's model can be made of again, and the cell.
+
+    Args:
+        tracker: where the run is.
+        run_id: of the cell; one that is the ``same_as`` of another gives that one.
+
+    Raises:
+        UserError: no such run, not a finished cell, or without its adapter.
+    """
+    run = tracker.run(run_id)
+    if run.same_as:
+        run = tracker.run(run.same_as)
+    if run.kind != Kind.CELL or not run.is_finished:
+        raise UserError(f"run {run_id} is no finished cell ({run.status}); there is nothing to rebuild.")
+    cell = logged_cell(tracker, run)
+    if MODES[cell.mode].trains and not any(name.startswith("adapter/") for name in tracker.artifacts(run.run_id)):
+        raise UserError(f"run {run_id} holds no adapter (mode {cell.mode}, keep: none); run the cell again.")
+    return run, cell
 
 
 def _recovered(tracker: Tracker, run: Run) -> Checkpoint | None:

@@ -17,26 +17,24 @@ from sparse_ft.cell.clock import Clock
 from sparse_ft.cell.identity import cell_identity, digest, recovery_parts
 from sparse_ft.cell.result import CellResult
 from sparse_ft.cell.start import Start
+from sparse_ft.cell.teaching import teaching
 from sparse_ft.cell.workbench import Workbench
 from sparse_ft.errors import UserError
 from sparse_ft.files import write_json
 from sparse_ft.lora.merge import merge_all_lora_weights
 from sparse_ft.lora.model import apply_sparse_lora
 from sparse_ft.models.checkpoint import Checkpoint
-from sparse_ft.models.families import architecture_of
-from sparse_ft.models.loading import load_model, load_state_into, save_model, saved_tokenizer
+from sparse_ft.models.loading import load_state_into, save_model, saved_tokenizer
 from sparse_ft.settings.cell import CellConfig
 from sparse_ft.settings.corpora import TASK
-from sparse_ft.settings.modes import FULL, MODES, SPARSE_TO_SPARSE
+from sparse_ft.settings.modes import DENSE, FULL, MODES, SPARSE_TO_SPARSE
 from sparse_ft.tasks.corpora import drawn_windows
 from sparse_ft.tasks.examples import Example, calibration_texts, token_stream
 from sparse_ft.tracking.record import Tag
-from sparse_ft.training.distillation import Distillation
 from sparse_ft.training.trainer import train
 
-__all__ = ["recover", "recovery_examples", "teacher_of"]
+__all__ = ["recover", "recovery_examples"]
 
-_LARGEST = 1024  # of the teacher's tokens, beyond which the others count as one: a vocabulary may have 250,000
 _RECORD = "recovery.json"
 
 
@@ -49,6 +47,7 @@ def recover(
     clock: Clock,
     result: CellResult,
     name: str,
+    teacher: Checkpoint | None = None,
 ) -> Checkpoint:
     """Gives the model the weights that recovery ends with; trains them where no cell has done so before.
 
@@ -56,13 +55,14 @@ def recover(
 
     Args:
         cell: what is recovered, and how.
-        bench: finds text and teacher; its folder holds what was recovered.
+        bench: finds the text; its folder holds what was recovered.
         model: with the weights of ``start`` under its masks; changed in place.
         start: the weights and masks that recovery begins with.
         folder: for what was recovered, where nothing is shared.
         clock: is told what it took.
         result: is told how it went.
         name: of the cell's run, for those that take over what it trained.
+        teacher: the weights that it learns from; None: from the text alone.
 
     Returns:
         the recovered checkpoint, complete.
@@ -72,6 +72,8 @@ def recover(
         NonFiniteLossError: training diverged.
     """
     parts = {**recovery_parts(cell, cell_identity(cell, bench)), "weights": start.checkpoint.fingerprint}
+    if teacher is not None and cell.teacher != DENSE.name:
+        parts["teacher"] = teacher.fingerprint  # whatever it was called
     key = digest([parts, start.masks.checksum])
     place = (bench.recovered or folder / "recovered") / key
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +85,7 @@ def recover(
         else:
             shutil.rmtree(place, ignore_errors=True)  # of a run that was killed, or changed since
             with clock("recover"):
-                series = _train(cell, bench, model, start, place)
+                series = _train(cell, bench, model, start, teacher, place)
             said = {"recovered_by": name, "fingerprint": Checkpoint(place).fingerprint, "series": series}
             write_json(place / _RECORD, said)
     found = Checkpoint(place)
@@ -115,17 +117,6 @@ def recovery_examples(cell: CellConfig, bench: Workbench) -> list[Example]:
     return [Example(tokens[begin : begin + length], 1) for begin in starts]
 
 
-def teacher_of(cell: CellConfig, base: Checkpoint, model: PreTrainedModel) -> Distillation | None:
-    """The dense model beside the pruned one, in its precision and on its device; None where the cell has no teacher."""
-    if not cell.has_teacher:
-        return None
-    parameter = next(model.parameters())
-    dense = load_model(base.folder, parameter.dtype, parameter.device).requires_grad_(False)
-    weights = {"ce": cell.teacher_ce, "kl": cell.teacher_kl, "squarehead": cell.teacher_squarehead}
-    blocks = architecture_of(base.config).blocks
-    return Distillation(dense, blocks, **weights, temperature=cell.teacher_temperature, largest=_LARGEST)
-
-
 def _made(place: Path) -> dict[str, Any] | None:
     """What is recorded of a recovered model; None where there is none, or its weights are others than were written."""
     try:
@@ -136,7 +127,7 @@ def _made(place: Path) -> dict[str, Any] | None:
 
 
 def _train(
-    cell: CellConfig, bench: Workbench, model: PreTrainedModel, start: Start, place: Path
+    cell: CellConfig, bench: Workbench, model: PreTrainedModel, start: Start, teacher: Checkpoint | None, place: Path
 ) -> Mapping[str, list[Any]]:
     base = bench.checkpoint(cell.model)
     mode = FULL if MODES[cell.mode].trains_weights else SPARSE_TO_SPARSE
@@ -149,10 +140,10 @@ def _train(
     )
     torch.manual_seed(cell.seed)
     adapted = apply_sparse_lora(model, cell, mode.name, start.masks, cell.seed)
-    guide, pad = teacher_of(cell, base, model), bench.tokenizer(cell.model).pad_token_id
-    examples = recovery_examples(cell, bench)
+    examples, pad = recovery_examples(cell, bench), bench.tokenizer(cell.model).pad_token_id
     scratch = place.with_suffix(".trainer")
-    trained = train(adapted, examples, settings, scratch, pad, bench.progress, distillation=guide)
+    with teaching(cell, teacher, start.checkpoint, adapted, start.masks) as guide:
+        trained = train(adapted, examples, settings, scratch, pad, bench.progress, distillation=guide)
     shutil.rmtree(scratch, ignore_errors=True)
     series = {"recover/loss": trained.loss_curve}
     series |= {f"recover/{part}": points for part, points in (guide.curves() if guide else {}).items()}

@@ -15,6 +15,7 @@ from sparse_ft.cell.recovery import recover
 from sparse_ft.cell.result import CellResult
 from sparse_ft.cell.scores import Scores
 from sparse_ft.cell.start import Start, starting
+from sparse_ft.cell.teacher import find_teacher
 from sparse_ft.cell.trainer import LOCAL, UNTRAINED, UNWATCHED, Trained, Trainer, Training, Watch
 from sparse_ft.cell.workbench import Workbench
 from sparse_ft.errors import UserError
@@ -39,6 +40,7 @@ def run_cell(
     watch: Watch = UNWATCHED,
     name: str = "",
     warn_foreign: bool = False,
+    tuned: str = "",
 ) -> CellResult:
     """Runs a cell on this machine, but for what its trainer does elsewhere.
 
@@ -53,6 +55,7 @@ def run_cell(
         name: of its run, for the cells that take over what this one measured; by default the cell's title.
         warn_foreign: take masks that were made of other weights of these shapes, with a warning; in a study they
             are refused.
+        tuned: the run of the study's dense baseline, where that teaches.
 
     Raises:
         StoppedEarly: the judge has seen enough.
@@ -62,7 +65,7 @@ def run_cell(
         ValidationFailedError: the merged checkpoint breaks what the mode promises.
     """
     with ExitStack() as temporary:
-        return _run(cell, mask_file, bench, folder, trainer, watch, name, warn_foreign, temporary)
+        return _run(cell, mask_file, bench, folder, trainer, watch, name, warn_foreign, tuned, temporary)
 
 
 def _run(
@@ -74,6 +77,7 @@ def _run(
     watch: Watch,
     name: str,
     warn_foreign: bool,
+    tuned: str,
     temporary: ExitStack,
 ) -> CellResult:
     result, clock, mode = CellResult(), Clock(), MODES[cell.mode]
@@ -89,6 +93,9 @@ def _run(
         task = bench.task(cell)
         begun = temporary.enter_context(starting(mask_file, checkpoint, folder, bench.progress))
         start, masks = begun.checkpoint, begun.masks
+        teacher = find_teacher(cell, bench, folder, tuned)
+        if teacher is not None and teacher is not checkpoint:
+            result.tags[Tag.TEACHER_FINGERPRINT] = teacher.fingerprint
         if mask_file is not None:
             _log_masks(mask_file, begun, checkpoint, warn_foreign, result)
         examples = []
@@ -116,7 +123,7 @@ def _run(
                     result.protocol.update(untuned.protocol)
 
         if cell.recovered:
-            start = recover(cell, bench, model, begun, folder, clock, result, name or cell.title)
+            start = recover(cell, bench, model, begun, folder, clock, result, name or cell.title, teacher)
             if cell.score_untuned:
                 with clock("eval_recovered"):
                     result.add_scores(scores.untuned(model, start, masks.checksum)[1].metrics, "_recovered")
@@ -124,7 +131,7 @@ def _run(
         training = Training(
             cell=cell, model=model, base=checkpoint, start=start, masks=masks, examples=examples, tokenizer=tokenizer,
             folder=folder, scores=scores, clock=clock, result=result, progress=bench.progress, watch=watch,
-            whole=begun.whole,
+            whole=begun.whole, teacher=None if cell.recovered else teacher,
         )  # fmt: skip
         trained = trainer.train(training)
         if mode.trains:

@@ -13,9 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparse_ft.cell.clock import Clock
 from sparse_ft.cell.early_stopping import Judge, Rungs
-from sparse_ft.cell.recovery import teacher_of
 from sparse_ft.cell.result import CellResult
 from sparse_ft.cell.scores import Scores
+from sparse_ft.cell.teaching import teaching
 from sparse_ft.lora.merge import merge_all_lora_weights
 from sparse_ft.lora.model import apply_sparse_lora, validate_sparsity_preserved
 from sparse_ft.lora.projections import chosen_projections
@@ -72,6 +72,7 @@ class Training:
         progress: told how far it is.
         watch: see `Watch`.
         whole: the masks as they were made, of experts too that are gone from ``start``; None: as ``masks``.
+        teacher: the weights that it learns from beside the examples; None: from these alone.
     """
 
     cell: CellConfig
@@ -88,6 +89,7 @@ class Training:
     progress: Progress
     watch: Watch
     whole: MaskSet | None = None
+    teacher: Checkpoint | None = None
 
     @property
     def target(self) -> Path:
@@ -167,23 +169,22 @@ class LocalTrainer:
             adapted = apply_sparse_lora(training.model, cell, cell.mode, masks, cell.seed)
             judge = training.watch.judge
             rungs = Rungs(judge, adapted, scores, clock) if judge is not None and judge.rungs else None
-            guide = None if cell.recovers else teacher_of(cell, training.base, training.model)
-            trained = train(
-                adapted,
-                training.examples,
-                cell,
-                training.folder / "trainer",
-                training.tokenizer.pad_token_id,
-                progress=training.progress,
-                callbacks=[rungs] if rungs else [],
-                distillation=guide,
-            )
+            with teaching(cell, training.teacher, training.start, adapted, masks) as guide:
+                trained = train(
+                    adapted,
+                    training.examples,
+                    cell,
+                    training.folder / "trainer",
+                    training.tokenizer.pad_token_id,
+                    progress=training.progress,
+                    callbacks=[rungs] if rungs else [],
+                    distillation=guide,
+                )
         shutil.rmtree(training.folder / "trainer", ignore_errors=True)
         _log(result, trained, timed=rungs is None)
         if guide is not None:
             parts = guide.curves(cell.gradient_accumulation)
             result.series.update({f"train/{part}": points for part, points in parts.items()})
-            del guide  # and the teacher
         if rungs is not None:
             result.series["eval/loss_while_training"] = rungs.losses
         if cell.keep != "none" and mode.lora:

@@ -47,11 +47,15 @@ class Workbench:
     Args:
         progress: told about loads.
         shared: folder in which several workers share the scores of untuned models; None keeps them here.
+
+    Attributes:
+        store: the tracking store of a study's worker; None: that of the surroundings.
     """
 
     def __init__(self, progress: Progress = SILENT, shared: Path | None = None):
         self.progress = progress
         self._shared = shared
+        self.store: str | None = None
         self._checkpoints: dict[str, Checkpoint] = {}
         self._stamps: dict[str, list[tuple[int, ...]]] = {}
         self._tokenizers: dict[str, PreTrainedTokenizerBase] = {}
@@ -115,6 +119,11 @@ class Workbench:
     def recovered(self) -> Path | None:
         """The folder in which workers share recovered models; None: each keeps its own."""
         return self._shared and self._shared.parent / "recovered"
+
+    @property
+    def teachers(self) -> Path | None:
+        """The folder in which workers share the models of runs that teach; None: each keeps its own."""
+        return self._shared and self._shared.parent / "teachers"
 
     def corpus(self, name: str, data_dir: str | None) -> CorpusRows:
         """The rows of a corpus, or of a file.

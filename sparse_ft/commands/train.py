@@ -48,6 +48,7 @@ def _run(config: TrainConfig, given: GivenMasks | None, bench: Workbench) -> int
     )
     from sparse_ft.cell.register import register_cell
     from sparse_ft.cell.run import run_cell
+    from sparse_ft.cell.teacher import check_teacher
     from sparse_ft.cell.trainer import Watch
     from sparse_ft.models.devices import check_device
     from sparse_ft.study.checks.preflight import check_examples
@@ -60,6 +61,7 @@ def _run(config: TrainConfig, given: GivenMasks | None, bench: Workbench) -> int
     trainer.check(config, checkpoint)
     if missing := trainer.missing():
         raise UserError(" | ".join(missing))
+    check_teacher(config, bench)
     check_examples(config, bench)
     kind = mask_set_of(config)
     if kind is not None:

@@ -83,6 +83,9 @@ class ParamWrapper(MaskedBase, peft_layer.ParamWrapper):
     @contextmanager
     def _activate_lora(self, active_adapters: list[str]) -> Iterator[None]:
         packed = self.required_mask()
+        if self.lifted:
+            yield
+            return
         adapter = self.single_adapter()
         if adapter is None or not self.is_masked(adapter):
             with super()._activate_lora(active_adapters):

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from sparse_ft.lora.rounding import DITHERED_DTYPES, block_rows, dither_into
 
-__all__ = ["effective_weight", "masked_linear", "masked_weight", "prune_", "rank_one_factors"]
+__all__ = ["effective_weight", "masked_linear", "masked_weight", "prune_", "pruned_linear", "rank_one_factors"]
 
 _INTEGERS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.bfloat16: torch.int16,
              torch.float16: torch.int16}  # fmt: skip
@@ -173,6 +173,24 @@ def masked_weight(
     return _MaskedWeight.apply(weight, factor_a, factor_b, packed, scaling, key)
 
 
+def pruned_linear(x: Tensor, weight: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``y = x (W . M)^T + bias`` of a frozen ``W`` that is not pruned itself, differentiable in ``x`` and ``bias``.
+
+    Bit for bit what a linear map of the pruned weight gives, and its gradients. Keeps references to W and the bits for
+    backward; ``W . M`` is made anew there.
+
+    Args:
+        x: ``[..., in]``.
+        weight: ``W [out, in]``, contiguous, a constant.
+        packed: ``uint8 [out, ceil(in/8)]``.
+        bias: ``[out]``.
+
+    Returns:
+        ``[..., out]``.
+    """
+    return _PrunedLinear.apply(x, weight, packed, bias)
+
+
 def rank_one_factors(mask: Tensor) -> tuple[Tensor, Tensor] | None:
     """``(m_out [out], m_in [in])``, boolean, with ``M = m_out m_in^T``, or None where there are none.
 
@@ -236,3 +254,23 @@ class _MaskedWeight(torch.autograd.Function):
         gradient = prune_(gradient.clone(memory_format=torch.contiguous_format), packed)
         needs = (ctx.needs_input_grad[1], ctx.needs_input_grad[2])
         return None, *_factor_gradients(gradient, factor_a, factor_b, ctx.scaling, needs), None, None, None
+
+
+class _PrunedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, packed, bias):
+        ctx.save_for_backward(weight, packed)
+        return F.linear(x, prune_(weight.clone(), packed), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        weight, packed = ctx.saved_tensors
+        grad = grad_output.reshape(-1, grad_output.shape[-1])
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.mm(grad, prune_(weight.clone(), packed).to(grad.dtype))
+            grad_x = grad_x.view(*grad_output.shape[:-1], weight.shape[-1])
+        if ctx.needs_input_grad[3]:
+            grad_bias = grad.sum(0)
+        return grad_x, None, None, grad_bias

@@ -28,6 +28,7 @@ class MaskedBase:
 
     sparse_mask: Tensor | None
     noise_name: str = ""
+    lifted: bool = False  # whether the base works alone and as it is; see `sparse_ft.lora.whole`
 
     def init_mask(self) -> None:
         """Declares the buffers; to be called once, after ``nn.Module.__init__``."""
@@ -193,6 +194,8 @@ class SparseLoRALayer(MaskedBase, Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.required_mask()
+        if self.lifted:
+            return self.base_layer(x, *args, **kwargs)
         adapter = self.single_adapter()
         if self.disable_adapters or self.merged or adapter is None or not self.is_masked(adapter):
             return super().forward(x, *args, **kwargs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,6 +28,7 @@ __all__ = [
     "apply_masks",
     "load_model",
     "load_state_into",
+    "load_tensors_into",
     "load_tokenizer",
     "prunable_shapes",
     "quiet_transformers",
@@ -218,9 +219,24 @@ def load_state_into(
     """
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = Checkpoint(checkpoint)
-    wanted = set(checkpoint.names) if names is None else set(names)
     parameters = dict(model.named_buffers(remove_duplicate=False))  # a router's correction of its choice is one
     parameters |= dict(model.named_parameters(remove_duplicate=False))
+    load_tensors_into(parameters, checkpoint, checkpoint.names if names is None else names)
+
+
+@torch.no_grad()
+def load_tensors_into(parameters: Mapping[str, torch.Tensor], checkpoint: Checkpoint, names: Iterable[str]) -> None:
+    """Copies tensors of a checkpoint into parameters, as `load_state_into` does.
+
+    Args:
+        parameters: of a model of the same architecture, by their names in the plain model.
+        checkpoint: where the weights are.
+        names: the checkpoint tensors.
+
+    Raises:
+        UserError: a tensor that the checkpoint or the model does not have, or of another shape.
+    """
+    wanted = set(names)
     targets: dict[Path, dict[str, torch.Tensor]] = defaultdict(dict)
     for name in sorted(wanted):
         slot = place(checkpoint.config, name)

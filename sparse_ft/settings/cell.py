@@ -14,9 +14,9 @@ from sparse_ft.settings.corpora import TASK
 from sparse_ft.settings.field import Settings, defaults, named, part_of, plain_values, setting, unsaid
 from sparse_ft.settings.lora import LoraSettings
 from sparse_ft.settings.model import DataSettings, ModelSettings
-from sparse_ft.settings.modes import MODES, SPARSE_TO_SPARSE
+from sparse_ft.settings.modes import DENSE, MODES, SPARSE_TO_SPARSE
 from sparse_ft.settings.pruning import CALIBRATION, TUNING, RecipeSettings
-from sparse_ft.settings.recovery import RecoverySettings
+from sparse_ft.settings.recovery import TUNED, RecoverySettings
 from sparse_ft.settings.rules import AUTO, EXPERTS, RANDOM, STEPS
 from sparse_ft.settings.scoring import ScoringSettings
 from sparse_ft.settings.training import TrainingSettings
@@ -95,6 +95,17 @@ class CellConfig(
     def has_teacher(self) -> bool:
         """Whether a dense model teaches: in recovery, or, without one, on the task."""
         return self.taught and self.pruned and MODES[self.mode].trains
+
+    @property
+    def lifts_masks(self) -> bool:
+        """Whether the teacher is the base under the student's adapter, its masks lifted, and takes no memory."""
+        same = self.teacher == DENSE.name and not self.changes_weights and self.method != EXPERTS
+        return self.has_teacher and same and not MODES[self.mode].trains_weights
+
+    @property
+    def has_tuned_teacher(self) -> bool:
+        """Whether the study's dense baseline teaches."""
+        return self.has_teacher and self.teacher == TUNED
 
     def canonical(self) -> dict[str, Any]:
         """Everything that the result depends on, by the names it was asked for with. Fields that cannot matter under
@@ -177,6 +188,12 @@ class TrainConfig(CellConfig):
     cerebras: str | None = setting(
         None, "YAML file that says where trainer cerebras trains (see docs/cerebras.md), or none.", path=()
     )
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong with the values, one sentence each."""
+        yield from super().problems()
+        if self.has_tuned_teacher:
+            yield f"teacher {TUNED} is the dense baseline of a study (sweep); give the run of one: runs:/ID."
 
 
 def mask_set_of(cell: CellConfig) -> MaskConfig | None:

@@ -37,7 +37,7 @@ def normal_path(name: str, value: str, words: Collection[str] = ()) -> str:
         if missing := _VARIABLE.search(path):
             raise UserError(f"{name} is '{value}'; the variable {missing[1].strip('{}')} is not set.")
     plain = os.path.normpath(path)
-    if name == "model":  # what no slash or dot begins may be a hub id
+    if name in ("model", "teacher"):  # what no slash or dot begins may be a hub id
         keeps = path.startswith(_HERE) and not plain.startswith((os.sep, os.pardir))
         return _HERE + plain if keeps and plain != os.curdir else plain
     return _HERE + plain if plain in words else plain

@@ -11,9 +11,11 @@ from sparse_ft.settings.corpora import TASK, corpus_problem, corpus_words
 from sparse_ft.settings.field import Settings, setting
 from sparse_ft.settings.modes import DENSE
 
-__all__ = ["TEACHERS", "RecoverySettings"]
+__all__ = ["TEACHERS", "TUNED", "RecoverySettings"]
 
-TEACHERS = ("none", DENSE.name)
+TUNED = "dense_tuned"  # the study's own dense baseline
+TEACHERS = ("none", DENSE.name, TUNED)
+_RUN = "runs:/"
 
 _later = partial(setting, later=True, time=False)
 
@@ -40,9 +42,11 @@ class RecoverySettings(Settings):
     recover_learning_rate: float = _later(1e-3, "peak of recovery's linear schedule.")
     teacher: str = setting(
         "none",
-        "dense: the dense model's logits and blocks' outputs are matched, in recovery or, without one, in training on"
-        " the task; it takes memory beside the pruned one.",
-        choices=TEACHERS,
+        "whose logits and blocks' outputs are matched, in recovery or, without one, in training on the task: dense (the"
+        " unpruned model), dense_tuned (the study's dense fine-tuned baseline of the same task and seed), or a model of"
+        " the same tokenizer: a folder, owner/name, or runs:/ID of a finished cell.",
+        path=TEACHERS,
+        needed=True,
         later=True,
     )
     teacher_ce: float = _later(1.0, "weight of the labels' cross entropy beside a teacher.", least=0)
@@ -60,6 +64,16 @@ class RecoverySettings(Settings):
         """Whether there is a teacher."""
         return self.teacher != "none"
 
+    @property
+    def names_teacher(self) -> bool:
+        """Whether the teacher is a model of its own, by name, or a run's."""
+        return self.teacher not in TEACHERS
+
+    @property
+    def teacher_run(self) -> str:
+        """The run whose model teaches; empty where none is named."""
+        return self.teacher.removeprefix(_RUN) if self.teacher.startswith(_RUN) else ""
+
     def problems(self) -> Iterator[str]:
         """What is wrong with the values, one sentence each."""
         yield from super().problems()
@@ -69,5 +83,7 @@ class RecoverySettings(Settings):
             yield f"teacher_temperature is {self.teacher_temperature}; it must be above 0."
         if self.taught and not self.teacher_ce + self.teacher_kl + self.teacher_squarehead > 0:
             yield "teacher_ce, teacher_kl and teacher_squarehead are all 0: nothing is left to train by."
+        if self.teacher.startswith("models:/") or "/" in self.teacher_run or self.teacher == _RUN:
+            yield f"teacher is '{self.teacher}'; of what runs have made give runs:/ID, the run of a finished cell."
         if self.recovers and (problem := corpus_problem("recover_corpus", self.recover_corpus)):
             yield problem

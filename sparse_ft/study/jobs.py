@@ -105,6 +105,7 @@ class CellJob(Job):
         name: in its study; by default the cell's own.
         identity: what the cell's names stood for when it was planned; empty where nobody planned it.
         planned: the cell as the plan has it, where it runs otherwise.
+        tuned: the run of the study's dense baseline, where that teaches.
         judge: of a search: decides midway whether the cell goes on. Only within the worker's process.
     """
 
@@ -118,6 +119,7 @@ class CellJob(Job):
     name: str = ""
     identity: Mapping[str, str] = field(default_factory=dict)
     planned: CellConfig | None = None
+    tuned: str = ""
     judge: Judge | None = None
     key_tag = Tag.CELL_KEY
     results_in_run = True

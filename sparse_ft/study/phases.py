@@ -60,6 +60,7 @@ class Phases:
         outcomes: of this start's cells, in the order they ended.
         holes: filled as cells end without a result.
         masks: of each mask set of the plan, sparsity -> file, or why there are none.
+        teachers: of each dense cell that teaches, by its number in the plan, its run, or why there is none.
         stopped: why cells were left that nobody ran; empty where none were.
     """
 
@@ -70,6 +71,7 @@ class Phases:
     outcomes: list[Outcome] = field(default_factory=list)
     holes: list[Hole] = field(default_factory=list)
     masks: list[Masks] = field(default_factory=list)
+    teachers: dict[int, Run | Failure] = field(default_factory=dict)
     stopped: str = ""
 
     def make_masks(self, executor: RunningExecutor) -> None:
@@ -100,15 +102,19 @@ class Phases:
             return classify(error)
 
     def run_cells(self, executor: RunningExecutor, display: Display) -> None:
-        """Runs every cell that has no result and may get one."""
+        """Runs every cell that has no result and may get one; dense cells that teach come before all others."""
         ledger = self.start.ledger
+        self._tune_teachers(executor, display)
+        if self.stopped:
+            return
         jobs = [self._job(cell) for cell in self.plan.cells]
         self._supersede(jobs)
         same_as = self._same_as(jobs)
-        display.finished = sum(job.key in ledger.finished for job in jobs)
+        ran = {outcome.job.key: outcome.failure is None for outcome in self.outcomes}
+        display.finished = sum(ran.get(job.key, job.key in ledger.finished) for job in jobs)
         waiting = []
         for job, same in zip(jobs, same_as, strict=True):
-            if same is not None or job.key in ledger.finished:
+            if same is not None or job.key in ledger.finished or job.key in ran:
                 continue
             if (again := self._again(job)) is not None:
                 waiting.append(again)
@@ -120,6 +126,28 @@ class Phases:
         display.awaits(job.cell for job in waiting)
         self.run_jobs(executor, waiting)
         self._record_same(jobs, same_as, display)
+
+    def _tune_teachers(self, executor: RunningExecutor, display: Display) -> None:
+        """Runs the dense cells whose models teach others, and takes note of their runs."""
+        ledger = self.start.ledger
+        numbers = sorted({cell.teacher for cell in self.plan.cells if cell.teacher is not None})
+        jobs = {number: self._job(self.plan.cells[number]) for number in numbers}
+        tried = [self._again(job) for job in jobs.values() if job.key not in ledger.finished]
+        waiting = [job for job in tried if job is not None]
+        if waiting:
+            display.awaits(job.cell for job in waiting)
+            self.run_jobs(executor, waiting)
+        ended = {outcome.job.key: outcome for outcome in self.outcomes}
+        for number, job in jobs.items():
+            if job.key in ledger.finished:
+                self.teachers[number] = ledger.finished[job.key]
+            elif job.key in ended and ended[job.key].failure is None:
+                self.teachers[number] = self.tracker.run(ended[job.key].run_id)
+            elif job.key in ended:
+                self.teachers[number] = _of_teacher(job, ended[job.key].failure)
+            elif job.key in ledger.failed:
+                hole = Hole.of_run(ledger.failed[job.key][-1])
+                self.teachers[number] = _of_teacher(job, Failure(hole.kind, hole.message, ""))
 
     def run_jobs(self, executor: RunningExecutor, jobs: Iterable[Job]) -> None:
         """Runs jobs, and takes note of how they ended."""
@@ -186,10 +214,14 @@ class Phases:
         return _by_level(files) if files else None
 
     def _job(self, cell: PlannedCell) -> CellJob:
-        masks = self.masks_of(cell)
-        key = cell_key(cell.config, cell.identity, masks.checksum if isinstance(masks, MaskFile) else "")
+        masks, tuned, weights = self.masks_of(cell), "", ""
+        if isinstance(teacher := self.teachers.get(cell.teacher), Failure):
+            masks = teacher
+        elif teacher is not None:
+            tuned, weights = teacher.run_id, teacher.tags[Tag.MERGED_FINGERPRINT]
+        key = cell_key(cell.config, cell.identity, masks.checksum if isinstance(masks, MaskFile) else "", weights)
         folder = self.start.folder / "cells" / key
-        return CellJob(cell.config, masks, folder, key, name=cell.title, identity=cell.identity)
+        return CellJob(cell.config, masks, folder, key, name=cell.title, identity=cell.identity, tuned=tuned)
 
     def _record_same(self, jobs: list[CellJob], same_as: list[int | None], display: Display) -> None:
         """Runs of the cells that compute the same as another, tagged with its run: nothing is measured twice."""
@@ -222,6 +254,10 @@ def holes_table(holes: list[Hole]) -> Table:
     for hole in holes:
         table.add_row(hole.title, hole.kind, hole.message, hole.run_id[:8])
     return table
+
+
+def _of_teacher(job: CellJob, failure: Failure) -> Failure:
+    return replace(failure, message=f"its teacher, {job.title}, failed: {failure.message}")
 
 
 def _named(params: Mapping[str, str]) -> frozenset:

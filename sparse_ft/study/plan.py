@@ -63,6 +63,7 @@ class PlannedCell:
         config: what it computes, by name.
         title: its name in this study: the cell's own, and the study's axes of which that does not speak.
         masks: number of its mask set in the plan; None: it needs none, or a file is given.
+        teacher: number of the dense cell whose fine-tuned model teaches it; None: none does.
         same_as: number of the cell in the plan that computes the same; None: it runs itself.
         identity: what its names stand for; empty until `Plan.identified`.
     """
@@ -71,6 +72,7 @@ class PlannedCell:
     title: str
     masks: int | None = None
     same_as: int | None = None
+    teacher: int | None = None
     identity: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -121,7 +123,7 @@ def make_plan(study: Study) -> Plan:
     # Every axis value is checked once, not once a cell.
     axes = [[getattr(parser.values({axis: v}, where), axis) for v in values] for axis, values in study.grid.items()]
     points = [replace(common, **dict(zip(study.grid, values, strict=True))) for values in itertools.product(*axes)]
-    dense = [_baseline(point) for point in points] if study.dense_baseline else []
+    dense = [_baseline(point) for point in points if study.dense_baseline or point.has_tuned_teacher]
     cells: dict[str, CellConfig] = {}
     for cell in dense + points:
         if not 0 <= cell.sparsity <= 1:
@@ -133,6 +135,9 @@ def make_plan(study: Study) -> Plan:
             cell = given(cell.masks).settle(cell)
         cells.setdefault(cell.key(), replace(cell, keep=kept, register_as=None))
 
+    for key in {_baseline(cell).key() for cell in cells.values() if cell.has_tuned_teacher}:
+        if cells[key].keep == "none":  # its model is made of its adapter
+            cells[key] = replace(cells[key], keep="adapter")
     configs = list(cells.values())
     kinds = [mask_set_of(cell) for cell in configs]
     levels: dict[MaskConfig, list[float]] = {}
@@ -145,7 +150,10 @@ def make_plan(study: Study) -> Plan:
         PlannedMasks(replace(kind, sparsities=tuple(sorted(set(asked))), figures=study.figures))
         for kind, asked in levels.items()
     ]
-    return Plan(study, tuple(PlannedCell(*values) for values in planned), tuple(sets))
+    places = {key: number for number, key in enumerate(cells)}
+    teachers = (places[_baseline(cell).key()] if cell.has_tuned_teacher else None for cell in configs)
+    made = (PlannedCell(*values, teacher) for values, teacher in zip(planned, teachers, strict=True))
+    return Plan(study, tuple(made), tuple(sets))
 
 
 def _baseline(cell: CellConfig) -> CellConfig:

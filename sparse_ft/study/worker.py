@@ -63,6 +63,7 @@ class Worker:
         self._tracker = Tracker(setup.tracking_uri)
         self._parent, self._trainer = setup.parent_run_id, setup.trainer
         self._bench = bench
+        bench.store = setup.tracking_uri
         self._name = process_name()
 
     def run(
@@ -117,7 +118,9 @@ class Worker:
             return self._failed(job, run_id, began, job.masks)
         check_identity(job.identity, identity, job.title)
         watch = Watch(run_id, lambda curves: self._tracker.log(run_id, curves=curves), job.judge, job.is_reduced)
-        result = run_cell(job.cell, job.masks, self._bench, job.folder, self._trainer, watch, job.title)
+        result = run_cell(
+            job.cell, job.masks, self._bench, job.folder, self._trainer, watch, job.title, tuned=job.tuned
+        )
         log_cell_result(self._tracker, run_id, result)
         _clear(job.folder, result.merged)
         seconds = time.monotonic() - began

@@ -71,6 +71,7 @@ class Tag(StrEnum):
     UNTUNED_MEASURED_BY = "untuned_measured_by"
     RECOVERED_BY = "recovered_by"
     RECOVERED_FINGERPRINT = "recovered_fingerprint"
+    TEACHER_FINGERPRINT = "teacher_fingerprint"  # of a teacher other than the model itself before it was pruned
     CEREBRAS_ATTEMPTS = "cerebras_attempts"
     CEREBRAS_JOBS = "cerebras_jobs"
     # What a result counts for.

@@ -72,14 +72,15 @@ class Distillation:
     """Losses against a teacher, for a Trainer: ``ce`` x cross entropy + ``kl`` x KL + ``squarehead`` x SquareHead.
 
     Attributes:
-        teacher: a model of the student's shapes, in eval mode; none of its parameters is trained.
+        teacher: a model of the student's shapes, in eval mode, of which nothing is trained; or what is called as one
+            is, and has its ``get_base_model`` (`sparse_ft.lora.whole.Lifted`).
         blocks: the path of the blocks in a plain model (`sparse_ft.models.families.Architecture.blocks`).
         ce, kl, squarehead: weights of the parts; what weighs 0 is not computed.
         temperature, largest: of the KL, see `kl_divergence`.
         parts: what each part was, batch by batch, unweighted; by name.
     """
 
-    teacher: nn.Module
+    teacher: Any
     blocks: str
     ce: float = 1.0
     kl: float = 1.0
@@ -121,7 +122,7 @@ class Distillation:
         return found
 
     @contextmanager
-    def _watched(self, model: nn.Module) -> Iterator[list[Tensor]]:
+    def _watched(self, model: Any) -> Iterator[list[Tensor]]:
         """The blocks' outputs, in their order, of the forward passes inside."""
         outputs: list[Tensor] = []
         plain = model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -114,7 +114,6 @@ def test_settings_of_recovery_matter_where_there_is_one():
             "recover_corpus is 'nowhere.txt'; there is no such file",
         ),
         ({"recover_learning_rate": 0.0}, "recover_learning_rate is 0.0"),
-        ({"teacher": "wise"}, "teacher 'wise' is none of none, dense"),
         ({"teacher_kl": -1.0}, "teacher_kl is -1.0; it must be at least 0"),
         ({"teacher": "dense", "teacher_ce": 0.0, "teacher_kl": 0.0, "teacher_squarehead": 0.0}, "nothing is left"),
         ({"teacher_temperature": 0.0}, "teacher_temperature is 0.0"),

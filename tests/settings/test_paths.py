@@ -64,7 +64,7 @@ def test_every_parameter_that_is_a_path(kind, name, tmp_path, monkeypatch):
 def test_words_stay_and_paths_of_their_names_stay_paths(kind, name, tmp_path):
     entry = PATHS[kind, name]
     for word in (*entry.metadata["path"], *(["none"] if is_optional(entry) else [])):
-        assert both_ways(kind, name, word, tmp_path) == (None if word == "none" else word)
+        assert both_ways(kind, name, word, tmp_path) == (None if word == "none" and is_optional(entry) else word)
         assert both_ways(kind, name, f"./{word}", tmp_path) == f"./{word}"
         assert both_ways(kind, name, f"./a/../{word}/", tmp_path) == f"./{word}"
 
@@ -75,6 +75,9 @@ def test_words_stay_and_paths_of_their_names_stay_paths(kind, name, tmp_path):
         (CellConfig, "model", "owner/name"),
         (CellConfig, "model", "owner/name@main"),
         (CellConfig, "model", "./owner/name"),  # a folder, whatever the hub has
+        (CellConfig, "teacher", "owner/name"),
+        (CellConfig, "teacher", "./owner/name"),
+        (CellConfig, "teacher", "runs:/0123"),
         (ValidateConfig, "checkpoint", "models:/tiny-llama-boolq-sparse@sparse70"),
         (ValidateConfig, "checkpoint", "models:/tiny-llama/1"),
         (ValidateConfig, "checkpoint", "runs:/0123/model"),

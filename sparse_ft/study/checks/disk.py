@@ -6,12 +6,13 @@ import math
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
+from sparse_ft.cell.teacher import teacher_model
 from sparse_ft.cell.workbench import Workbench
 from sparse_ft.masks.files import HEADER_ROOM
 from sparse_ft.models.checkpoint import Checkpoint
@@ -20,7 +21,7 @@ from sparse_ft.models.names import role
 from sparse_ft.settings.cell import CellConfig, mask_set_of
 from sparse_ft.settings.field import part_of
 from sparse_ft.settings.lora import LoraSettings
-from sparse_ft.settings.modes import MODES
+from sparse_ft.settings.modes import DENSE, MODES
 from sparse_ft.settings.recovery import RecoverySettings
 from sparse_ft.settings.rules import EXPERTS
 from sparse_ft.study.plan import Plan
@@ -42,10 +43,11 @@ class Disk:
     registered: int
     runs: int
     recovered: int = 0
+    teachers: int = 0
 
     @property
     def output(self) -> int:
-        return self.masks + self.models + self.recovered + self.passing
+        return self.masks + self.models + self.recovered + self.teachers + self.passing
 
     @property
     def artifacts(self) -> int:
@@ -58,6 +60,7 @@ class Disk:
             f"  masks {gigabytes(self.masks)} in each, adapters {gigabytes(self.adapters)}, whole models "
             f"{gigabytes(self.models + self.registered)}, "
             + (f"recovered models {gigabytes(self.recovered)}, " if self.recovered else "")
+            + (f"teachers {gigabytes(self.teachers)}, " if self.teachers else "")
             + f"and {gigabytes(self.passing)} while cells run"
         )
 
@@ -69,6 +72,7 @@ def estimate_disk(plan: Plan, bench: Workbench, workers: int) -> Disk:
     """
     masks = adapters = models = 0
     recovered: dict[Any, int] = {}
+    teachers: dict[Any, int] = {}  # those that are made again of runs
     biggest = 0
     fronts: dict[tuple[str, str], set[float]] = {}
     for item in plan.mask_sets:
@@ -84,6 +88,10 @@ def estimate_disk(plan: Plan, bench: Workbench, workers: int) -> Disk:
             begin = cell.model, mask_set_of(cell), cell.masks, cell.sparsity, cell.task
             how = (*part_of(RecoverySettings, cell).values(), *part_of(LoraSettings, cell).values(), cell.seed)
             recovered[begin, how, MODES[cell.mode].trains_weights] = size
+        if cell.has_tuned_teacher:
+            teachers[replace(cell, mode=DENSE.name).key()] = size
+        elif cell.has_teacher and cell.teacher_run:
+            teachers[cell.teacher_run] = model_bytes(replace(cell, model=teacher_model(cell, bench)), bench)
         if cell.keep != "none" and MODES[cell.mode].lora:
             adapters += _adapter_bytes(checkpoint, cell.lora_r, cell.target_modules)
         if cell.keep == "all":
@@ -97,7 +105,8 @@ def estimate_disk(plan: Plan, bench: Workbench, workers: int) -> Disk:
     if plan.study.registers:
         models, registered = 0, models
     runs = _RUN_BYTES * len(plan.cells)
-    return Disk(masks, adapters, models, biggest * workers, registered, runs, sum(recovered.values()))
+    shared = sum(recovered.values()), sum(teachers.values())
+    return Disk(masks, adapters, models, biggest * workers, registered, runs, *shared)
 
 
 def disk_problems(plan: Plan, bench: Workbench, folder: Path, artifacts: str | None, workers: int) -> list[str]:

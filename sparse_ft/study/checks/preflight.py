@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 
 from sparse_ft.cell.masks import check_given, check_mask_set
+from sparse_ft.cell.teacher import check_teacher, teacher_model
 from sparse_ft.cell.trainer import LOCAL, Trainer
 from sparse_ft.cell.workbench import Workbench
 from sparse_ft.errors import UserError
@@ -32,6 +34,8 @@ def check_plan(plan: Plan, bench: Workbench, trainer: Trainer = LOCAL) -> list[s
         _note(problems, lambda cell=cell: trainer.check(cell, bench.checkpoint(cell.model)))
     for model in dict.fromkeys(cell.model for cell in cells):
         _note(problems, lambda model=model: (bench.checkpoint(model).prunable_shapes(), bench.tokenizer(model)))
+    for cell in {(c.model, c.teacher, c.teacher_squarehead): c for c in cells if c.has_teacher}.values():
+        _note(problems, check_teacher, cell, bench)
     for item in plan.mask_sets:
         _note(problems, check_mask_set, item.config, bench)
     given = [cell for cell in cells if cell.pruned and cell.masks is not None]
@@ -70,8 +74,10 @@ def _memory_problem(plan: Plan, bench: Workbench, workers: int) -> str | None:
     needs = []
     for cell in plan.configs:
         copies = 4 if MODES[cell.mode].trains_weights else 1  # with gradients and two moments
-        copies += cell.has_teacher
-        needs.append((copies * model_bytes(cell, bench), cell.model, resolve_device(cell.device)))
+        size = copies * model_bytes(cell, bench)
+        if cell.has_teacher and not cell.lifts_masks:
+            size += model_bytes(replace(cell, model=teacher_model(cell, bench)), bench)
+        needs.append((size, cell.model, resolve_device(cell.device)))
     size, model, device = max(needs, key=lambda need: need[0])
     if device.type == "cuda":
         import torch

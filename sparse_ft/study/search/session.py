@@ -16,6 +16,7 @@ from sparse_ft.files import write_json
 from sparse_ft.settings.cell import CellConfig, mask_set_of
 from sparse_ft.settings.commands import SweepConfig
 from sparse_ft.settings.field import named
+from sparse_ft.settings.recovery import TUNED
 from sparse_ft.settings.search import SearchSettings
 from sparse_ft.study.checks.disk import model_bytes
 from sparse_ft.study.display import Display
@@ -145,8 +146,12 @@ def plan_search(study: Study, settings: SearchSettings) -> Plan:
     """The cells over all choices that need masks, models or tasks of their own; the other fields at their first.
 
     Raises:
-        UserError: a range over what decides masks.
+        UserError: a range over what decides masks; a teacher that a search has not.
     """
+    if TUNED in (study.cell.get("teacher"), *settings.choices.get("teacher", ())):
+        raise UserError(
+            f"Study {study.name}: a search has no dense baseline to be its teacher; give dense, a model or runs:/ID."
+        )
     needed = {name: axis for name, axis in settings.choices.items() if name in _NEEDED}
     first = {
         name: axis[0] if isinstance(axis, list) else axis["low"]
