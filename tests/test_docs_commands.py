@@ -64,7 +64,7 @@ RUN = {
     r"sparse-ft (NAME|train|validate|analyze|sweep|compute_masks)": STARTED,
     r"python benchmarks/(rounding|sparse_lora)\.py .*": BY_HAND + "its table stands beside it",
     r"python -m benchmarks\.\w+ .*": BY_HAND + "its table stands beside it",
-    r"python -m lm_eval run": "tests/evaluation/test_scores.py::test_equal_to_lm_evals_command_line",
+    r"python -m lm_eval run": BY_HAND + "its scores were ours; what it calls is compared in tests/evaluation",
     r"python -m sparse_ft\.cerebras\.modelzoo\.cszoo fit FIT.yaml --target_device CSX --validate_only": WAFER
     + "lowering.py::test_every_mode_lowers_with_the_sparsity_that_was_measured",
     r"python -m sparse_ft\.cerebras\.modelzoo\.cszoo fit FIT.yaml --target_device CSX --job_labels .*": WAFER

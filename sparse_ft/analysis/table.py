@@ -15,7 +15,7 @@ from sparse_ft.errors import UserError
 from sparse_ft.settings.cell import CellConfig
 from sparse_ft.settings.field import named
 from sparse_ft.settings.modes import DENSE
-from sparse_ft.settings.rules import STEPS, rule_label
+from sparse_ft.settings.rules import METHODS, STEPS, rule_label
 from sparse_ft.tracking.record import Kind, Run, Tag
 
 __all__ = [
@@ -347,7 +347,7 @@ def _sorted(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _method_rank(method: str) -> int:
-    known = ("none", "unstructured", "semi_structured", "structured", "experts", "random")
+    known = (NO_METHOD, *METHODS)
     return known.index(method) if method in known else len(known)
 
 

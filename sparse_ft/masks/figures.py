@@ -26,7 +26,9 @@ from sparse_ft.masks.statistics import block_sparsities, mask_statistics
 
 __all__ = ["block_table", "draw_levels", "save_heatmap", "save_histogram", "save_summary"]
 
+# Of the forward pass, in every family (a test holds it against the table of families).
 _ORDER = (
+    "qkv_proj",
     "q_proj",
     "k_proj",
     "v_proj",

@@ -130,12 +130,11 @@ class BlockModel:
         slot: Slot = self.slots[name]
         return slot.view(self.model.get_parameter(slot.parameter).detach())
 
-    def address(self, name: str, expert: int | None = None) -> int:
+    def address(self, name: str) -> int:
         """Where the matrix lies that inputs are multiplied with: a whole parameter, or one expert's part."""
         slot = self.slots[name]
         parameter = self.model.get_parameter(slot.parameter)
-        index = slot.index[0] if slot.index else expert
-        return (parameter if index is None else parameter[index]).data_ptr()
+        return (parameter[slot.index[0]] if slot.index else parameter).data_ptr()
 
     @torch.no_grad()
     def run(
@@ -213,71 +212,63 @@ class InputWatch(TorchFunctionMode):
 
     Args:
         model: with the block loaded.
-        names: checkpoint tensors to watch; 3-D ones are watched expert by expert.
+        names: checkpoint tensors to watch.
         hessians: also sum up x x^T.
 
     Attributes:
-        squares: sums of squares of each input feature, float64 ``[C]``, by (name, expert or None).
+        squares: sums of squares of each input feature, float64 ``[C]``, by name.
         hessians: x^T x, float32 ``[C, C]``, likewise; shared by matrices with the same input.
         tokens: how many tokens went through, likewise.
     """
 
     def __init__(self, model: BlockModel, names: list[str], hessians: bool = False):
         super().__init__()
-        self._matrices: dict[int, list[tuple[str, int | None]]] = {}
-        self._columns: dict[tuple[str, int | None], int] = {}
+        self._matrices: dict[int, list[str]] = {}
+        self._columns = {name: model.weight(name).shape[-1] for name in names}
         for name in names:
-            weight = model.weight(name)
-            for expert in range(len(weight)) if weight.ndim == 3 else [None]:
-                self._columns[name, expert] = weight.shape[-1]
-                self._matrices.setdefault(model.address(name, expert), []).append((name, expert))
+            self._matrices.setdefault(model.address(name), []).append(name)
         self._device = model.device
         self._with_hessians = hessians
-        self._owner: dict[tuple[str, int | None], tuple[str, int | None]] = {}
-        self._squares: dict[tuple[str, int | None], torch.Tensor] = {}
-        self._hessians: dict[tuple[str, int | None], torch.Tensor] = {}
-        self._tokens: dict[tuple[str, int | None], int] = {}
-        self._last: tuple[torch.Tensor, tuple[str, int | None]] | None = None
+        self._owner: dict[str, str] = {}
+        self._squares: dict[str, torch.Tensor] = {}
+        self._hessians: dict[str, torch.Tensor] = {}
+        self._tokens: dict[str, int] = {}
+        self._last: tuple[torch.Tensor, str] | None = None
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if function is torch.nn.functional.linear:
             weight = args[1] if len(args) > 1 else kwargs["weight"]
-            keys = self._matrices.get(weight.data_ptr())
-            if keys:
-                self._see(keys, args[0] if args else kwargs["input"])
+            names = self._matrices.get(weight.data_ptr())
+            if names:
+                self._see(names, args[0] if args else kwargs["input"])
         return function(*args, **kwargs)
 
-    def input_norm(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """Euclidean norm of each input feature, float32 ``[C]``, or ``[E, 1, C]`` for 3-D tensors; 0 if unseen."""
-        if len(shape) == 3:
-            return torch.stack([self._norm(name, expert) for expert in range(shape[0])])[:, None]
-        return self._norm(name, None)
-
-    def tokens(self, name: str, expert: int | None = None) -> int:
-        return self._tokens.get(self._owner.get((name, expert), (name, expert)), 0)
-
-    def hessian(self, name: str, expert: int | None = None) -> torch.Tensor | None:
-        """x^T x over all tokens, float32 ``[C, C]``; None if no token came. Shared: not to be modified."""
-        return self._hessians.get(self._owner.get((name, expert), (name, expert)))
-
-    def owner(self, name: str, expert: int | None = None) -> tuple[str, int | None]:
-        """The matrix under which the inputs of this one are kept; the same for those that share an input."""
-        return self._owner.get((name, expert), (name, expert))
-
-    def _norm(self, name: str, expert: int | None) -> torch.Tensor:
-        squares = self._squares.get(self.owner(name, expert))
+    def input_norm(self, name: str) -> torch.Tensor:
+        """Euclidean norm of each input feature, float32 ``[C]``; 0 if unseen."""
+        squares = self._squares.get(self.owner(name))
         if squares is None:
-            return torch.zeros(self._columns[name, expert], device=self._device)
+            return torch.zeros(self._columns[name], device=self._device)
         return squares.sqrt().float()
 
-    def _see(self, keys: list[tuple[str, int | None]], x: torch.Tensor) -> None:
-        first = keys[0]
+    def tokens(self, name: str) -> int:
+        return self._tokens.get(self.owner(name), 0)
+
+    def hessian(self, name: str) -> torch.Tensor | None:
+        """x^T x over all tokens, float32 ``[C, C]``; None if no token came. Shared: not to be modified."""
+        return self._hessians.get(self.owner(name))
+
+    def owner(self, name: str) -> str:
+        """The matrix under which the inputs of this one are kept; the same for those that share an input."""
+        return self._owner.get(name, name)
+
+    def _see(self, names: list[str], x: torch.Tensor) -> None:
+        first = names[0]
         if first not in self._owner:
             # q, k and v (gate and up) are given one and the same tensor: its sums are kept once
             shared = self._last is not None and self._last[0] is x
-            for key in keys:
-                self._owner[key] = self._owner[self._last[1]] if shared else first
+            for name in names:
+                self._owner[name] = self._owner[self._last[1]] if shared else first
         self._last = (x, first)
         owner = self._owner[first]
         if owner != first:

@@ -116,7 +116,6 @@ def tensor_counts(
     levels: Sequence[float],
     sizes: Mapping[str, int],
     shares: Mapping[str, Sequence[float]],
-    at_least: Mapping[str, int] | None = None,
 ) -> dict[str, list[int]]:
     """Weights to prune per tensor and level: they add up to round(level * n) and grow with the level.
 
@@ -124,11 +123,10 @@ def tensor_counts(
         levels: ascending.
         sizes: weights per tensor.
         shares: the sparsity of each tensor at each level, as fractions.
-        at_least: weights already pruned per tensor.
     """
     names = sorted(sizes)
     counts: dict[str, list[int]] = {name: [] for name in names}
-    previous = dict(at_least) if at_least else dict.fromkeys(names, 0)
+    previous = dict.fromkeys(names, 0)
     for index, level in enumerate(levels):
         wanted = exact_count(level, sum(sizes.values()))
         exact = {name: shares[name][index] * sizes[name] for name in names}

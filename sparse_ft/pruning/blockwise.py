@@ -17,7 +17,6 @@ import torch
 from sparse_ft.masks.mask_set import pack_bits, unpack_bits
 from sparse_ft.models.blocks import BlockModel, InputWatch
 from sparse_ft.progress import SILENT, Progress
-from sparse_ft.pruning.allocation import tensor_counts
 from sparse_ft.pruning.blockstate import BlockState
 from sparse_ft.pruning.blocktuning import tune_block
 from sparse_ft.pruning.importance import Importance, Statistics, score, wanda, with_floor
@@ -53,7 +52,7 @@ def block_figures(
         scores = []
         for name in model.names(visit.block):
             weight = model.checkpoint.tensor(name).to(model.device)
-            scores.append(wanda(weight, _statistics(visit.watch, name, weight)))
+            scores.append(wanda(weight, _statistics(visit.watch, name)))
         return {"figure": torch.tensor([figure(scores)], dtype=torch.float64)}
 
     run_blocks(model, token_ids, 1, look, state, progress=progress, stage="look at blocks")
@@ -173,76 +172,47 @@ class BlockPruner:
         write_units(members, choose_units(members, values, [self.settings.levels[level]], "layer"), shapes, sink)
         return {n: unpack_bits(torch.from_numpy(sink.packed(0, n)), shape[-1]) for n, shape in shapes.items()}
 
-    def _inputs(self, names: Sequence[str], watch: InputWatch) -> dict[tuple[str, int | None], Inputs]:
+    def _inputs(self, names: Sequence[str], watch: InputWatch) -> dict[str, Inputs]:
         """The inputs of every matrix of the block; matrices that share them have one."""
-        shared: dict[object, Inputs] = {}
-        found: dict[tuple[str, int | None], Inputs] = {}
+        shared: dict[str, Inputs] = {}
         for name in names:
-            shape = self._shape(name)
-            for expert in _experts(shape):
-                owner = watch.owner(name, expert)
-                if owner not in shared:
-                    note = partial(self._note, name if expert is None else f"{name}[{expert}]")
-                    seen = watch.hessian(name, expert), watch.tokens(name, expert)
-                    shared[owner] = Inputs(*seen, shape[-1], self.model.device, note)
-                found[name, expert] = shared[owner]
-        return found
+            owner = watch.owner(name)
+            if owner not in shared:
+                note, seen = partial(self._note, name), (watch.hessian(name), watch.tokens(name))
+                shared[owner] = Inputs(*seen, self._shape(name)[-1], self.model.device, note)
+        return {name: shared[watch.owner(name)] for name in names}
 
     def _note(self, where: str, text: str) -> None:
         self.state.note(f"{where}: {text}")
 
     def _by_matrix(
-        self, names: Sequence[str], level: int, inputs: Mapping[tuple[str, int | None], Inputs], pruned: Results
+        self, names: Sequence[str], level: int, inputs: Mapping[str, Inputs], pruned: Results
     ) -> tuple[Results, Results]:
         """Masks, and weights in the checkpoint's dtype, by a rule that needs Hessians."""
         choose, masks, weights = load(self.settings.rule.function), {}, {}
         for name in names:
-            stack, old = self._stack(name)
-            before = pruned.get(name)
-            before = None if before is None else before.reshape(stack.shape).to(self.model.device)
-            ks = self._expert_counts(name, len(stack), before, level)
-            new, kept = torch.empty_like(stack), torch.empty_like(stack, dtype=torch.bool)
-            for index, expert in enumerate(_experts(old.shape)):
-                new[index], kept[index] = choose(
-                    stack[index],
-                    inputs[name, expert],
-                    k=ks[index],
-                    pattern=self._pattern,
-                    pruned=None if before is None else before[index],
-                )
-            masks[name], weights[name] = kept.reshape(old.shape), new.reshape(old.shape).to(old.dtype)
+            k = self.counts[name][level] if self._pattern is None else 0
+            how = {"k": k, "pattern": self._pattern, "pruned": self._here(pruned.get(name))}
+            new, masks[name] = choose(self._weight(name), inputs[name], **how)
+            weights[name] = new.to(self.model.checkpoint.dtype(name))
         return masks, weights
 
-    def _refined(self, masks: Results, inputs: Mapping[tuple[str, int | None], Inputs], pruned: Results) -> Results:
+    def _refined(self, masks: Results, inputs: Mapping[str, Inputs], pruned: Results) -> Results:
         """Better masks of the same counts."""
         refine, better = load(self.settings.refining.function), {}
         for name, mask in masks.items():
-            stack, old = self._stack(name)
-            kept = mask.reshape(stack.shape).to(self.model.device)
-            before = pruned[name].reshape(stack.shape).to(self.model.device) if name in pruned else None
-            new = [
-                refine(
-                    stack[index],
-                    kept[index],
-                    inputs[name, expert],
-                    pattern=self._pattern,
-                    pruned=None if before is None else before[index],
-                )
-                for index, expert in enumerate(_experts(old.shape))
-            ]
-            better[name] = torch.stack(new).reshape(old.shape)
+            how = {"pattern": self._pattern, "pruned": self._here(pruned.get(name))}
+            better[name] = refine(self._weight(name), self._here(mask), inputs[name], **how)
         return better
 
-    def _updated(self, name: str, mask: torch.Tensor, inputs: Mapping[tuple[str, int | None], Inputs]) -> torch.Tensor:
+    def _updated(self, name: str, mask: torch.Tensor, inputs: Mapping[str, Inputs]) -> torch.Tensor:
         """The weights of a tensor under its mask, in the checkpoint's dtype."""
-        (stack, old), updating = self._stack(name), self.settings.updating
-        kept = mask.reshape(stack.shape).to(self.model.device)
-        if not updating.changes_weights:
-            return stack.masked_fill(~kept, 0).reshape(old.shape).to(old.dtype)
-        update = load(updating.function)
-        experts = _experts(old.shape)
-        new = [update(stack[index], kept[index], inputs[name, expert]) for index, expert in enumerate(experts)]
-        return torch.stack(new).reshape(old.shape).to(old.dtype)
+        weight, kept, updating = self._weight(name), self._here(mask), self.settings.updating
+        if updating.changes_weights:
+            new = load(updating.function)(weight, kept, inputs[name])
+        else:
+            new = weight.masked_fill(~kept, 0)
+        return new.to(self.model.checkpoint.dtype(name))
 
     def _tuned(self, visit: Visit, weights: Results, masks: Results) -> tuple[Results, torch.Tensor]:
         """The weights of a block after its reconstruction, and its errors as they are kept."""
@@ -251,23 +221,13 @@ class BlockPruner:
         tuned, done = tune_block(self.model, visit, weights, masks, *how, settings.seed)
         return tuned, torch.tensor([done.before, done.after, done.epoch], dtype=torch.float64)
 
-    def _stack(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """A tensor in float32 on the device, ``[experts or 1, R, C]``, and as the checkpoint has it."""
-        old = self.model.checkpoint.tensor(name)
-        return old.float().to(self.model.device).reshape(-1, *old.shape[-2:]), old
+    def _weight(self, name: str) -> torch.Tensor:
+        """A tensor in float32 on the device."""
+        return self.model.checkpoint.tensor(name).float().to(self.model.device)
 
-    def _expert_counts(self, name: str, experts: int, before: torch.Tensor | None, level: int) -> list[int]:
-        if self._pattern is not None:
-            return [0] * experts
-        k, size = self.counts[name][level], int(np.prod(self._shape(name), dtype=np.int64)) // experts
-        previous = [0] * experts if before is None else before.sum(dim=(1, 2)).tolist()
-        whole = tensor_counts(
-            [k / (size * experts)],
-            {f"{e:06d}": size for e in range(experts)},
-            {f"{e:06d}": [k / (size * experts)] for e in range(experts)},
-            {f"{e:06d}": previous[e] for e in range(experts)},
-        )
-        return [whole[f"{e:06d}"][0] for e in range(experts)]
+    def _here(self, mask: torch.Tensor | None) -> torch.Tensor | None:
+        """A mask on the device."""
+        return None if mask is None else mask.to(self.model.device)
 
     @property
     def _pattern(self) -> tuple[int, int] | None:
@@ -278,22 +238,13 @@ class BlockPruner:
         return self.model.checkpoint.shape(name)
 
 
-def _experts(shape: Sequence[int]) -> Sequence[int | None]:
-    """The experts of a tensor of that shape: [None] of a matrix."""
-    return range(shape[0]) if len(shape) == 3 else [None]
-
-
-def _statistics(watch: InputWatch, name: str, weight: torch.Tensor) -> Statistics:
-    return Statistics(
-        name=name,
-        input_norm=watch.input_norm(name, tuple(weight.shape)),
-        tokens=sum(watch.tokens(name, expert) for expert in _experts(weight.shape)),
-    )
+def _statistics(watch: InputWatch, name: str) -> Statistics:
+    return Statistics(name, watch.input_norm(name), watch.tokens(name))
 
 
 def _scores(model: BlockModel, watch: InputWatch, name: str, importance: Importance, state: BlockState) -> torch.Tensor:
     weight = model.checkpoint.tensor(name).to(model.device)
-    scores, floored = with_floor(score(importance, weight, _statistics(watch, name, weight)), weight)
+    scores, floored = with_floor(score(importance, weight, _statistics(watch, name)), weight)
     if floored:
         state.note(f"{name}: scores were all zero (no calibration token came here); ordered by magnitude")
     return scores

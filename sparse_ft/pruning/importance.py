@@ -21,9 +21,8 @@ class Statistics:
 
     Attributes:
         name: the checkpoint's tensor name.
-        input_norm: Euclidean norm of each input feature over all tokens, float32 ``[C]``; ``[E, 1, C]`` for a
-            3-D tensor of E experts.
-        tokens: number of tokens that went through; of the experts together for a 3-D tensor.
+        input_norm: Euclidean norm of each input feature over all tokens, float32 ``[C]``.
+        tokens: number of tokens that went through.
         mean_abs_gradient: mean over samples of |g|, float32, of the weight's shape.
         mean_abs_product: mean over samples of |w*g|, likewise.
     """
@@ -86,12 +85,11 @@ def with_floor(scores: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor
     its own. It gets |w| * 1e-30, which stays below every other score.
 
     Args:
-        scores: float32 ``[R, C]`` or ``[E, R, C]``; every expert is looked at by itself.
+        scores: float32 ``[R, C]``.
 
     Returns:
-        the scores, and whether any matrix needed it.
+        the scores, and whether the matrix needed it.
     """
-    dead = scores.abs().amax(dim=(-2, -1), keepdim=True) == 0
-    if not bool(dead.any()):
+    if bool(scores.any()):
         return scores, False
-    return torch.where(dead, weight.float().abs() * _FLOOR, scores), True
+    return weight.float().abs() * _FLOOR, True

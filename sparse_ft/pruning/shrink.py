@@ -115,9 +115,7 @@ def kept_units(family: Family, masks: Mapping[str, torch.Tensor]) -> torch.Tenso
 
 
 def _lines(part: Part, masks: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    mask = masks[part.name]
-    mask = mask if part.expert is None else mask[part.expert]
-    return mask.T if part.axis == "column" else mask
+    return masks[part.name].T if part.axis == "column" else masks[part.name]
 
 
 def _check_masked(family: Family, units: torch.Tensor, masks: Mapping[str, torch.Tensor]) -> None:
@@ -256,11 +254,4 @@ def _select(tensor: torch.Tensor, selection: list[tuple[Part, torch.Tensor]]) ->
     if not selection:
         return tensor
     axis = 1 if selection[0][0].axis == "column" else 0
-    if selection[0][0].expert is None:
-        indices = torch.cat([indices for _, indices in selection])
-        return tensor.index_select(axis, indices)
-    experts: dict[int, list[torch.Tensor]] = {}
-    for part, indices in selection:
-        assert part.expert is not None
-        experts.setdefault(part.expert, []).append(indices)
-    return torch.stack([tensor[e].index_select(axis, torch.cat(experts[e])) for e in sorted(experts)])
+    return tensor.index_select(axis, torch.cat([indices for _, indices in selection]))

@@ -18,9 +18,10 @@ import numpy as np
 from sparse_ft.errors import UserError
 from sparse_ft.models.families import CHANNELS, GROUPS, HEADS, architecture_of
 from sparse_ft.models.names import role
+from sparse_ft.models.skeleton import build_skeleton
 from sparse_ft.progress import SILENT, Progress
 from sparse_ft.pruning.kernels import add_column_sums
-from sparse_ft.pruning.sources import PART, KeySource
+from sparse_ft.pruning.sources import KeySource, row_parts
 from sparse_ft.pruning.streaming import MaskSink, Pool
 
 __all__ = [
@@ -40,14 +41,13 @@ __all__ = [
 class Part:
     """A family's share of one tensor: unit u owns ``width`` indices of ``axis`` from ``start + u * width``.
 
-    ``axis`` is ``row`` or ``column`` of the matrix, of expert ``expert`` in a 3-D tensor (else None).
+    ``axis`` is ``row`` or ``column`` of the matrix.
     """
 
     name: str
     axis: str
     width: int = 1
     start: int = 0
-    expert: int | None = None
 
 
 @dataclass(frozen=True)
@@ -85,24 +85,23 @@ def families(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -
     for name, shape in shapes.items():
         what = role(config, name)
         projection, kind = what.map, "attention" if what.map.is_attention else "mlp"
-        lines = shape[-1] if projection.axis == "column" else shape[-2]
+        lines = shape[projection.axis == "column"]
         count = groups if projection.is_attention else lines // len(projection.parts)
         step = lines // count // sum(shares[part] for part in projection.parts)
         home = "" if what.expert is not None else projection.path.rpartition(".")[0]
-        for expert in range(shape[0]) if what.fused_experts else [None]:
-            key, start = (what.block, kind, home, (what.expert if expert is None else expert) or 0), 0
-            units[key] = count
-            if projection.is_attention:
-                fields[key] = ("num_key_value_heads",)
-            else:
-                fields[key] = projection.width if what.expert is None else (experts.width,)
-            for part in projection.parts:
-                width = step * shares[part]
-                members.setdefault(key, []).append(Part(name, projection.axis, width, start, expert))
-                start += width * count
+        key, start = (what.block, kind, home, what.expert or 0), 0
+        units[key] = count
+        if projection.is_attention:
+            fields[key] = ("num_key_value_heads",)
+        else:
+            fields[key] = projection.width if what.expert is None else (experts.width,)
+        for part in projection.parts:
+            width = step * shares[part]
+            members.setdefault(key, []).append(Part(name, projection.axis, width, start))
+            start += width * count
     result = []
     for key, parts in sorted(members.items()):
-        across = [shapes[part.name][-2 if part.axis == "column" else -1] for part in parts]
+        across = [shapes[part.name][part.axis == "row"] for part in parts]
         weights = sum(part.width * length for part, length in zip(parts, across, strict=True))
         field, *times = fields[key]
         many, routed = math.prod(config[other] for other in times), key[1] == "mlp" and not key[2]
@@ -124,8 +123,7 @@ def family_scores(
     for family in members:
         total = np.zeros(family.units)
         for part in family.parts:
-            lines = sums[part.name][part.axis][part.expert or 0]
-            lines = lines[part.start : part.start + family.units * part.width]
+            lines = sums[part.name][part.axis][part.start : part.start + family.units * part.width]
             total += lines.reshape(family.units, part.width).sum(axis=1)
         scores.append(total / family.unit_weights)
     return scores
@@ -203,20 +201,36 @@ def choose_units(
 
 
 def check_heads(config: Mapping[str, Any], members: Sequence[Family], levels: Sequence[float]) -> None:
-    """Refuses levels of scope ``layer`` at which heads go, where a plain model of the family cannot have fewer.
+    """Refuses levels of scope ``layer`` at which so many heads go that transformers has no such plain model.
+
+    Args:
+        config: with transformers' defaults.
 
     Raises:
         UserError: naming the first such level.
     """
-    row = architecture_of(config)
+    row, heads = architecture_of(config), config["num_attention_heads"]
     block = [family for family in members if family.block == members[0].block]
-    attention = next(family.field for family in block if family.kind == "attention")
-    lost = [level for level in sorted(levels) if _gone(level, block)[attention]]
-    if lost and not row.head_dim:
-        raise UserError(
-            f"shrink: a model of type {row.model_type} has as many heads as fill its hidden size, and at sparsity"
-            f" {lost[0]:g} heads go. Leave shrink out, or take lower levels."
-        )
+    attention = next(family for family in block if family.kind == "attention")
+    for level in sorted(levels):
+        gone = _gone(level, block)[attention.field]
+        if gone and not row.head_dim:
+            raise UserError(
+                f"shrink: a model of type {row.model_type} has as many heads as fill its hidden size, and at sparsity"
+                f" {level:g} heads go. Leave shrink out, or take lower levels."
+            )
+        if gone:
+            left = heads // attention.units * (attention.units - gone)
+            sizes = {"num_attention_heads": left, attention.field: attention.units - gone}
+            sizes["head_dim"] = config.get("head_dim") or config["hidden_size"] // heads
+            try:
+                build_skeleton({**config, **sizes})
+            except UserError as error:
+                reason = str(error).partition(": ")[2]
+                raise UserError(
+                    f"shrink: at sparsity {level:g} {left} of {heads} heads are left, and transformers refuses such a"
+                    f" model: {reason} Leave shrink out, or take other levels."
+                ) from None
 
 
 def _gone(level: float, block: Sequence[Family]) -> dict[str, int]:
@@ -247,45 +261,30 @@ def write_units(
         lines: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         for family, choice in zip(members, choices, strict=True):
             for part in family.parts:
-                shape = shapes[part.name]
-                experts = shape[0] if len(shape) == 3 else 1
-                rows, columns = lines.setdefault(
-                    part.name, (np.ones((experts, shape[-2]), bool), np.ones((experts, shape[-1]), bool))
-                )
+                rows, columns = (np.ones(lines, bool) for lines in shapes[part.name])
+                rows, columns = lines.setdefault(part.name, (rows, columns))
                 axis = rows if part.axis == "row" else columns
-                axis[part.expert or 0, part.start : part.start + family.units * part.width] = np.repeat(
-                    choice, part.width
-                )
+                axis[part.start : part.start + family.units * part.width] = np.repeat(choice, part.width)
         for name in sorted(lines):
             rows, columns = lines[name]
-            step = max(1, PART // shapes[name][-1])
-            for expert in range(len(rows)):
-                pattern = np.packbits(columns[expert], bitorder="little")
-                for first in range(0, rows.shape[1], step):
-                    sink.append(level, name, np.where(rows[expert, first : first + step, None], pattern, np.uint8(0)))
+            pattern = np.packbits(columns, bitorder="little")
+            for first, last, _ in row_parts(shapes[name]):
+                sink.append(level, name, np.where(rows[first:last, None], pattern, np.uint8(0)))
 
 
 def _sums_task(source: KeySource, name: str, axes: set[str]):
-    """Sums of |score| over each row and column: ``{axis: float64 [experts, lines]}``."""
-    shape = source.shapes[name]
-    experts = shape[0] if len(shape) == 3 else 1
+    """Sums of |score| over each row and column: ``{axis: float64 [lines]}``."""
 
     def task() -> dict[str, np.ndarray]:
-        rows = np.zeros(experts * shape[-2])
-        columns = np.zeros((experts, shape[-1]))
+        rows, columns = (np.zeros(lines) for lines in source.shapes[name])
         begin = 0
         for part in source.scores(name):
             if "row" in axes:
                 rows[begin : begin + len(part)] = part.sum(axis=1, dtype=np.float64)
             if "column" in axes:
-                done = 0
-                while done < len(part):  # a part may reach over the border between two experts
-                    expert, row = divmod(begin + done, shape[-2])
-                    upto = min(len(part), done + shape[-2] - row)
-                    add_column_sums(part[done:upto], columns[expert])
-                    done = upto
+                add_column_sums(part, columns)
             begin += len(part)
-        return {"row": rows.reshape(experts, -1), "column": columns}
+        return {"row": rows, "column": columns}
 
     return task
 

@@ -39,8 +39,8 @@ __all__ = [
 NOTHING, GRADIENTS, ACTIVATIONS, HESSIANS = "none", "gradients", "activations", "hessians"
 AUTO = "auto"  # of the updates: the importance's own
 EXPERTS = "experts"  # the method that removes whole experts of mixtures
-WEIGHTS = ("unstructured", "structured", "random", "semi_structured")  # those that remove weights of all linear maps
-METHODS = (*WEIGHTS, EXPERTS)
+WEIGHTS = ("unstructured", "semi_structured", "structured", "random")  # those that remove weights of all linear maps
+METHODS = (*WEIGHTS, EXPERTS)  # in the order of tables
 SCOPES = ("global", "layer", "row")
 RECONSTRUCTIONS = ("none", "block")
 # What may follow the choice of a mask, in its order: the fields that say it.

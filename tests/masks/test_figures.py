@@ -6,6 +6,7 @@ from sparse_ft.files import write_json
 from sparse_ft.masks.figures import block_table, draw_levels, save_heatmap, save_histogram, save_summary
 from sparse_ft.masks.mask_set import MaskSet
 from sparse_ft.masks.statistics import mask_statistics
+from sparse_ft.models.families import ARCHITECTURES
 
 
 def masks(blocks, experts=0):
@@ -26,6 +27,15 @@ def test_the_table_puts_blocks_in_order_and_experts_together():
     assert projections == ["q_proj", "o_proj", "w1", "w2"]
     part = [given[f"model.layers.10.block_sparse_moe.experts.{e}.w2.weight"] for e in range(3)]
     assert table[3, 10] == pytest.approx(1 - torch.stack(part).float().mean().item())
+
+
+@pytest.mark.parametrize("row", ARCHITECTURES.values(), ids=ARCHITECTURES)
+def test_projections_are_in_the_order_of_the_forward_pass(row):
+    names = [name for projection in row.linear_maps for name in projection.adapter_names]
+    if row.experts is not None:
+        names += [name for matrix in row.experts.matrices for name in matrix.adapter_names]
+    tensors = {f"{row.block(0)}{name}.weight": {"weights": 1, "pruned": 0} for name in reversed(names)}
+    assert block_table({"tensors": tensors})[1] == list(dict.fromkeys(names))
 
 
 def test_a_missing_projection_is_empty():

@@ -140,8 +140,7 @@ ROPES = {
 }
 
 
-@pytest.mark.parametrize("kind", ROPES)
-@pytest.mark.parametrize("family", ["qwen2", "olmo2", "granite"])
+@pytest.mark.parametrize(("family", "kind"), zip(["qwen2", "olmo2", "granite", "qwen2", "granite"], ROPES, strict=True))
 def test_every_kind_of_rope(family, kind, tmp_path):
     rope = {"rope_theta": 10000.0, **ROPES[kind]}
     goes_through(build(family, tmp_path / "model", rope_parameters=rope), tmp_path)
@@ -196,7 +195,7 @@ def test_configurations_of_a_family(family, values, refused, tmp_path):
     goes_through(build(family, tmp_path / "model", **values), tmp_path, refused)
 
 
-@pytest.mark.parametrize("family", ARCHITECTURES)
+@pytest.mark.parametrize("family", ["llama", "phi3", "mixtral"])
 def test_what_cannot_be_pruned_is_one_line(family, tiny_model, tmp_path):
     folder = shutil.copytree(tiny_model(f"tiny-{family}"), tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())

@@ -29,7 +29,7 @@ def test_wanda_is_the_dense_formula(tiny_model, text, tmp_path, refine, rule):
     assert result.checkpoint is None and result.metadata.get("refine", "none") == refine
 
 
-@pytest.mark.parametrize("kind", ["tiny-llama", "tiny-mistral", "tiny-mixtral"])
+@pytest.mark.parametrize("kind", ["tiny-llama", "tiny-mixtral"])
 @pytest.mark.parametrize(
     "how",
     [
@@ -285,8 +285,8 @@ def test_an_expert_without_tokens_is_said(tiny_model, tmp_path):
 
 
 def test_more_damping_is_said(tiny_model, text, tmp_path, monkeypatch):
-    def hardly_positive(watch, name, expert=None):  # a Hessian as rounding leaves it, with negative eigenvalues
-        whole = hessian(watch, name, expert)
+    def hardly_positive(watch, name):  # a Hessian as rounding leaves it, with negative eigenvalues
+        whole = hessian(watch, name)
         mean, eye = whole.diagonal().mean(), torch.eye(len(whole))
         return whole - (torch.linalg.eigvalsh(whole).min() + 0.05 * mean) * eye
 

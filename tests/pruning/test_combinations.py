@@ -1,4 +1,8 @@
-"""Every rule of the tables with every update, allocation and refinement that goes with it, on every family."""
+"""Every rule of the tables with every update, allocation and refinement that goes with it.
+
+What these do is done to matrices, whatever the family: one with experts, of which some see few tokens, is enough beside
+a dense one. Every family is in tests/models/test_matrix.py.
+"""
 
 from itertools import product
 
@@ -10,7 +14,7 @@ from sparse_ft.pruning import Calibration, MaskGenerator, PruningSettings
 from sparse_ft.settings.rules import ALLOCATIONS, METHODS, REFINEMENTS, RULES, SCOPES, UPDATES
 from sparse_ft.validation import validate_checkpoint
 
-KINDS = ["tiny-llama", "tiny-mistral", "tiny-mixtral"]
+KINDS = ["tiny-llama", "tiny-mixtral"]
 LEVELS = (0.3, 0.6)
 
 
@@ -59,7 +63,6 @@ def test_rules_and_updates(tiny_model, text, tmp_path, kind, how):
     check(tiny_model(kind), text, tmp_path, how)
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "how",
     combinations(importance=("wanda", "alps"), allocation=list(ALLOCATIONS)[1:], scope=SCOPES, update=("auto", "refit"))
@@ -68,8 +71,8 @@ def test_rules_and_updates(tiny_model, text, tmp_path, kind, how):
     + combinations(method=METHODS, update=list(UPDATES)[1:]),
     ids=named,
 )  # fmt: skip
-def test_allocations_refinements_and_methods(tiny_model, text, tmp_path, kind, how):
-    check(tiny_model(kind), text, tmp_path, how)
+def test_allocations_refinements_and_methods(tiny_model, text, tmp_path, how):
+    check(tiny_model("tiny-llama"), text, tmp_path, how)
 
 
 @pytest.fixture

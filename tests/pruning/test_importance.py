@@ -40,12 +40,9 @@ def test_a_users_own_importance_must_give_scores(weight, wrong):
 
 
 def test_what_no_token_reached_is_ordered_by_magnitude_below_the_rest():
-    weight = torch.randn(3, 4, 5)
-    scores = torch.rand(3, 4, 5) * 1e-6 + 1e-20
-    scores[1] = 0
-    fixed, needed = with_floor(scores, weight)
-    assert needed
-    assert torch.equal(fixed[[0, 2]], scores[[0, 2]])
-    assert fixed[1].max() < scores[[0, 2]].min()
-    assert torch.equal(fixed[1].flatten().argsort(), weight[1].abs().flatten().argsort())
-    assert with_floor(scores[:1], weight[:1])[1] is False
+    weight, reached = torch.randn(4, 5), torch.rand(4, 5) * 1e-6 + 1e-20
+    fixed, needed = with_floor(torch.zeros(4, 5), weight)
+    assert needed and fixed.max() < reached.min()
+    assert torch.equal(fixed.flatten().argsort(), weight.abs().flatten().argsort())
+    same, needed = with_floor(reached, weight)
+    assert same is reached and not needed

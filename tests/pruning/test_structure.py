@@ -2,9 +2,12 @@ import numpy as np
 import pytest
 import torch
 
+from sparse_ft.errors import UserError
 from sparse_ft.models.checkpoint import Checkpoint
+from sparse_ft.models.names import prunable_names
+from sparse_ft.models.skeleton import build_skeleton
 from sparse_ft.pruning.sources import MagnitudeSource, ScoreSource
-from sparse_ft.pruning.structure import Channels, block_counts, choose_units, families, family_scores
+from sparse_ft.pruning.structure import Channels, block_counts, check_heads, choose_units, families, family_scores
 
 
 def test_units_own_every_weight_of_their_block(tiny_model):
@@ -31,24 +34,24 @@ def test_scores_are_means_over_the_coupled_lines(write_llama):
                 assert np.allclose(scores, expected[family.kind])
 
 
-def test_a_fused_tensor_is_scored_expert_by_expert(monkeypatch):
+def test_every_expert_has_channels_of_its_own(monkeypatch):
     from sparse_ft.pruning import sources
 
-    monkeypatch.setattr(sources, "PART", 37)  # parts reach over the border between experts
+    monkeypatch.setattr(sources, "PART", 17)  # several parts a tensor
     config = {"model_type": "mixtral", "num_attention_heads": 1, "num_key_value_heads": 1}
     generator = torch.Generator().manual_seed(0)
     weights = {
-        "model.layers.0.mlp.experts.gate_up_proj": torch.rand(3, 10, 4, generator=generator),
-        "model.layers.0.mlp.experts.down_proj": torch.rand(3, 4, 5, generator=generator),
+        f"model.layers.0.block_sparse_moe.experts.{expert}.{name}.weight": torch.rand(shape, generator=generator)
+        for expert in range(3)
+        for name, shape in (("w1", (5, 4)), ("w2", (4, 5)), ("w3", (5, 4)))
     }
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
     members = families(config, shapes)
-    assert [(family.units, family.unit_weights) for family in members] == [(5, 12)] * 3
-    gate_up, down = weights.values()
+    assert [(family.units, family.unit_weights, family.routed) for family in members] == [(5, 12, True)] * 3
     scores = family_scores(members, ScoreSource(shapes, lambda name: weights[name].numpy()))
     for expert, values in enumerate(scores):
-        expected = gate_up[expert, :5].sum(1) + gate_up[expert, 5:].sum(1) + down[expert].sum(0)
-        assert np.allclose(values, expected / 12)
+        gate, down, up = list(weights.values())[3 * expert :][:3]
+        assert np.allclose(values, (gate.sum(1) + up.sum(1) + down.sum(0)) / 12)
 
 
 @pytest.mark.parametrize(
@@ -100,3 +103,13 @@ def test_one_ranking_takes_the_lowest_units_of_the_model(tiny_model):
         if before is not None:
             assert all(not (k & ~b).any() for k, b in zip(choice, before, strict=True))
         before = choice
+
+
+def test_heads_that_transformers_does_not_take_are_refused_before_masks_are_made():
+    config = {"model_type": "llama", "hidden_size": 40, "intermediate_size": 64, "num_attention_heads": 10,
+              "num_key_value_heads": 5, "head_dim": 4, "num_hidden_layers": 1, "vocab_size": 8}  # fmt: skip
+    tensors = build_skeleton(config).tensors
+    members = families(config, {name: tensors[name] for name in prunable_names(config, tensors)})
+    check_heads(config, members, [0.1, 0.8])  # none, and 8 of them go
+    with pytest.raises(UserError, match=r"at sparsity 0.5 6 of 10 heads are left, and transformers refuses .*multiple"):
+        check_heads(config, members, [0.1, 0.5, 0.8])

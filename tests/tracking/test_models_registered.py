@@ -1,4 +1,4 @@
-"""Whatever rope setting or shape a model has, it is described, registered and loaded back; and whose an alias is."""
+"""Whatever family, rope setting or shape a model has, it is registered and loaded back; and whose an alias is."""
 
 import json
 import shutil
@@ -7,8 +7,9 @@ from pathlib import Path
 import mlflow
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, MixtralConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
+from sparse_ft.models.families import ARCHITECTURES
 from sparse_ft.models.loading import load_model, save_model
 from sparse_ft.models.tiny import tiny_tokenizer
 from sparse_ft.settings.cell import name_problem
@@ -32,10 +33,7 @@ ROPES = {
 OTHERS = {
     "a wide head": (LlamaConfig, {"head_dim": 40}),
     "a head of 8": (LlamaConfig, {"head_dim": 8}),
-    "half rotary": (LlamaConfig, {"partial_rotary_factor": 0.5}),
     "biases": (LlamaConfig, {"attention_bias": True, "mlp_bias": True}),
-    "a window": (MistralConfig, {"sliding_window": 32}),
-    "experts": (MixtralConfig, {"num_local_experts": 3, "num_experts_per_tok": 3}),
     "a padding id high up": (LlamaConfig, {"pad_token_id": 511}),
 }
 
@@ -52,18 +50,16 @@ def write(folder: Path, kind, **values) -> Path:
     return save_model(model, tiny_tokenizer(), folder)
 
 
-def ropes(kind, name):
-    return kind, {"rope_parameters": {"rope_type": name, "rope_theta": 10000.0, **ROPES[name]}}
+def rope(name):
+    return {"rope_parameters": {"rope_type": name, "rope_theta": 10000.0, **ROPES[name]}}
 
 
-CASES = {f"{kind.__name__} {name}": ropes(kind, name) for name in ROPES for kind in (LlamaConfig, MistralConfig)}
-CASES |= {"MixtralConfig yarn": (MixtralConfig, {**ropes(MixtralConfig, "yarn")[1], "head_dim": 16})} | OTHERS
+CASES = {name: (LlamaConfig, rope(name)) for name in ROPES}
+CASES |= {"yarn of experts": (MixtralConfig, {**rope("yarn"), "head_dim": 16})} | OTHERS
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_any_model_registers_and_comes_back(case: str, tracker: Tracker, tmp_path: Path, monkeypatch):
-    kind, values = CASES[case]
-    folder = write(tmp_path / "m", kind, **values)
+def comes_back(folder: Path, tracker: Tracker, monkeypatch) -> str:
+    """Logs and registers a checkpoint, and loads it as whoever knows mlflow alone does; its address."""
     logged = log_model(tracker, tracker.start("cell"), folder, "model")
     register_model(tracker, logged, "any", alias="sparse50", said=lambda _: None)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", tracker.uri)
@@ -73,8 +69,24 @@ def test_any_model_registers_and_comes_back(case: str, tracker: Tracker, tmp_pat
     truth = load_model(folder, "float32", "cpu")
     ids = torch.tensor([[1, 5, 9, 200]])
     assert torch.equal(parts["model"](ids).logits, truth(ids).logits)
-    answer = mlflow.pyfunc.load_model("models:/any@sparse50").predict(["Question: is it true?"])
+    return "models:/any@sparse50"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_any_model_registers_and_comes_back(case: str, tracker: Tracker, tmp_path: Path, monkeypatch):
+    kind, values = CASES[case]
+    address = comes_back(write(tmp_path / "m", kind, **values), tracker, monkeypatch)
+    answer = mlflow.pyfunc.load_model(address).predict(["Question: is it true?"])
     assert isinstance(answer[0], str)
+
+
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_a_model_of_every_family_registers_and_comes_back(family: str, tracker: Tracker, tiny_model, monkeypatch):
+    folder = tiny_model(f"tiny-{family}")
+    stored = resolve_model(comes_back(folder, tracker, monkeypatch), tracker.uri)
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (stored / name).read_bytes() == (folder / name).read_bytes()
+    assert "transformers" in mlflow.models.Model.load(stored.parent).flavors
 
 
 def test_the_old_words_for_rope_register_too(tracker: Tracker, tmp_path: Path):
