@@ -38,6 +38,7 @@ def _run(config: TrainConfig, given: GivenMasks | None, bench: Workbench) -> int
     # What trains, scores and logs takes seconds to import: what is wrong with the model or the masks is said before.
     from sparse_ft.analysis.terminal import print_table, terminal_table
     from sparse_ft.cell.identity import cell_identity, cell_key
+    from sparse_ft.cell.inputs import cell_inputs
     from sparse_ft.cell.record import (
         device_tags,
         log_cell_inputs,
@@ -73,6 +74,7 @@ def _run(config: TrainConfig, given: GivenMasks | None, bench: Workbench) -> int
     run_id = tracker.start(config.title, {Tag.KIND: Kind.CELL})
     with recorded(tracker, run_id):
         log_cell_inputs(tracker, run_id, config, identity, tags=device_tags(config.device))
+        tracker.log_inputs(run_id, cell_inputs(config, identity, bench))
         masks = given.file if given else None
         if kind is not None:
             (masks,) = make_masks(kind, bench, folder / "masks")

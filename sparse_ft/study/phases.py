@@ -241,6 +241,8 @@ class Phases:
                 tags |= {Tag.FAILURE_CLASS: failure.kind, Tag.FAILURE_MESSAGE: failure.message}
             run_id = self.tracker.start_child(self.start.parent, job.title, tags)
             job.log_inputs(self.tracker, run_id)
+            if failure is None:
+                self.tracker.copy_inputs(run_id, tags[Tag.SAME_AS])
             self.tracker.finish(run_id, "FINISHED" if failure is None else "FAILED")
             if failure is None:
                 display.recorded(failed=False)

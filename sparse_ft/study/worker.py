@@ -12,6 +12,7 @@ from pathlib import Path
 from sparse_ft.cell.early_stopping import StoppedEarly
 from sparse_ft.cell.failures import CellTimeoutError, Failure, classify
 from sparse_ft.cell.identity import cell_identity, check_identity
+from sparse_ft.cell.inputs import cell_inputs, mask_inputs
 from sparse_ft.cell.masks import make_masks, write_manifest
 from sparse_ft.cell.record import device_tags, log_cell_result, log_failure, log_masks
 from sparse_ft.cell.run import run_cell
@@ -117,6 +118,7 @@ class Worker:
         if isinstance(job.masks, Failure):
             return self._failed(job, run_id, began, job.masks)
         check_identity(job.identity, identity, job.title)
+        self._tracker.log_inputs(run_id, cell_inputs(job.cell, identity, self._bench))
         watch = Watch(run_id, lambda curves: self._tracker.log(run_id, curves=curves), job.judge, job.is_reduced)
         result = run_cell(
             job.cell, job.masks, self._bench, job.folder, self._trainer, watch, job.title, tuned=job.tuned
@@ -132,6 +134,7 @@ class Worker:
     def _masks(self, job: MaskJob, run_id: str, began: float) -> Outcome:
         here = device_tags(job.config.device) if job.config.needs_calibration else {}
         job.log_inputs(self._tracker, run_id, tags=here)
+        self._tracker.log_inputs(run_id, mask_inputs(job.config, self._bench))
         files = make_masks(job.config, self._bench, job.folder)
         write_manifest(job.folder, files)
         log_masks(self._tracker, run_id, files)

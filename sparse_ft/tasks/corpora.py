@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from sparse_ft.errors import UserError
 from sparse_ft.settings.corpora import CORPORA, Corpus
 
-__all__ = ["CorpusRows", "drawn_windows", "held_out_file", "held_out_rows", "training_rows"]
+__all__ = ["CorpusRows", "drawn_windows", "held_out_file", "held_out_rows", "training_file", "training_rows"]
 
 _SUFFIXES = (".jsonl", ".txt")
 _LONG = 10_000_000  # characters of a text without a window, after which a draw gives up
@@ -54,12 +54,15 @@ def training_rows(corpus: str, data_dir: str | None) -> CorpusRows:
     Raises:
         UserError: no such file, rows without text, or a hub that cannot be reached.
     """
-    row = CORPORA.get(corpus)
+    row, local = CORPORA.get(corpus), training_file(corpus, data_dir)
     if row is None:
-        path = Path(corpus).expanduser()
-        return CorpusRows(_read(path), path.suffix != ".jsonl")
-    local = _local(row.name, data_dir)
+        return CorpusRows(_read(local), local.suffix != ".jsonl")
     return CorpusRows(_read(local) if local else _hub(row, "train", row.train_files), row.joined)
+
+
+def training_file(corpus: str, data_dir: str | None) -> Path | None:
+    """The file that `training_rows` reads; None: the hub's."""
+    return _local(corpus, data_dir) if corpus in CORPORA else Path(corpus).expanduser()
 
 
 def held_out_rows(corpus: str, data_dir: str | None) -> tuple[str, Iterable[str]]:

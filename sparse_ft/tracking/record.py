@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 from sparse_ft.levels import level_label
 
-__all__ = ["ENDED", "Kind", "Run", "Tag", "best_name", "by_level", "level_tag", "version_tag"]
+__all__ = ["ENDED", "DataInput", "Kind", "Run", "Tag", "best_name", "by_level", "level_tag", "version_tag"]
 
 ENDED = ("FINISHED", "FAILED", "KILLED")  # the statuses of a run that nobody works at
 
@@ -78,6 +79,27 @@ class Tag(StrEnum):
     SAME_AS = "same_as"  # the run that computed it, under another name
     SUPERSEDED = "superseded"  # by cells of a later start, whose weights, rows or program are others
     BEST = "best"
+
+
+@dataclass(frozen=True)
+class DataInput:
+    """Rows, or a text, that a run looked at.
+
+    Attributes:
+        name: as people know it: ``boolq/train``.
+        digest: what tells its content from others of the name.
+        contexts: what for: training, evaluation, few-shot, calibration, recovery, perplexity.
+        source: ``file``, a path; or ``repository`` of the hub, its ``config`` and ``split``; or ``package``.
+        rows: how many; None where nobody counted.
+        columns: name -> ``string``, ``long``, ``double``, ``boolean``, ``[kind]`` or ``{name: kind}``.
+    """
+
+    name: str
+    digest: str
+    contexts: tuple[str, ...]
+    source: Mapping[str, Any]
+    rows: int | None = None
+    columns: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

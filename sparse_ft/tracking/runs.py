@@ -22,7 +22,7 @@ from sparse_ft.errors import UserError, masked
 from sparse_ft.tracking.parameters import text_of
 from sparse_ft.tracking.provenance import provenance
 from sparse_ft.tracking.reading import Reader
-from sparse_ft.tracking.record import ENDED, Tag
+from sparse_ft.tracking.record import ENDED, DataInput, Tag
 from sparse_ft.tracking.stores import (
     artifact_location,
     exists,
@@ -234,6 +234,19 @@ class Tracker(Reader):
                 batch[kind], rest[kind] = entities[:count], entities[count:]
                 room -= count
             self.client.log_batch(run_id, **batch)
+
+    def log_inputs(self, run_id: str, inputs: Sequence[DataInput]) -> None:
+        """Logs what a run looked at, in one call to the store."""
+        if inputs:
+            from sparse_ft.tracking.datasets import dataset_inputs  # a part of mlflow that reading needs not
+
+            self.client.log_inputs(run_id, dataset_inputs(list(inputs)))
+
+    def copy_inputs(self, run_id: str, other: str) -> None:
+        """Gives a run the inputs of another, whose result it has."""
+        found = self.client.get_run(other).inputs
+        if found is not None and found.dataset_inputs:
+            self.client.log_inputs(run_id, found.dataset_inputs)
 
     def log_file(self, run_id: str, path: str | Path, folder: str | None = None) -> None:
         """Copies a file to the run's artifacts, under its own name."""

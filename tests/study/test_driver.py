@@ -55,6 +55,7 @@ def test_a_study_is_a_parent_with_a_child_for_every_cell_and_mask_set(run_study,
     again = Parser(TrainConfig).arguments(words)
     assert command == "train" and flatten_config(again.canonical()).items() <= sparse.params.items()
     assert Parser(MaskConfig).arguments(shlex.split(masks[0].tags["command"])[2:]).sparsities == (0.5,)
+    assert {run.name for run in tracker.search("dataset.name = 'boolq/train'")} == {cell.name for cell in cells}
     shown = capsys.readouterr().out
     assert "sparse to sparse" in shown
     assert "mlflow ui --backend-store-uri" in shown
