@@ -21,8 +21,10 @@ from sparse_ft.settings.commands import (
     AnalyzeConfig,
     CerebrasConfigsConfig,
     MaskConfig,
+    PackConfig,
     RebuildConfig,
     SweepConfig,
+    UnpackConfig,
     ValidateConfig,
 )
 from sparse_ft.settings.parser import Parser
@@ -60,6 +62,8 @@ COMMANDS = {
     "analyze": Command(AnalyzeConfig, "sparse_ft.commands.analyze:analyze"),
     "sweep": Command(SweepConfig, "sparse_ft.commands.sweep:sweep"),
     "rebuild": Command(RebuildConfig, "sparse_ft.commands.rebuild:rebuild"),
+    "pack": Command(PackConfig, "sparse_ft.commands.pack:pack"),
+    "unpack": Command(UnpackConfig, "sparse_ft.commands.pack:unpack"),
     "cerebras_configs": Command(CerebrasConfigsConfig, "sparse_ft.commands.cerebras_configs:cerebras_configs"),
 }
 

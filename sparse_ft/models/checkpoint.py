@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from sparse_ft.errors import UserError
+from sparse_ft.models.entries import Entry, read_entries
 from sparse_ft.models.families import is_multimodal, text_name
 from sparse_ft.models.folder import WeightFiles, read_json, weight_files
 from sparse_ft.models.names import listed_shapes, place, prunable_names
@@ -27,43 +26,13 @@ from sparse_ft.models.skeleton import Skeleton, build_skeleton, config_values
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Checkpoint", "Entry"]
+__all__ = ["Checkpoint"]
 
-# What safetensors calls a type -> what torch calls it, and bytes.
-_DTYPES = {
-    "F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2),
-    "I64": ("int64", 8), "I32": ("int32", 4), "I16": ("int16", 2), "I8": ("int8", 1), "U8": ("uint8", 1),
-    "BOOL": ("bool", 1), "F8_E4M3": ("float8_e4m3fn", 1), "F8_E5M2": ("float8_e5m2", 1),
-}  # fmt: skip
 _PLAIN = ("float64", "float32", "float16", "bfloat16")
 # What quantised weights have beside them; scales of activations and of the key/value cache are none of these.
 _SCALES = re.compile(
     r"weight_(scale|zero_point|packed|shape|global_scale).*|weight\..+|scales?|qweight|qzeros|SCB|absmax"
 )
-
-
-@dataclass(frozen=True)
-class Entry:
-    """Where a tensor is: its file, and the bytes there.
-
-    Attributes:
-        dtype: torch's name of it; None: one that is not read. stored: the type's name in the file.
-        begin, end: bytes from the start of the file.
-        name: the tensor's name in the file.
-    """
-
-    file: Path
-    dtype: str | None
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-    stored: str = ""
-    name: str = ""
-
-    @property
-    def described(self) -> str:
-        """Type and shape, as fingerprints take them."""
-        return f"{self.dtype and f'torch.{self.dtype}'} {self.shape}"
 
 
 class Checkpoint:
@@ -84,7 +53,7 @@ class Checkpoint:
         self.weights: WeightFiles = weight_files(self.folder)
         self._stored: dict[str, Entry] = {}
         for file in self.weights.files:
-            self._stored.update(_read_entries(file))
+            self._stored.update(read_entries(file))
         missing = sorted(self.weights.indexed - set(self._stored))
         if missing:
             raise UserError(f"Checkpoint {folder}: its index names {missing[0]}, which no file holds.")
@@ -230,6 +199,11 @@ class Checkpoint:
             return ()
 
     @property
+    def stored(self) -> dict[str, Entry]:
+        """Every tensor of the files, as it lies there, by name."""
+        return dict(self._stored)
+
+    @property
     def files(self) -> list[Path]:
         """The safetensors files that hold at least one tensor, in name order."""
         return sorted({entry.file for entry in self._stored.values()})
@@ -326,10 +300,19 @@ class Checkpoint:
         def digest(name: str) -> bytes:
             return hashlib.sha256(self.raw(name)).digest()
 
-        identity, names = hashlib.sha256(), self._stored_names
+        names = self._stored_names
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing leaves the interpreter to others
-            for name, content in zip(names, pool.map(digest, names), strict=True):
-                identity.update(f"{name} {self._entry(name).described}\n".encode() + content)
+            return self.combined(dict(zip(names, pool.map(digest, names), strict=True)))
+
+    def combined(self, digests: Mapping[str, bytes]) -> str:
+        """The `fingerprint` of the SHA-256 of every tensor's bytes, by the name that `stored` has.
+
+        Args:
+            digests: more than the model's own are no matter.
+        """
+        identity = hashlib.sha256()
+        for name in self._stored_names:
+            identity.update(f"{name} {self._entry(name).described}\n".encode() + digests[name])
         return identity.hexdigest()[:16]
 
     def is_called(self, fingerprint: str | None) -> bool:
@@ -352,23 +335,3 @@ class Checkpoint:
             return self._stored[name] if name in self._stored else self._entries[name]
         except KeyError:
             raise UserError(f"Checkpoint {self.folder} has no tensor {name}.") from None
-
-
-def _read_entries(file: Path) -> dict[str, Entry]:
-    try:
-        with safe_open(file, framework="np"):  # safetensors checks that header and length belong together
-            pass
-        with open(file, "rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(length))
-    except (SafetensorError, ValueError, OSError) as error:
-        raise UserError(f"{file} cannot be read, it is truncated or no safetensors file: {error}") from None
-    header.pop("__metadata__", None)
-    entries = {}
-    for name, info in header.items():
-        begin, end = (8 + length + offset for offset in info["data_offsets"])
-        dtype, itemsize = _DTYPES.get(info["dtype"], (None, 0))
-        shape = tuple(info["shape"])
-        assert dtype is None or math.prod(shape) * itemsize == end - begin
-        entries[name] = Entry(file, dtype, shape, begin, end, info["dtype"], name)
-    return entries

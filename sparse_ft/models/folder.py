@@ -9,7 +9,10 @@ from typing import Any
 
 from sparse_ft.errors import UserError
 
-__all__ = ["WeightFiles", "read_json", "weight_files"]
+__all__ = ["PACKED", "PACKED_PREFIX", "WeightFiles", "is_packed", "read_json", "weight_files"]
+
+PACKED = "packed.json"  # what a folder of packed weights has, and no other
+PACKED_PREFIX = "packed."  # before the names of its files of weights
 
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -36,7 +39,8 @@ def weight_files(folder: str | Path) -> WeightFiles:
 
     Raises:
         UserError: no such folder or files; a damaged index; an adapter, which transformers would put on top of
-            the weights; the shards of a distributed checkpoint, which it would read instead.
+            the weights; the shards of a distributed checkpoint, which it would read instead; a packed
+            checkpoint.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -49,6 +53,11 @@ def weight_files(folder: str | Path) -> WeightFiles:
         raise UserError(
             f"Checkpoint {folder} holds an adapter beside its weights (adapter_config.json), which transformers would"
             " put on top of them: merge it, or move it to another folder."
+        )
+    if is_packed(folder):
+        raise UserError(
+            f"Checkpoint {folder} is packed (kept values and bits): give it to sparse-ft unpack, or load it with"
+            " from_packed."
         )
     if any(folder.glob("shard-*-model-*-of-*.safetensors")):
         raise UserError(
@@ -74,6 +83,11 @@ def weight_files(folder: str | Path) -> WeightFiles:
     if not isinstance(content.get("metadata"), dict):
         raise UserError(f'{index} has no metadata, without which transformers does not read it: add "metadata": {{}}.')
     return WeightFiles(files, index, frozenset(weight_map))
+
+
+def is_packed(folder: str | Path) -> bool:
+    """Whether a folder holds a packed checkpoint."""
+    return (Path(folder) / PACKED).is_file()
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -7,10 +7,18 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from sparse_ft.errors import UserError
@@ -21,11 +29,14 @@ from sparse_ft.models.checkpoint import Checkpoint
 from sparse_ft.models.devices import resolve_device, resolve_dtype
 from sparse_ft.models.families import TEXT_NAMES, architecture_of
 from sparse_ft.models.names import has_fused_experts, listed_shapes, place, prunable_names, slots
+from sparse_ft.models.opening import open_checkpoint
+from sparse_ft.models.packed import PackedCheckpoint
 from sparse_ft.models.skeleton import model_config
 from sparse_ft.models.tokenizers import leave_open, pad_inside
 
 __all__ = [
     "apply_masks",
+    "from_packed",
     "load_model",
     "load_state_into",
     "load_tensors_into",
@@ -46,7 +57,7 @@ def load_model(
 
     Args:
         folder: ``config.json`` and ``model*.safetensors`` with every weight of the model; of a multimodal model the
-            text part is loaded.
+            text part is loaded; or a packed folder.
         dtype: of the parameters, or a name for `resolve_dtype`.
         device: or a name for `resolve_device`.
 
@@ -56,14 +67,16 @@ def load_model(
     """
     device = resolve_device(device) if isinstance(device, str) else device
     dtype = resolve_dtype(dtype, device) if isinstance(dtype, str) else dtype
-    checkpoint = Checkpoint(folder)
+    checkpoint = open_checkpoint(folder)
     checkpoint.check()  # says in one line what transformers says in a page, or a traceback
-    config = model_config(folder)
+    config, packed = model_config(folder), isinstance(checkpoint, PackedCheckpoint)
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)] if packed else AutoModelForCausalLM
     with quiet_transformers():
         try:
-            model, report = AutoModelForCausalLM.from_pretrained(
-                str(folder),
+            model, report = kind.from_pretrained(
+                None if packed else str(folder),
                 config=config,
+                state_dict=_restoring(checkpoint) if packed else None,
                 dtype=dtype,
                 attn_implementation=architecture_of(config.to_dict()).attention,
                 use_safetensors=True,
@@ -82,9 +95,50 @@ def load_model(
                 f"{folder} does not hold the whole model: {len(names)} {problem.replace('_', ' ')}, first "
                 f"{names[0]}; is it an adapter that was not merged, or a checkpoint of another configuration?"
             )
+    if packed:  # what transformers takes from a folder
+        model.config.name_or_path = model.name_or_path = str(folder)
+        if (checkpoint.folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
     if checkpoint.is_multimodal:  # or it would be saved under the names of the whole, of which it is a part
         del model._weight_conversions
     return model.eval()
+
+
+def from_packed(
+    folder: str | Path, dtype: torch.dtype | str = "auto", device: torch.device | str = "auto"
+) -> PreTrainedModel:
+    """The model of a packed folder, as `load_model` gives it, without a plain file in between.
+
+    Weights are restored as transformers asks for them: memory holds the model and a few tensors more.
+
+    Args:
+        folder: that ``sparse-ft pack`` wrote.
+        dtype: as `load_model` takes it.
+        device: as `load_model` takes it.
+
+    Raises:
+        UserError: a folder that is not packed, a damaged one, or what `load_model` refuses.
+    """
+    PackedCheckpoint(folder)
+    return load_model(folder, dtype, device)
+
+
+class _Restored:
+    """A tensor of a packed checkpoint that is restored when it is asked for: a slice of safetensors to transformers."""
+
+    def __init__(self, checkpoint: PackedCheckpoint, name: str):
+        self._checkpoint, self._name = checkpoint, name
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self._checkpoint.tensor(self._name)[index]
+
+    def get_shape(self) -> list[int]:
+        return list(self._checkpoint.shape(self._name))
+
+
+def _restoring(checkpoint: PackedCheckpoint) -> dict[str, _Restored]:
+    """The tensors by the names of the files."""
+    return {entry.name: _Restored(checkpoint, name) for name, entry in checkpoint.stored.items()}
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:

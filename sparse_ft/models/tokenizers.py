@@ -8,8 +8,8 @@ from tokenizers import processors
 from transformers import PreTrainedTokenizerBase
 
 from sparse_ft.errors import UserError
-from sparse_ft.models.checkpoint import Checkpoint
 from sparse_ft.models.families import architecture_of
+from sparse_ft.models.opening import open_checkpoint
 
 __all__ = ["embedding_rows", "leave_open", "pad_inside"]
 
@@ -78,7 +78,7 @@ def embedding_rows(folder: str | Path) -> int:
     Raises:
         UserError: the folder is no checkpoint.
     """
-    checkpoint = Checkpoint(folder)
+    checkpoint = open_checkpoint(folder)
     return checkpoint.shape(architecture_of(checkpoint.config).embedding_weight)[0]
 
 

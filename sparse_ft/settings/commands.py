@@ -18,8 +18,10 @@ __all__ = [
     "AnalyzeConfig",
     "CerebrasConfigsConfig",
     "MaskConfig",
+    "PackConfig",
     "RebuildConfig",
     "SweepConfig",
+    "UnpackConfig",
     "ValidateConfig",
 ]
 
@@ -70,6 +72,23 @@ class RebuildConfig(Settings):
 
     run_id: str = setting(help="the cell's run.")
     output_dir: str = setting("outputs/rebuilt", "folder for the checkpoint.", path=())
+
+
+@dataclass(frozen=True)
+class PackConfig(Settings):
+    """Packs a checkpoint: the weights that its masks keep, and one bit for every weight, without the zeros."""
+
+    checkpoint: str = setting(help="the folder of the sparse checkpoint.", path=())
+    masks: str = setting(help="its mask file: every weight that it prunes is +0.0 in the checkpoint.", path=())
+    output: str = setting("outputs/packed", "folder for the packed checkpoint.", path=())
+
+
+@dataclass(frozen=True)
+class UnpackConfig(Settings):
+    """Writes the plain checkpoint of a packed one again, bit for bit."""
+
+    checkpoint: str = setting(help="the folder of the packed checkpoint.", path=())
+    output: str = setting("outputs/unpacked", "folder for the plain checkpoint.", path=())
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ import torch
 from sparse_ft.errors import UserError
 from sparse_ft.models.cerebras.mdl import MdlFile
 from sparse_ft.models.cerebras.names import Place, places, strip_prefix
-from sparse_ft.models.checkpoint import Checkpoint, Entry
+from sparse_ft.models.checkpoint import Checkpoint
+from sparse_ft.models.entries import Entry
 from sparse_ft.models.families import architecture_of
 from sparse_ft.models.names import place
 from sparse_ft.models.skeleton import config_values
