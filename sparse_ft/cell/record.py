@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from sparse_ft.cell.failures import Failure, classify
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from sparse_ft.tracking.runs import Tracker
 
 __all__ = [
+    "cell_command",
     "device_tags",
     "log_cell_inputs",
     "log_cell_result",
@@ -45,6 +47,7 @@ def log_cell_inputs(
     identity: Mapping[str, str],
     planned: CellConfig | None = None,
     tags: Mapping[str, str] | None = None,
+    tuned: str = "",
 ) -> None:
     """The cell's configuration, as parameters ``cfg/...`` and as ``config.yaml``, what its names stand for, as
     parameters ``identity/...`` (see `sparse_ft.cell.identity`), and the command that repeats it, with other ``tags``.
@@ -53,17 +56,18 @@ def log_cell_inputs(
     compared, and the one that ran in the file, from which it can be repeated.
     """
     names = flatten_config((planned or cell).canonical())
-    tags = {**(tags or {}), Tag.COMMAND: _command(cell, identity)}
+    tags = {**(tags or {}), Tag.COMMAND: cell_command(cell, identity, tuned)}
     tracker.log(run_id, params=names | flatten_config(dict(identity), "identity"), tags=tags)
     tracker.log_dict(run_id, cell.canonical(), "config.yaml")
 
 
-def _command(cell: CellConfig, identity: Mapping[str, str]) -> str | None:
+def cell_command(cell: CellConfig, identity: Mapping[str, str], tuned: str = "") -> str | None:
+    """The command that runs a cell by itself, with the run of its ``tuned`` teacher; None: it cannot be said."""
     if "trainer" in identity and not hasattr(cell, "trainer"):
         return None  # one elsewhere has settings of its own, which the cell of a study does not know
     # What a mask file says of itself is read again.
     told = () if cell.masks is None else (*defaults(RecipeSettings), "sparsity")
-    return command_line("train", cell, told)
+    return command_line("train", replace(cell, teacher=f"runs:/{tuned}") if tuned else cell, told)
 
 
 def device_tags(device: str) -> dict[str, str]:
@@ -74,13 +78,13 @@ def device_tags(device: str) -> dict[str, str]:
     return tags | ({version_tag("cuda"): torch.version.cuda} if torch.version.cuda else {})
 
 
-def log_cell_result(tracker: Tracker, run_id: str, result: CellResult) -> None:
-    """All that a cell measured, in one batch, then its files."""
+def log_cell_result(tracker: Tracker, run_id: str, result: CellResult, note: str | None = None) -> None:
+    """All that a cell measured, with its note, in one batch, then its files."""
     tracker.log(
         run_id,
         params=flatten_config(result.protocol, "protocol"),
         metrics=result.metrics,
-        tags=result.tags,
+        tags={**result.tags, Tag.NOTE: note},
         curves=result.series,
     )
     for path, folder in result.artifacts:
@@ -92,7 +96,9 @@ def log_cell_result(tracker: Tracker, run_id: str, result: CellResult) -> None:
 
 def log_failure(tracker: Tracker, run_id: str, failure: Failure) -> None:
     """Class and message as tags, the traceback as an artifact."""
-    tracker.log(run_id, tags={Tag.FAILURE_CLASS: failure.kind, Tag.FAILURE_MESSAGE: failure.message})
+    note = f"**It failed** ({failure.kind}): {failure.message}\n\nThe traceback is `traceback.txt`."
+    tags = {Tag.FAILURE_CLASS: failure.kind, Tag.FAILURE_MESSAGE: failure.message, Tag.NOTE: note}
+    tracker.log(run_id, tags=tags)
     tracker.log_text(run_id, failure.traceback, "traceback.txt")
 
 

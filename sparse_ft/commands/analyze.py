@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from sparse_ft.analysis.note import study_note
 from sparse_ft.analysis.terminal import print_table, terminal_table
 from sparse_ft.analysis.write import write_analysis
 from sparse_ft.errors import UserError
@@ -40,6 +41,9 @@ def analyze(config: AnalyzeConfig) -> int:
         result = write_analysis(runs, folder, config.baseline, title, progress=shown_progress())
         tracker.log_folder(run_id, folder, "report")
         write_curve_runs(tracker, parent, result.curves)
+        for told in filter(None, (run_id, parent)):
+            command = tracker.run(told).tags.get(Tag.COMMAND)
+            tracker.note(told, study_note(result.sentences, result.cells, result.figures, command))
     console = wide_console()
     print_table(console, terminal_table(runs))
     for path in result.files:

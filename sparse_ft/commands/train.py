@@ -39,7 +39,9 @@ def _run(config: TrainConfig, given: GivenMasks | None, bench: Workbench) -> int
     from sparse_ft.analysis.terminal import print_table, terminal_table
     from sparse_ft.cell.identity import cell_identity, cell_key
     from sparse_ft.cell.inputs import cell_inputs
+    from sparse_ft.cell.note import cell_note
     from sparse_ft.cell.record import (
+        cell_command,
         device_tags,
         log_cell_inputs,
         log_cell_result,
@@ -83,7 +85,7 @@ def _run(config: TrainConfig, given: GivenMasks | None, bench: Workbench) -> int
         tracker.log(run_id, tags={Tag.CELL_KEY: cell_key(config, identity, masks.checksum if masks else "")})
         watch = Watch(run_id, lambda curves: tracker.log(run_id, curves=curves))
         result = run_cell(config, masks, bench, folder, trainer, watch, warn_foreign=True)
-        log_cell_result(tracker, run_id, result)
+        log_cell_result(tracker, run_id, result, cell_note(config, result, cell_command(config, identity)))
         address = None
         if config.register_as is not None:
             address = register_cell(tracker, run_id, config, result, bench.progress)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+from sparse_ft.analysis.note import study_note
 from sparse_ft.analysis.terminal import print_table, table_text, terminal_table
 from sparse_ft.analysis.write import write_analysis
 from sparse_ft.files import write_text
@@ -75,6 +76,7 @@ class Grid(Session):
         write_text(folder / "report" / "table.txt", table_text(table))
         tracker.log_folder(parent, folder / "report", "report")
         write_curve_runs(tracker, parent, report.curves)
+        tracker.note(parent, study_note(report.sentences, report.cells, report.figures, self.command))
         if self.total <= _SHOWN:
             print_table(self.console, table)
         for figure in report.figures.values():

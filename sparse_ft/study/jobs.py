@@ -155,7 +155,7 @@ class CellJob(Job):
     ) -> None:
         """Logs the cell and what its names stand for: ``identity``, or what they stood for when it was planned."""
         identity = self.identity if identity is None else identity
-        log_cell_inputs(tracker, run_id, self.cell, identity, self.planned, tags)
+        log_cell_inputs(tracker, run_id, self.cell, identity, self.planned, tags, self.tuned)
 
     def halved(self) -> CellJob | None:
         """The job with half the batch and twice the accumulation (the same examples in every step); None where

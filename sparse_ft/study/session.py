@@ -13,6 +13,7 @@ from sparse_ft.cell.failures import RETRIED, classify, parse_retry
 from sparse_ft.cell.workbench import Workbench
 from sparse_ft.errors import UserError
 from sparse_ft.progress import duration, shown_progress, wide_console
+from sparse_ft.settings.command_line import command_line
 from sparse_ft.settings.commands import SweepConfig
 from sparse_ft.settings.field import plain_values
 from sparse_ft.study.checks.disk import estimate_disk
@@ -63,6 +64,11 @@ class Session(ABC):
     def expected(self) -> Plan:
         """What is counted on: of this disk, memory and time are estimated. Of a plan without problems."""
         return self.plan
+
+    @property
+    def command(self) -> str:
+        """The command that runs the study once more."""
+        return command_line("sweep", self.config, ("resume",))
 
     @abstractmethod
     def described(self) -> Iterator[str]:

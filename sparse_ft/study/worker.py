@@ -14,7 +14,8 @@ from sparse_ft.cell.failures import CellTimeoutError, Failure, classify
 from sparse_ft.cell.identity import cell_identity, check_identity
 from sparse_ft.cell.inputs import cell_inputs, mask_inputs
 from sparse_ft.cell.masks import make_masks, write_manifest
-from sparse_ft.cell.record import device_tags, log_cell_result, log_failure, log_masks
+from sparse_ft.cell.note import cell_note
+from sparse_ft.cell.record import cell_command, device_tags, log_cell_result, log_failure, log_masks
 from sparse_ft.cell.run import run_cell
 from sparse_ft.cell.trainer import LOCAL, Trainer, Watch
 from sparse_ft.cell.workbench import Workbench
@@ -123,7 +124,8 @@ class Worker:
         result = run_cell(
             job.cell, job.masks, self._bench, job.folder, self._trainer, watch, job.title, tuned=job.tuned
         )
-        log_cell_result(self._tracker, run_id, result)
+        note = cell_note(job.cell, result, cell_command(job.cell, identity, job.tuned))
+        log_cell_result(self._tracker, run_id, result, note)
         _clear(job.folder, result.merged)
         seconds = time.monotonic() - began
         overhead = {"time/overhead_seconds": beyond_work(seconds, result.metrics)}

@@ -34,6 +34,7 @@ class Tag(StrEnum):
     PARENT = "mlflow.parentRunId"  # by which MLflow's pages nest runs
     COLOUR = "mlflow.runColor"
     # Where it was made, and how to make it again; see `version_tag` too.
+    NOTE = "mlflow.note.content"  # in Markdown, above the run
     HOST = "host"
     DEVICE_NAME = "device_name"
     COMMAND = "command"  # that repeats this run alone

@@ -19,6 +19,7 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from sqlalchemy.exc import SQLAlchemyError
 
 from sparse_ft.errors import UserError, masked
+from sparse_ft.tracking.notes import EXPERIMENT_NOTE, OURS
 from sparse_ft.tracking.parameters import text_of
 from sparse_ft.tracking.provenance import provenance
 from sparse_ft.tracking.reading import Reader
@@ -123,6 +124,7 @@ class Tracker(Reader):
     def start(self, name: str, tags: Mapping[str, Any] | None = None) -> str:
         """The id of this process's own run: the one ``mlflow run`` made for it, or a new one. It is RUNNING."""
         adopted = os.environ.get("MLFLOW_RUN_ID")
+        self._describe_experiment()
         if not adopted:
             return self._create(self.experiment_id, name, tags or {})
         self._adopted(adopted)
@@ -235,6 +237,12 @@ class Tracker(Reader):
                 room -= count
             self.client.log_batch(run_id, **batch)
 
+    def note(self, run_id: str, text: str) -> None:
+        """Gives a run a note in Markdown; one that somebody else has written stays."""
+        before = self.run(run_id).tags.get(Tag.NOTE)
+        if not before or OURS in before:
+            self.log(run_id, tags={Tag.NOTE: f"{_cut(text, _TAG_LENGTH - len(OURS) - 2)}\n\n{OURS}"})
+
     def log_inputs(self, run_id: str, inputs: Sequence[DataInput]) -> None:
         """Logs what a run looked at, in one call to the store."""
         if inputs:
@@ -275,6 +283,11 @@ class Tracker(Reader):
         run = self.client.create_run(experiment_id, run_name=name, tags=_plain_tags({**provenance(), **tags}))
         self._experiments[run.info.run_id] = experiment_id
         return run.info.run_id
+
+    def _describe_experiment(self) -> None:
+        """Says how to read the experiment, where nobody has said anything of it."""
+        if Tag.NOTE not in self.client.get_experiment(self.experiment_id).tags:
+            self.client.set_experiment_tag(self.experiment_id, Tag.NOTE.value, EXPERIMENT_NOTE)
 
     def _adopted(self, run_id: str) -> str:
         """The experiment of the run that ``mlflow run`` made; remembers which parameters it has already."""

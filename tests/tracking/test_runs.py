@@ -240,6 +240,21 @@ def test_more_than_a_batch_holds(tracker: Tracker):
     assert tracker.curve(run_id, "loss") == curve
 
 
+def test_a_note_is_written_anew_but_not_over_somebody_elses(tracker: Tracker):
+    run_id = tracker.start("study")
+    for text in ("x" * 9000, "**50 %** is enough."):
+        tracker.note(run_id, text)
+    assert tracker.run(run_id).tags[Tag.NOTE].startswith("**50 %** is enough.\n\n*Written by sparse_ft")
+    tracker.log(run_id, tags={Tag.NOTE: "mine"})
+    tracker.note(run_id, "other")
+    assert tracker.run(run_id).tags[Tag.NOTE] == "mine"
+    experiment = tracker.client.get_experiment(tracker.experiment_id)
+    assert "tags.kind = 'cell'" in experiment.tags[Tag.NOTE]
+    tracker.client.set_experiment_tag(tracker.experiment_id, Tag.NOTE.value, "ours")
+    tracker.start("another")
+    assert tracker.client.get_experiment(tracker.experiment_id).tags[Tag.NOTE] == "ours"
+
+
 def test_long_values_are_cut_and_do_not_fail(tracker: Tracker):
     run_id = tracker.start("long")
     tracker.log(run_id, params={"long": "x" * 7000}, tags={"long": "y" * 9000})

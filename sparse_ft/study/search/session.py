@@ -28,6 +28,7 @@ from sparse_ft.study.search.trials import TrialJob, open_search, open_storage
 from sparse_ft.study.session import Session
 from sparse_ft.study.start import STUDY_FILE, changes
 from sparse_ft.study.study_file import Study
+from sparse_ft.tracking.notes import command_block, markdown_table
 from sparse_ft.tracking.record import Tag, best_name
 from sparse_ft.tracking.runs import Tracker
 
@@ -134,8 +135,20 @@ class Search(Session):
         elif best:
             tags = {best_name(key): value for key, value in best[0].params.items()}
             tracker.log(parent, metrics={best_name(names[0]): best[0].values[0]}, tags=tags)
+        tracker.note(parent, self._note(complete, best, figure.name))
         self.console.print(best_table(best, self.settings))
         self._print(f"figure: {figure}")
+
+    def _note(self, complete: list[FrozenTrial], best: list[FrozenTrial], figure: str) -> str:
+        names = self.settings.metrics
+        said = f"A search over {', '.join(self.settings.space)}: {len(complete)} of {self.total} trials have a result."
+        heads = ["trial", *self.settings.space, *names]
+        chosen = [[trial.params.get(name, "") for name in self.settings.space] for trial in best]
+        values = [[f"{value:.4g}" for value in trial.values] for trial in best]
+        rows = [[trial.number, *chosen[i], *values[i]] for i, trial in enumerate(best)]
+        table = markdown_table(heads, rows, len(heads) - len(names)) if rows else "No trial has a result."
+        what = "Trials that no other one beats in both:" if len(names) == 2 else "The best one:"
+        return "\n\n".join([said, what, table, f"Figure: `search/{figure}`.", command_block(self.command)])
 
     def is_open(self, hole: Hole) -> bool:
         """Another start proposes another cell in its place."""

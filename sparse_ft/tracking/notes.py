@@ -1,0 +1,36 @@
+"""Notes in Markdown, as MLflow's pages show them above a run: what all of them have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+__all__ = ["EXPERIMENT_NOTE", "OURS", "command_block", "markdown_table"]
+
+OURS = "*Written by sparse_ft; a note without this line is left alone.*"
+
+EXPERIMENT_NOTE = f"""Runs of sparse_ft: language models, pruned and fine-tuned.
+
+- **What is a run.** The tag `kind` says it: a *study* has its *cells* (one model, task, method, sparsity, mode and seed
+  each) and its *masks* below it; *curve* runs are lines of its figures, *analysis* and *validation* stand alone.
+- **Where the answer is.** In the note of a study's run, and on the page `report/report.html` among its artifacts.
+- **How to read the table.** Filter `tags.kind = 'cell'`; columns `eval/accuracy`, `eval/perplexity`,
+  `sparsity/achieved`, `sparsity/violations` (0, or something is broken), `failure_class`.
+- **How to do it again.** Every run has the tag `command`.
+
+{OURS}
+"""
+
+
+def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> str:
+    """A table whose first columns, so many, are words, and the others numbers."""
+    lines = [_row(heads), _row(["---"] * words + ["---:"] * (len(heads) - words)), *map(_row, rows)]
+    return "\n".join(lines)
+
+
+def command_block(command: str) -> str:
+    """A command to copy."""
+    return f"To do it again:\n\n```\n{command}\n```"
+
+
+def _row(values: Sequence[str]) -> str:
+    return "| " + " | ".join(str(value).replace("|", "\\|").replace("\n", " ") for value in values) + " |"
