@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from sparse_ft.cell.identity import cell_identity, mask_key
 from sparse_ft.cell.masks import mask_file
@@ -121,8 +120,10 @@ def make_plan(study: Study) -> Plan:
     where, parser = f"Study {study.name}", Parser(CellConfig)
     common, given = parser.values(study.cell, where), cache(mask_file)
     # Every axis value is checked once, not once a cell.
-    axes = [[getattr(parser.values({axis: v}, where), axis) for v in values] for axis, values in study.grid.items()]
-    points = [replace(common, **dict(zip(study.grid, values, strict=True))) for values in itertools.product(*axes)]
+    points = []
+    for table in study.tables:
+        axes = [[getattr(parser.values({axis: v}, where), axis) for v in values] for axis, values in table.items()]
+        points += [replace(common, **dict(zip(table, values, strict=True))) for values in itertools.product(*axes)]
     dense = [_baseline(point) for point in points if study.dense_baseline or point.has_tuned_teacher]
     cells: dict[str, CellConfig] = {}
     for cell in dense + points:
@@ -145,7 +146,9 @@ def make_plan(study: Study) -> Plan:
         if kind is not None:
             levels.setdefault(kind, []).append(cell.sparsity)
     numbers = {kind: number for number, kind in enumerate(levels)}
-    planned = zip(configs, _titles(configs, study.grid), map(numbers.get, kinds), _same_as(configs), strict=True)
+    named = dict.fromkeys(axis for table in study.tables for axis in table)
+    varied = [axis for axis in named if len({repr(getattr(point, axis)) for point in points}) > 1]
+    planned = zip(configs, _titles(configs, varied), map(numbers.get, kinds), _same_as(configs), strict=True)
     sets = [
         PlannedMasks(replace(kind, sparsities=tuple(sorted(set(asked))), figures=study.figures))
         for kind, asked in levels.items()
@@ -163,9 +166,9 @@ def _baseline(cell: CellConfig) -> CellConfig:
     return replace(cell, **defaults(RecipeSettings), masks=None, sparsity=0.0)
 
 
-def _titles(cells: Sequence[CellConfig], grid: Mapping[str, list[Any]]) -> Iterator[str]:
+def _titles(cells: Sequence[CellConfig], varied: Sequence[str]) -> Iterator[str]:
     shown = ("model", "task", "method", "importance", *STEPS, "sparsity", "mode")
-    axes = [axis for axis, values in grid.items() if len(values) > 1 and axis not in shown]
+    axes = [axis for axis in varied if axis not in shown]
     for cell in cells:
         values = cell.canonical()
         rest = [f"{axis} {values[axis]}" for axis in axes if values.get(axis, "none") != "none"]

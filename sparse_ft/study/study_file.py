@@ -30,7 +30,7 @@ class Study:
 
     Attributes:
         name: of the parent run and of the output folder.
-        grid: values of any cell fields; the cells are their product.
+        grid: values of any cell fields; the cells are their product. In the file it may be a list of such tables.
         cell: values of cell fields that are the same everywhere.
         dense_baseline: add one dense cell for every (model, task, seed).
         keep: what of the models stays: none, adapter, pareto (adapters of all cells and whole models of the
@@ -40,6 +40,7 @@ class Study:
         search: an Optuna search over some fields, instead of trying every point; see `sparse_ft.study.search.session`.
         retry: failure classes that are tried again on resuming beside those that always are.
         trainer: how cells are trained, one of `TRAINERS`.
+        more: the further tables of the grid, each a product of its own; cells that are in several are one.
         figures: of the mask sets, as ``compute_masks`` takes it: all, summary or none; none draws none of the results
             either.
     """
@@ -54,6 +55,12 @@ class Study:
     retry: frozenset[str] = frozenset()
     trainer: str = "local"
     figures: str = MaskConfig.figures
+    more: tuple[Mapping[str, list[Any]], ...] = ()
+
+    @property
+    def tables(self) -> tuple[Mapping[str, list[Any]], ...]:
+        """The grid's tables."""
+        return (self.grid, *self.more)
 
     @property
     def kept(self) -> str:
@@ -67,7 +74,8 @@ class Study:
 
     def plain(self) -> dict[str, Any]:
         """The study as plain data without passwords, for its run's ``study.yaml``."""
-        values = {"name": self.name, "grid": dict(self.grid), "cell": dict(self.cell), "keep": self.kept}
+        grid = list(map(dict, self.tables)) if self.more else dict(self.grid)
+        values = {"name": self.name, "grid": grid, "cell": dict(self.cell), "keep": self.kept}
         values |= {"dense_baseline": self.dense_baseline, "register": self.register, "search": self.search}
         if self.trainer != "local":  # what older versions' files do not say
             values["trainer"] = self.trainer
@@ -84,9 +92,9 @@ def load_study(path: str | Path) -> Study:
     content = read_yaml(path)
     if isinstance(content, dict) and content.get("search"):
         content = {"grid": {}, "dense_baseline": False, **content}
-    elif not isinstance(content, dict) or not isinstance(content.get("grid"), dict) or not content["grid"]:
+    elif not isinstance(content, dict) or not all(_tables(content.get("grid")) or [None]):
         raise UserError(f"Study {path} has no 'grid:' with lists of values; configs/ holds examples.")
-    known = {entry.name for entry in fields(Study)}
+    known = {entry.name for entry in fields(Study)} - {"more"}
     unknown = sorted(map(str, set(content) - known))
     if unknown:
         raise UserError(f"Study {path}: unknown key '{unknown[0]}'; a study has {', '.join(sorted(known))}.")
@@ -97,10 +105,11 @@ def load_study(path: str | Path) -> Study:
         if not isinstance(content.get(switch, False), bool):
             raise UserError(f"Study {path}: {switch} is '{content[switch]}'; it must be true or false.")
     content = _checked(path, content)
-    grid = {axis: _axis(path, axis, values) for axis, values in content["grid"].items()}
+    read = ({axis: _axis(path, axis, values) for axis, values in table.items()} for table in _tables(content["grid"]))
+    grid, *more = (*read,) or ({},)
     classes = content.get("retry") or "none"
     retry = parse_retry(",".join(map(str, classes)) if isinstance(classes, list) else str(classes))
-    return Study(**{**content, "grid": grid, "cell": content.get("cell") or {}, "retry": retry})
+    return Study(**{**content, "grid": grid, "more": tuple(more), "cell": content.get("cell") or {}, "retry": retry})
 
 
 def _checked(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
@@ -115,20 +124,26 @@ def _checked(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
             f"Study {path}: name is '{str(name)[:60]}'; it names a folder: 1 to 100 letters that can be seen, without /"
             " and \\, beginning with a letter or digit and not ending with a space or dot."
         )
-    for part in ("grid", "cell", "search"):
-        if not isinstance(content.get(part) or {}, dict):
-            raise UserError(f"Study {path}: {part} is no table of fields and values.")
-        if odd := [key for key in content.get(part) or {} if not isinstance(key, str)]:
-            raise UserError(f"Study {path}: {part} has the key {str(odd[0])[:60]}, which is no field's name.")
-    grid = content.get("grid") or {}
-    for axis, values in grid.items():
+    grid = _tables(content.get("grid"))
+    for part, tables in (("grid", grid), ("cell", [content.get("cell")]), ("search", [content.get("search")])):
+        for table in tables:
+            if not isinstance(table or {}, dict):
+                raise UserError(f"Study {path}: {part} is no table of fields and values.")
+            if odd := [key for key in table or {} if not isinstance(key, str)]:
+                raise UserError(f"Study {path}: {part} has the key {str(odd[0])[:60]}, which is no field's name.")
+    for axis, values in (item for table in grid for item in table.items()):
         for value in values if isinstance(values, list) else [values]:
             if not isinstance(value, (str, int, float)):
                 raise UserError(f"Study {path}: the axis '{axis}' holds {str(value)[:60]}, which is no plain value.")
-    cells = math.prod(len(values) if isinstance(values, list) else 1 for values in grid.values())
+    cells = sum(math.prod(len(v) if isinstance(v, list) else 1 for v in table.values()) for table in grid)
     if cells > LARGEST_STUDY:
         raise UserError(f"Study {path} has {cells:,} cells; the most are {LARGEST_STUDY:,}. Divide its grid.")
     return {**content, "name": str(name), "grid": grid}
+
+
+def _tables(grid: Any) -> list[Any]:
+    """A grid's tables: of a list each entry, else the one; none of none."""
+    return grid if isinstance(grid, list) else [grid] if grid else []
 
 
 def _masked(values: dict[str, Any]) -> dict[str, Any]:

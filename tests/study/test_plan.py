@@ -104,6 +104,11 @@ def test_every_shipped_study_makes_a_plan_and_says_how_to_run_it(path):
     [
         ("grid: {model: [a", "not valid YAML"),
         ("name: x", "no 'grid:'"),
+        ("grid: []", "no 'grid:'"),
+        ("grid: [{seed: [1]}, {}]", "no 'grid:'"),
+        ("grid: [{seed: [1]}, 3]", "grid is no table"),
+        ("grid: [{seed: [1]}, {3: [1]}]", "grid has the key 3"),
+        ("grid: [{seed: [1]}, {seed: []}]", "'seed' of the grid is empty"),
         ("grid: {model: []}", "'model' of the grid is empty"),
         ("grid: {seed: [1]}\nworkers: 3", "unknown key 'workers'"),
         ("grid: {sparsity: half}", "sparsities is 'half'"),
@@ -121,6 +126,27 @@ def test_sparsities_may_be_a_range(tmp_path):
     path.write_text("grid: {sparsity: '0:0.3:0.1'}")
     study = load_study(path)
     assert (study.name, study.grid["sparsity"]) == ("levels", [0.0, 0.1, 0.2, 0.3])
+
+
+def test_a_grid_may_be_several_tables_and_cells_in_two_of_them_are_one(tmp_path):
+    path = tmp_path / "parts.yaml"
+    path.write_text("""
+grid:
+  - {importance: [magnitude, wanda], sparsity: [0.5], mode: [pruned]}
+  - {importance: [wanda], sparsity: [0.5, 0.7], recover_steps: [5], mode: [pruned, sparse_to_sparse]}
+cell: {model: tiny-llama}
+""")
+    study = load_study(path)
+    cells = [cell for cell in make_plan(study).configs if cell.sparsity > 0 and cell.mode != "dense"]
+    # The pruned cells have no recovery: that of Wanda at 50 % is in both tables.
+    assert sorted((cell.importance, cell.sparsity, cell.mode) for cell in cells) == [
+        ("magnitude", 0.5, "pruned"),
+        ("wanda", 0.5, "pruned"),
+        ("wanda", 0.5, "sparse_to_sparse"),
+        ("wanda", 0.7, "pruned"),
+        ("wanda", 0.7, "sparse_to_sparse"),
+    ]
+    assert len(study.plain()["grid"]) == 2 and make_plan(study).key == make_plan(load_study(path)).key
 
 
 def test_a_study_without_training_is_held_against_the_dense_model_without_training():
