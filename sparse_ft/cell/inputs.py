@@ -18,9 +18,9 @@ from sparse_ft.tracking.record import DataInput
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
 
-__all__ = ["EVALUATION", "cell_inputs", "mask_inputs"]
+__all__ = ["EVALUATION", "PERPLEXITY", "cell_inputs", "mask_inputs"]
 
-EVALUATION = "evaluation"
+EVALUATION, PERPLEXITY = "evaluation", "perplexity"
 _TEXT = {"text": "string"}
 
 
@@ -50,7 +50,7 @@ def cell_inputs(cell: CellConfig, identity: Mapping[str, str], bench: Workbench)
         found.append(_training_text(task, cell.recover_corpus, cell.data_dir, rows, bench, "recovery"))
     if cell.perplexity_tokens != 0:
         if cell.perplexity_corpus == TASK:
-            found.append(_split(task, scored, identity.get("scored_data"), "perplexity"))
+            found.append(_split(task, scored, identity.get("scored_data"), PERPLEXITY))
         else:
             found.append(_held_out_text(cell, identity["perplexity_text"]))
     return _merged(found)
@@ -104,7 +104,7 @@ def _held_out_text(cell: CellConfig, digest: str) -> DataInput:
     split = CORPORA[corpus].held_out if named else ""
     name = f"{corpus}/{split}" if named else file.name
     rows = None if file is None else _lines(file, digest)
-    return DataInput(name, digest, ("perplexity",), _place(corpus, file, split), rows, _TEXT)
+    return DataInput(name, digest, (PERPLEXITY,), _place(corpus, file, split), rows, _TEXT)
 
 
 @lru_cache(maxsize=64)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from sparse_ft.cell.inputs import EVALUATION, PERPLEXITY
 from sparse_ft.cell.result import CellResult
 from sparse_ft.levels import level_label
 from sparse_ft.models.catalog import without_revision
@@ -11,11 +12,16 @@ from sparse_ft.progress import SILENT, Progress
 from sparse_ft.settings.cell import CellConfig
 from sparse_ft.settings.modes import MODES
 from sparse_ft.settings.rules import rule_label
+from sparse_ft.tracking.model_scores import link_scores
 from sparse_ft.tracking.models import log_model, model_card, register_model, registered_name, sparsity_alias
+from sparse_ft.tracking.parameters import flatten_config
 from sparse_ft.tracking.record import Tag
 from sparse_ft.tracking.runs import Tracker
 
 __all__ = ["register_cell"]
+
+_OTHER_STAGES = ("_untuned", "_recovered", "_adapter", "_remasked", "_while_training")
+_WEIGHTS = (Tag.MASK_CHECKSUM, Tag.BASE_FINGERPRINT, Tag.HUB_COMMIT, Tag.MERGED_FINGERPRINT)  # what tells them apart
 
 
 def register_cell(
@@ -43,13 +49,27 @@ def register_cell(
         **{key: cell.canonical()[key] for key in ("method", "scope", "sparsity")},
         "importance": _rule(cell),
         "accuracy": result.metrics.get("eval/accuracy"),
-        Tag.MASK_CHECKSUM: result.tags.get(Tag.MASK_CHECKSUM),
+        "task": cell.task,
+        **{tag: result.tags.get(tag) for tag in _WEIGHTS},
     }
-    logged = log_model(tracker, run_id, result.merged, "model", card=card, tags=tags, progress=progress)
+    params = flatten_config(cell.canonical(), "")
+    logged = log_model(tracker, run_id, result.merged, "model", card=card, tags=tags, params=params, progress=progress)
+    link_scores(tracker, run_id, logged, {name: _measured_on(name) for name in result.metrics if _is_final(name)})
     version = register_model(tracker, logged, name, alias=alias, tags=tags, description=card, said=said)
     address = f"models:/{name}@{alias}" if alias else f"models:/{name}/{version}"
     tracker.log(run_id, tags={Tag.REGISTERED_AS: f"{name}/{version}"})
     return address
+
+
+def _is_final(metric: str) -> bool:
+    """Whether a metric is one of the merged model, and not of a stage before it, or of how it was made."""
+    return metric.startswith(("eval/", "sparsity/")) and not metric.endswith(_OTHER_STAGES)
+
+
+def _measured_on(metric: str) -> str | None:
+    if not metric.startswith("eval/"):
+        return None  # counted in the weights
+    return PERPLEXITY if metric.startswith("eval/perplexity") else EVALUATION
 
 
 def _rule(cell: CellConfig) -> str:

@@ -16,7 +16,8 @@ import yaml
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModelOutput
 from mlflow.exceptions import MlflowException
-from mlflow.models import Model
+from mlflow.models import Model, ModelSignature
+from mlflow.types.schema import ColSpec, Schema
 from sqlalchemy.exc import SQLAlchemyError
 
 from sparse_ft.errors import UserError
@@ -37,6 +38,7 @@ __all__ = [
 ]
 
 _TASK = "text-generation"
+_EXAMPLE = "Question: is water wet?\nAnswer:"
 _WEIGHTS = "model"  # mlflow's name for the folder of the checkpoint inside a model
 # What tells models of one name and level apart: an alias that goes from one kind to another leaves a second behind.
 _KIND = ("method", "importance", "scope", "mode", "model")
@@ -313,6 +315,9 @@ def _describe(folder: Path, weights: list[Path], target: Path, model: Model, car
         model_card=ModelCard(card or model_card(folder.name, {})),
         # Named, because mlflow's own guess asks for torchvision, which a text model does not need.
         pip_requirements=_requirements(),
+        # Said outright: to guess them mlflow would run the model, which has no weights here.
+        signature=ModelSignature(Schema([ColSpec("string")]), Schema([ColSpec("string")])),
+        input_example=[_EXAMPLE],
     )
     if bars:
         transformers_logging.enable_progress_bar()

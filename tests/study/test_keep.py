@@ -83,6 +83,15 @@ def test_of_a_study_the_front_is_kept_whole_and_registered_where_asked(study_fil
     for run in cells:
         assert ("registered_as" in run.tags) == (run.run_id in front)
         assert any(name.startswith("adapter/") for name in tracker.artifacts(run.run_id))
+        for made in tracker.client.get_run(run.run_id).outputs.model_outputs:
+            model = tracker.client.get_logged_model(made.model_id)
+            scores = {metric.key: metric for metric in model.metrics}
+            assert scores["eval/accuracy"].value == run.metrics["eval/accuracy"]
+            assert scores["eval/accuracy"].dataset_digest == run.params["identity/scored_data"]
+            assert scores["sparsity/violations"].value == 0 and "eval/accuracy_untuned" not in scores
+            assert model.params["sparsity"] == run.params["cfg/sparsity"]
+            assert model.tags.get("mask_checksum") == run.tags.get("mask_checksum")
+            assert model.tags["base_fingerprint"] == run.tags["base_fingerprint"]
     assert not list((tmp_path / "out").glob("*/models/*"))  # the registry holds the only copy
 
 

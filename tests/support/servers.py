@@ -30,6 +30,21 @@ def mlflow_server(folder: Path, store: str, *options: str, environment: dict[str
 
 
 @contextmanager
+def model_server(folder: Path, uri: str, store: str) -> Iterator[str]:
+    """The address at which ``mlflow models serve`` answers for a model of a store."""
+    port = _free_port()
+    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", uri, "--env-manager", "local"]
+    address = f"http://127.0.0.1:{port}"
+
+    def answers() -> None:
+        urllib.request.urlopen(f"{address}/ping", timeout=2).close()
+
+    environment = {"MLFLOW_TRACKING_URI": store}
+    with _running([*command, "--host", "127.0.0.1", "--port", str(port)], folder, answers, environment):
+        yield address
+
+
+@contextmanager
 def s3_server(folder: Path, bucket: str) -> Iterator[dict[str, str]]:
     """What MLflow's environment must say to reach a new S3 server with this bucket."""
     import boto3

@@ -7,17 +7,21 @@ import json
 import os
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
 import torch
 from mlflow.exceptions import MlflowException
+from mlflow.models import Model
 from safetensors.torch import load_file, save_file
+from servers import model_server
 
 from sparse_ft.errors import UserError
 from sparse_ft.models.checkpoint import Checkpoint
 from sparse_ft.models.copying import copy_checkpoint
 from sparse_ft.models.tiny import make_tiny
+from sparse_ft.tracking.model_scores import link_scores
 from sparse_ft.tracking.models import (
     log_model,
     model_card,
@@ -26,6 +30,7 @@ from sparse_ft.tracking.models import (
     resolve_model,
     sparsity_alias,
 )
+from sparse_ft.tracking.record import DataInput
 from sparse_ft.tracking.runs import Tracker
 from sparse_ft.tracking.stores import is_model_uri
 
@@ -174,8 +179,36 @@ def test_a_logged_model_is_found_by_every_address(tracker: Tracker, merged: Path
     logged = tracker.client.get_logged_model(uri.removeprefix("models:/"))
     assert logged.status == "READY" and logged.tags["mode"] == "dense" and logged.params["r"] == "16"
     assert logged.source_run_id == run_id
+    described = Model.load(str(root))
+    schemas = described.get_input_schema(), described.get_output_schema()
+    assert [schema.to_dict() for schema in schemas] == [[{"type": "string", "required": True}]] * 2
+    assert described.load_input_example(str(root)) == ["Question: is water wet?\nAnswer:"]
     made = tracker.client.get_model_version(name, first)
     assert made.tags["accuracy"] == "0.5" and made.description == "# A card" and made.run_id == run_id
+
+
+def test_scores_are_those_of_the_model_on_their_data(tracker: Tracker, merged: Path):
+    run_id = tracker.start("cell")
+    tracker.log(run_id, metrics={"eval/accuracy": 0.5, "eval/perplexity": 9.0, "sparsity/violations": 0, "train/x": 1})
+    place = {"file": "/rows"}
+    questions = DataInput("boolq/validation", "a" * 16, ("evaluation", "few-shot"), place)
+    tracker.log_inputs(run_id, [questions, DataInput("wikitext2/test", "b" * 16, ("perplexity",), place)])
+    uri = log_model(tracker, run_id, merged, "scored")
+    contexts = {
+        "eval/accuracy": "evaluation",
+        "eval/perplexity": "perplexity",
+        "sparsity/violations": None,
+        "none": None,
+    }
+    assert sorted(link_scores(tracker, run_id, uri, contexts)) == sorted(set(contexts) - {"none"})
+    logged = tracker.client.get_logged_model(uri.removeprefix("models:/"))
+    assert {(m.key, m.value, m.dataset_name, m.dataset_digest) for m in logged.metrics} == {
+        ("eval/accuracy", 0.5, "boolq/validation", "a" * 16),
+        ("eval/perplexity", 9.0, "wikitext2/test", "b" * 16),
+        ("sparsity/violations", 0.0, None, None),
+    }
+    for name in contexts.keys() - {"none"}:
+        assert len(tracker.curve(run_id, name)) == 1  # not logged twice
 
 
 def test_the_alias_moves_to_the_newest(tracker: Tracker, merged: Path, tmp_path: Path):
@@ -187,6 +220,16 @@ def test_the_alias_moves_to_the_newest(tracker: Tracker, merged: Path, tmp_path:
     assert digest(resolve_model(f"models:/{name}@sparse70", tracker.uri)) == digest(other)
     assert digest(resolve_model(f"models:/{name}/1", tracker.uri)) == digest(merged)
     assert digest(resolve_model(f"runs:/{run_id}/a", tracker.uri)) == digest(merged)
+
+
+@pytest.mark.slow
+def test_a_model_is_served(tracker: Tracker, merged: Path, tmp_path: Path):
+    uri = log_model(tracker, tracker.start("cell"), merged, "served")
+    example = (resolve_model(uri, tracker.uri).parent / "serving_input_example.json").read_bytes()
+    with model_server(tmp_path, uri, tracker.uri) as address:
+        request = urllib.request.Request(f"{address}/invocations", example, {"Content-Type": "application/json"})
+        answer = json.load(urllib.request.urlopen(request, timeout=120))
+    assert [type(text) for text in answer["predictions"]] == [str]
 
 
 def test_a_folder_among_a_runs_artifacts_is_found_too(tracker: Tracker, merged: Path):
