@@ -17,6 +17,7 @@ RESUMED = "tests/study/test_ledger.py::test_a_changed_configuration_says_what_ch
 PACKED = "tests/models/test_packed.py::test_the_commands_say_the_bytes_of_the_files"
 TEAM = "tests/study/test_postgresql.py::test_two_workers_fill_a_study_and_a_search"
 WAFER = "tests/cerebras/modelzoo/test_"
+OWN_ROWS = "tests/cell/test_training_set.py::test_the_command_of_the_page"
 CI = ".ci/run"
 BY_HAND = "by hand: "
 CLEAN = BY_HAND + "from a clean clone"
@@ -55,6 +56,7 @@ RUN = {
     r"sparse-ft sweep --config configs/full.yaml --dry-run": HUB,
     r"sparse-ft sweep --config configs/full.yaml --executor ray .*": SLURM,
     r"sparse-ft sweep --config configs/tiny_full.yaml --dry_run true": STARTED,
+    r"sparse-ft train --model tiny-llama .* --train_data rows.jsonl .*": OWN_ROWS,
     r"sparse-ft train --model tiny-llama .*": STARTED,
     r"sparse-ft train --task weather .*": "tests/test_contributing.py::test_a_task_of_ones_own",
     r"sparse-ft compute_masks --model MODEL .*": STARTED,

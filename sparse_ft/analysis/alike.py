@@ -14,12 +14,15 @@ from sparse_ft.settings.modes import FULL, is_tuned
 __all__ = ["Ways", "ways_of_points", "why_not_comparable"]
 
 # What makes two trainings the same but for the sparsity: how, on which weights and rows, in which precision and code.
-_LORA = ("lora_r", "lora_alpha", "lora_dropout", "target_modules", "rounding")
+_LORA = ("lora_r", "lora_alpha", "rslora", "lora_dropout", "target_modules", "rounding")
 _TRAINING = (
     "learning_rate", "max_steps", "batch_size", "gradient_accumulation", "warmup_fraction", "weight_decay",
-    "max_seq_len",
+    "max_seq_len", "loss_on", "packing", "mix_weight", "num_epochs", "schedule",
 )  # fmt: skip
-_BEHIND = ("weights", "model_config", "tokenizer", "training_data", "dtype", "device", "versions")
+_BEHIND = (
+    "weights", "model_config", "tokenizer", "training_data", "train_data", "mixed_data", "chat_template",
+    "dtype", "device", "versions",
+)  # fmt: skip
 
 Ways = Mapping[tuple[Any, ...], Mapping[str, set[str]]]
 """Point -> what its cells say of how they were made -> the values."""

@@ -68,7 +68,8 @@ _INCIDENTAL = named(CellConfig, result=False)
 # Names that say nothing by themselves: a run that says what was behind them (``identity/...``) is told by that.
 _BEHIND = {
     "data_dir": "scored_data", "device": "device", "dtype": "dtype", "masks": "versions", "num_fewshot": "num_fewshot",
-    "perplexity_corpus": "versions", "include_path": "versions",
+    "perplexity_corpus": "versions", "include_path": "versions", "train_data": "train_data",
+    "mix": "mixed_data",
 }  # fmt: skip
 
 

@@ -29,7 +29,9 @@ from sparse_ft.settings.lora import LoraSettings
 from sparse_ft.settings.modes import MODES
 from sparse_ft.settings.recovery import RecoverySettings
 from sparse_ft.settings.rules import AUTO
+from sparse_ft.settings.training_data import SOURCES
 from sparse_ft.tasks.corpora import held_out_file
+from sparse_ft.tasks.rows import MESSAGES, TEXT
 
 __all__ = [
     "IdentityError",
@@ -55,8 +57,9 @@ class IdentityError(ModelUnavailableError):
 def cell_identity(cell: CellConfig, bench: Workbench, trainer: str = "local") -> dict[str, str]:
     """What a cell's names stand for on this machine, name -> digest or value.
 
-    ``weights``, ``model_config`` and ``tokenizer`` of the base model; ``training_data``, ``scored_data`` and
-    ``fewshot_data`` (where there are any); ``task_definition`` (of a task of one's own); ``num_fewshot``;
+    ``weights``, ``model_config`` and ``tokenizer`` of the base model; ``training_data`` (of the task), ``scored_data``
+    and ``fewshot_data`` (where there are any); ``train_data`` (rows of one's own) and the ``chat_template`` that
+    they are written with; ``task_definition`` (of a task of one's own); ``num_fewshot``;
     ``perplexity_text`` (of a file); ``calibration_text`` and ``recovery_text`` (of a corpus); ``masks`` (of a given
     file); ``teacher`` (of one that is named); ``dtype`` and ``device`` as resolved; ``versions`` of this program and
     of the libraries that compute; ``trainer``, where it is not the local one.
@@ -68,8 +71,11 @@ def cell_identity(cell: CellConfig, bench: Workbench, trainer: str = "local") ->
     device = resolve_device(cell.device)
     found = {**bench.model_digests(cell.model), **bench.data_digests(cell)}
     calibrated = cell.pruned and cell.needs_calibration and cell.masks is None
-    if not MODES[cell.mode].trains and not (calibrated and cell.calibration_corpus == TASK):
+    sources = cell.sources if MODES[cell.mode].trains else ()
+    texts = [*sources, *([cell.calibration_corpus] if calibrated else [])]
+    if TASK not in [*texts, *([cell.recover_corpus] if cell.recovered else [])]:
         found.pop("training_data", None)
+    found |= _rows_behind(cell, sources, bench)
     found["num_fewshot"] = str(task.config.num_fewshot or 0)
     if cell.perplexity_tokens != 0:
         found["perplexity_text"] = _text(cell.perplexity_corpus, cell.data_dir)
@@ -114,6 +120,9 @@ def cell_key(cell: CellConfig, identity: Mapping[str, str], mask_checksum: str =
     settings = {name: value for name, value in cell.canonical().items() if name not in names}
     if identity.get("dtype") == "float32":
         settings.pop("rounding")  # nothing is rounded
+    own = [identity[what] for what in SOURCES if what in identity]
+    if own and len(own) == len(cell.sources) and all(rows.startswith(TEXT) for rows in own):
+        settings.pop("loss_on", None)  # of text every token is learned
     if cell.perplexity_tokens == 0:
         settings = {name: value for name, value in settings.items() if name != "perplexity_seq_len"}
     if "teacher" in identity:
@@ -154,7 +163,8 @@ def untuned_key(
         start: fingerprint of the weights under the masks (after an update not the base's).
         settings: how is scored.
     """
-    no_matter = ("training_data", "masks", "calibration_text", "recovery_text", "teacher")  # to how a model is scored
+    # to how a model is scored
+    no_matter = ("training_data", *SOURCES, "chat_template", "masks", "calibration_text", "recovery_text", "teacher")
     scored = {name: value for name, value in identity.items() if name not in no_matter}
     how = {name: value for name, value in settings.items() if name not in ("perplexity_corpus", "num_fewshot")}
     return digest([cell.task, scored, start, mask_checksum, how], 64)
@@ -199,8 +209,23 @@ def versions() -> str:
     )
 
 
+def _rows_behind(cell: CellConfig, sources: Sequence[str], bench: Workbench) -> dict[str, str]:
+    """The rows of one's own that a cell is trained on, and how their conversations are written."""
+    own = {what: bench.rows(name, cell.data_dir) for what, name in zip(SOURCES, sources, strict=False) if name != TASK}
+    found = {what: rows.digest for what, rows in own.items()}
+    if any(rows.shape == MESSAGES for rows in own.values()):
+        from sparse_ft.tasks.encoding import template_digest
+
+        found["chat_template"] = template_digest(bench.tokenizer(cell.model))
+    return found
+
+
 def _owners(cell: CellConfig, name: str) -> Iterator[str]:
     if name in ("weights", "model_config", "tokenizer"):
+        yield f"model {cell.model}"
+    elif name in SOURCES:
+        yield f"rows {cell.sources[SOURCES.index(name)]}"
+    elif name == "chat_template":
         yield f"model {cell.model}"
     elif name.endswith("_data") or name == "task_definition":
         yield f"data of {cell.task} ({cell.data_dir or 'none'})"

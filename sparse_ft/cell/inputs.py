@@ -13,6 +13,7 @@ from sparse_ft.settings.cell import CellConfig
 from sparse_ft.settings.commands import MaskConfig
 from sparse_ft.settings.corpora import CORPORA, TASK
 from sparse_ft.settings.modes import MODES
+from sparse_ft.settings.training_data import SOURCES, hub_name
 from sparse_ft.tracking.record import DataInput
 
 if TYPE_CHECKING:
@@ -37,7 +38,11 @@ def cell_inputs(cell: CellConfig, identity: Mapping[str, str], bench: Workbench)
     task, found = bench.task(cell), []
     training, scored = task.config.training_split, eval_split(task)
     if MODES[cell.mode].trains:
-        found.append(_split(task, training, identity.get("training_data"), "training"))
+        for source, what, context in zip(cell.sources, SOURCES, ("training", "mixed in"), strict=False):
+            if source == TASK:
+                found.append(_split(task, training, identity.get("training_data"), context))
+            else:
+                found.append(_own_rows(source, cell.data_dir, identity[what], bench, context))
     found.append(_split(task, scored, identity.get("scored_data"), EVALUATION))
     if "fewshot_data" in identity:
         shown = task.config.fewshot_split or training or scored
@@ -92,6 +97,20 @@ def _training_text(
     found, file = bench.corpus(corpus, data_dir), training_file(corpus, data_dir)
     name = f"{corpus}/train" if corpus in CORPORA else Path(corpus).name
     return DataInput(name, found.digest, (context,), _place(corpus, file, "train"), len(found.rows), _TEXT)
+
+
+def _own_rows(source: str, data_dir: str | None, digest: str, bench: Workbench, context: str) -> DataInput:
+    """Rows of one's own: of a file, a folder, a corpus, or a data set of the hub."""
+    from sparse_ft.tasks.corpora import training_file
+    from sparse_ft.tasks.rows import COLUMNS
+
+    rows = bench.rows(source, data_dir)
+    if hub := hub_name(source):
+        name, place = f"{hub[0]}/train", {"repository": hub[0], "config": hub[1], "split": "train"}
+    else:
+        name = f"{source}/train" if source in CORPORA else Path(source).name
+        place = _place(source, training_file(source, data_dir), "train")
+    return DataInput(name, digest, (context,), place, len(rows.rows), COLUMNS[rows.shape])
 
 
 def _held_out_text(cell: CellConfig, digest: str) -> DataInput:

@@ -136,6 +136,8 @@ def _train(
         max_steps=cell.recover_steps,
         batch_size=cell.recover_batch_size,
         gradient_accumulation=1,
+        num_epochs=None,
+        schedule="linear",
         learning_rate=cell.recover_learning_rate,
     )
     torch.manual_seed(cell.seed)

@@ -17,6 +17,7 @@ from sparse_ft.cell.scores import Scores
 from sparse_ft.cell.start import Start, starting
 from sparse_ft.cell.teacher import find_teacher
 from sparse_ft.cell.trainer import LOCAL, UNTRAINED, UNWATCHED, Trained, Trainer, Training, Watch
+from sparse_ft.cell.training_set import training_set
 from sparse_ft.cell.workbench import Workbench
 from sparse_ft.errors import UserError
 from sparse_ft.lora.model import remask
@@ -25,7 +26,6 @@ from sparse_ft.models.loading import apply_masks, load_state_into
 from sparse_ft.pruning.output import MaskFile
 from sparse_ft.settings.cell import CellConfig
 from sparse_ft.settings.modes import MODES
-from sparse_ft.tasks.examples import training_examples
 from sparse_ft.tracking.record import Tag
 
 __all__ = ["run_cell"]
@@ -100,7 +100,9 @@ def _run(
             _log_masks(mask_file, begun, checkpoint, warn_foreign, result)
         examples = []
         if mode.trains:
-            examples = training_examples(task, tokenizer, cell.max_seq_len, cell.examples_needed, cell.seed)
+            trained_on = training_set(cell, bench)
+            examples = trained_on.examples
+            result.protocol.update({f"train_{name}": value for name, value in trained_on.protocol.items()})
     scores = Scores(cell, name or cell.title, bench, tokenizer, task, folder)
 
     with clock("load"), bench.borrow(cell, start if begun.smaller else None) as model:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from sparse_ft.evaluation import Evaluation
     from sparse_ft.tasks.corpora import CorpusRows
+    from sparse_ft.tasks.rows import Rows
 
 __all__ = ["Workbench"]
 
@@ -62,7 +63,8 @@ class Workbench:
         self._tasks: dict[tuple[Any, ...], Any] = {}
         self._untuned: dict[str, tuple[str, Evaluation]] = {}
         self._digests: dict[str, dict[str, str]] = {}
-        self._rows: dict[tuple[Any, ...], dict[str, str]] = {}
+        self._data: dict[tuple[Any, ...], dict[str, str]] = {}
+        self._rows: dict[tuple[str, str | None], Rows] = {}
         self._given: dict[str, str] = {}
         self._corpora: dict[tuple[str, str | None], CorpusRows] = {}
         self._base: tuple[tuple[Any, ...], PreTrainedModel] | None = None
@@ -111,9 +113,9 @@ class Workbench:
         from sparse_ft.tasks.digests import data_digests
 
         key = _task_key(settings)
-        if key not in self._rows:
-            self._rows[key] = data_digests(self.task(settings))
-        return self._rows[key]
+        if key not in self._data:
+            self._data[key] = data_digests(self.task(settings))
+        return self._data[key]
 
     @property
     def recovered(self) -> Path | None:
@@ -140,6 +142,22 @@ class Workbench:
             except UserError as error:
                 raise DataMissingError(str(error)) from error
         return self._corpora[key]
+
+    def rows(self, source: str, data_dir: str | None) -> Rows:
+        """The rows of ``train_data``, all of them looked at.
+
+        Raises:
+            DataMissingError: they cannot be had, or nothing can be learned from one.
+        """
+        from sparse_ft.tasks.rows import read_rows
+
+        key = source, data_dir
+        if key not in self._rows:
+            try:
+                self._rows[key] = read_rows(*key)
+            except UserError as error:
+                raise DataMissingError(str(error)) from error
+        return self._rows[key]
 
     def given_masks(self, path: str) -> str:
         """16 hex digits of a mask file's checksum and of the weights that it belongs to."""

@@ -29,6 +29,7 @@ from sparse_ft.models.cerebras.mdl import MdlFile
 from sparse_ft.models.checkpoint import Checkpoint
 from sparse_ft.models.loading import load_state_into
 from sparse_ft.settings.cell import CellConfig
+from sparse_ft.settings.corpora import TASK
 from sparse_ft.settings.modes import MODES
 from sparse_ft.settings.rules import EXPERTS
 from sparse_ft.tracking.record import Tag
@@ -111,6 +112,11 @@ def check_trainable(cell: CellConfig, config: Mapping[str, Any], settings: Cereb
     if cell.recovered or cell.has_teacher:
         raise UserError("recovery and a teacher are trained here, not on a Cerebras; take trainer local")
     if MODES[cell.mode].trains:
+        if cell.sources != (TASK,):
+            raise UserError("rows of one's own (train_data) are trained on here, not on a Cerebras; take trainer local")
+        for name in ("num_epochs", "schedule", "rslora", "loss_on", "packing"):
+            if cell.canonical().get(name) is not None:  # said where it matters and is not the default
+                raise UserError(f"{name} is {getattr(cell, name)}, which trainer local alone can.")
         if cell.pruned and cell.method == EXPERTS:
             raise UserError("method experts trains a smaller model, which is none of ModelZoo's; take trainer local.")
         model_section(config)

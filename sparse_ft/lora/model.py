@@ -219,6 +219,7 @@ def _peft_config(
         "r": settings.lora_r,
         "lora_alpha": settings.lora_alpha,
         "lora_dropout": settings.lora_dropout,
+        "use_rslora": settings.rslora,
         **peft_targets(settings, values, names),
         "task_type": TaskType.CAUSAL_LM,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -43,7 +44,8 @@ def peft_targets(settings: LoraSettings, config: Mapping[str, Any], names: Colle
 
     PEFT takes the names that checkpoints give to experts for the 3-D parameters that transformers holds them in. Where
     experts and other MLPs of a model share these names (``gate_proj``), it would adapt the experts alone, or, of a
-    family whose experts it does not know, the others alone: so every parameter is named, that of a linear map too.
+    family whose experts it does not know, the others alone: so every parameter is named, that of a linear map too. It
+    also scales a fused pair by alpha / rank, whatever ``rslora`` says, which naming it puts right.
 
     Args:
         config: the model's configuration; names: of its prunable tensors, experts in one.
@@ -53,7 +55,8 @@ def peft_targets(settings: LoraSettings, config: Mapping[str, Any], names: Colle
     """
     targets, experts = chosen_projections(settings, config, names), architecture_of(config).experts
     singles = {single for matrix in experts.matrices for single in matrix.singles} if experts is not None else set()
-    if experts is None or not singles & {map_.name for map_ in experts.shared + experts.dense}:
+    shared = experts is not None and singles & {map_.name for map_ in experts.shared + experts.dense}
+    if not shared and not (singles and settings.rslora):
         return {"target_modules": sorted(targets)}
     parameters, ranks, alphas = set(), {}, {}
     for what in (role(config, name) for name in names):
@@ -62,7 +65,9 @@ def peft_targets(settings: LoraSettings, config: Mapping[str, Any], names: Colle
         parameters.add(f"experts.{what.map.path}" if what.fused_experts else f"{what.map.path}.weight")
         if (parts := len(what.map.adapter_names)) > 1:  # each part of a fused matrix has the rank that was asked for
             pattern = rf".*\.{re.escape(what.map.path)}"
-            ranks[pattern], alphas[pattern] = parts * settings.lora_r, parts * settings.lora_alpha
+            # and the scaling too: alpha / rank, or alpha / its root
+            ranks[pattern] = parts * settings.lora_r
+            alphas[pattern] = (math.sqrt(parts) if settings.rslora else parts) * settings.lora_alpha
     return {
         "target_modules": sorted(targets - singles),
         "target_parameters": sorted(parameters),

@@ -20,10 +20,13 @@ from sparse_ft.settings.recovery import TUNED, RecoverySettings
 from sparse_ft.settings.rules import AUTO, EXPERTS, RANDOM, STEPS
 from sparse_ft.settings.scoring import ScoringSettings
 from sparse_ft.settings.training import TrainingSettings
+from sparse_ft.settings.training_data import TrainingDataSettings
 
 __all__ = ["NAME_LENGTH", "CellConfig", "SparsitySettings", "TrainConfig", "mask_set_of", "name_problem"]
 
-_TRAINING = tuple(name for name in defaults(TrainingSettings) if name not in ("seed", "rounding"))
+_TRAINING = tuple(
+    name for name in (defaults(TrainingSettings) | defaults(TrainingDataSettings)) if name not in ("seed", "rounding")
+)
 _IN_ADDRESSES = "/:@#?%\\"  # what models:/NAME@ALIAS gives a meaning to
 NAME_LENGTH = 250  # characters of a registered model's name
 
@@ -59,6 +62,7 @@ class SparsitySettings(Settings):
 class CellConfig(
     ScoringSettings,
     RecoverySettings,
+    TrainingDataSettings,
     TrainingSettings,
     LoraSettings,
     RecipeSettings,
@@ -131,7 +135,7 @@ class CellConfig(
         if not (self.pruned and self.reconstructs):
             blank += TUNING
         if not MODES[self.mode].lora:
-            blank += ["lora_r", "lora_alpha", "lora_dropout", "target_modules"]
+            blank += [name for name in defaults(LoraSettings) if name != "rounding"]
         if not (self.pruned and MODES[self.mode].trains):
             blank += defaults(RecoverySettings)
         blank += [name for name in defaults(RecoverySettings) if name.startswith("recover_") and not self.recovers]
@@ -139,6 +143,10 @@ class CellConfig(
         if not MODES[self.mode].trains:
             values.update(rounding="nearest")
             blank += [*_TRAINING, "max_seq_len", "score_untuned"]
+        if self.mix is None:
+            blank += ["mix_weight"]
+        if self.num_epochs is not None:
+            blank += ["max_steps"]
         if self.dtype == "float32":
             values.update(rounding="nearest")  # whatever was asked
         values |= {name: value for name, value in defaults(CellConfig).items() if name in blank}

@@ -23,6 +23,8 @@ class Corpus:
         held_out: the split that perplexity is measured on.
         joined: calibration windows are drawn from all rows as one text, joined by spaces, and not each from a row.
         rows: of the held-out split that are read, joined by spaces; None: all, joined by blank lines.
+        train: the split, or its part, that is drawn from.
+        held_out_part: of ``train``, where the hub has no split for it.
     """
 
     name: str
@@ -34,9 +36,12 @@ class Corpus:
     train_files: str | None = None
     held_out_files: str | None = None
     rows: int | None = None
+    train: str = "train"
+    held_out_part: str | None = None
 
 
-# As the code of Wanda and SparseGPT reads them (lib/data.py, datautils.py): which files, and how they are joined.
+# The first two as the code of Wanda and SparseGPT reads them (lib/data.py, datautils.py): which files, and how they are
+# joined.
 CORPORA = {
     row.name: row
     for row in (
@@ -51,6 +56,19 @@ CORPORA = {
             train_files="en/c4-train.00000-of-01024.json.gz",
             held_out_files="en/c4-validation.00000-of-00008.json.gz",
             rows=1100,
+        ),
+        Corpus(
+            "fineweb_edu",
+            "fineweb-edu/sample-10BT, file 0, rows 100,000 to 101,099",
+            "HuggingFaceFW/fineweb-edu",
+            None,
+            "held_out",
+            joined=False,
+            train_files="sample/10BT/000_00000.parquet",
+            held_out_files="sample/10BT/000_00000.parquet",
+            rows=1100,
+            train="train[:100000]",
+            held_out_part="train[100000:101100]",
         ),
     )
 }

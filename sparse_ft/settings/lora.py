@@ -41,6 +41,9 @@ class LoraSettings(Settings):
 
     lora_r: int = setting(16, "rank of the adapters.", least=1)
     lora_alpha: float = setting(32.0, "the adapters are scaled by lora_alpha / lora_r.", time=False)
+    rslora: bool = setting(
+        False, "scale the adapters by lora_alpha / sqrt(lora_r) instead (rank-stabilised LoRA).", time=False, later=True
+    )
     lora_dropout: float = setting(0.0, "dropout on the adapters' input.")
     target_modules: tuple[str, ...] | None = setting(
         None,

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields
+from difflib import get_close_matches
 from pathlib import Path
 from types import NoneType
 from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_type_hints
@@ -152,7 +153,9 @@ class Parser(Generic[T]):
         """
         unknown = sorted(set(values) - set(self._fields))
         if unknown:
-            raise UserError(f"{where}: there is no field '{unknown[0]}'. Fields: {', '.join(sorted(self._fields))}.")
+            near = get_close_matches(unknown[0], self._fields, cutoff=0.7)
+            known = f"Near it are: {', '.join(near)}" if near else f"Fields: {', '.join(sorted(self._fields))}"
+            raise UserError(f"{where}: there is no field '{unknown[0]}'. {known}.")
         try:
             given = {name: self._given(name, value) for name, value in values.items() if value is not None}
             parsed = self._parser.parse_object(given).as_dict()

@@ -57,7 +57,7 @@ def training_rows(corpus: str, data_dir: str | None) -> CorpusRows:
     row, local = CORPORA.get(corpus), training_file(corpus, data_dir)
     if row is None:
         return CorpusRows(_read(local), local.suffix != ".jsonl")
-    return CorpusRows(_read(local) if local else _hub(row, "train", row.train_files), row.joined)
+    return CorpusRows(_read(local) if local else _hub(row, row.train, row.train_files), row.joined)
 
 
 def training_file(corpus: str, data_dir: str | None) -> Path | None:
@@ -73,7 +73,7 @@ def held_out_rows(corpus: str, data_dir: str | None) -> tuple[str, Iterable[str]
     """
     row = CORPORA[corpus]
     local = held_out_file(corpus, data_dir)
-    rows = _read(local) if local else _hub(row, row.held_out, row.held_out_files)
+    rows = _read(local) if local else _hub(row, row.held_out_part or row.held_out, row.held_out_files)
     return row.title, rows if row.rows is None else [" ".join(rows[: row.rows])]
 
 
@@ -164,11 +164,11 @@ def _hub(row: Corpus, split: str, files: str | None) -> Sequence[str]:
 
     try:
         with quiet():
-            chosen = {"name": row.configuration} if files is None else {"data_files": {split: files}}
+            chosen = {"name": row.configuration} if files is None else {"data_files": {split.partition("[")[0]: files}}
             rows = datasets.load_dataset(row.repository, split=split, **chosen)
     except Exception as error:  # datasets raises half a dozen classes for "no network"
         reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-        place = row.name if split == "train" else f"{row.name}.{split}"
+        place = row.name if split == row.train else f"{row.name}.{row.held_out}"
         raise UserError(
             f"cannot load {row.name} from the hub ({reason}); check the network, put it into"
             f" data_dir/corpora/{place}.jsonl, or name a text file or task"

@@ -25,6 +25,8 @@ __all__ = [
     "gold_continuation",
     "gold_index",
     "held_out_texts",
+    "shuffled",
+    "task_examples",
     "token_stream",
     "training_examples",
 ]
@@ -32,10 +34,17 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Example:
-    """One training sequence: the loss is taken on ``input_ids[answer_start:]``, the rest is context."""
+    """One training sequence: the loss is taken on ``input_ids[answer_start:]``, the rest is context.
+
+    Attributes:
+        left_out: positions after ``answer_start`` that the loss is not taken on either.
+        documents: the lengths of the documents that the sequence is packed of; none: it is one.
+    """
 
     input_ids: list[int]
     answer_start: int
+    left_out: tuple[int, ...] = ()
+    documents: tuple[int, ...] = ()
 
 
 class PairEncoder(HFLM):
@@ -86,16 +95,20 @@ def prompt(task: Task, doc: Any, num_fewshot: int = 0) -> str:
 def training_examples(
     task: Task, tokenizer: PreTrainedTokenizerBase, max_seq_len: int, limit: int | None = None, seed: int = 0
 ) -> list[Example]:
+    """The first ``limit`` of `task_examples`."""
+    return list(islice(task_examples(task, tokenizer, max_seq_len, seed), limit))
+
+
+def task_examples(task: Task, tokenizer: PreTrainedTokenizerBase, max_seq_len: int, seed: int = 0) -> Iterator[Example]:
     """Zero-shot prompts and gold answers of the training split, tokenised as scoring tokenises them.
 
-    The rows are shuffled by ``seed`` and the first ``limit`` of them taken. A sequence longer than
+    The rows are shuffled by ``seed``. A sequence longer than
     ``max_seq_len`` loses tokens at the left of its prompt, as lm-eval truncates, never of its answer.
     Generative tasks get the end-of-sequence token after the answer, so that the model learns to stop;
     multiple-choice answers do not, because what is scored ends with the answer.
 
     Returns:
-        At most ``limit`` examples, each of at most ``max_seq_len`` tokens, one or more of them before
-        the answer.
+        Examples of at most ``max_seq_len`` tokens, one or more of them before the answer.
 
     Raises:
         UserError: the task has no training split, or an answer does not fit into ``max_seq_len``.
@@ -104,8 +117,7 @@ def training_examples(
     if task.OUTPUT_TYPE == "generate_until" and tokenizer.eos_token_id is None:
         raise UserError(f"{task.config.task} needs a tokenizer with an end token; name eos_token in its configuration")
     eos = tokenizer.eos_token_id if task.OUTPUT_TYPE == "generate_until" else None
-    examples = []
-    for doc in islice(_shuffled(_training_docs(task), seed), limit):
+    for doc in shuffled(_training_docs(task), seed):
         context, answer = encoder.encode(prompt(task, doc), gold_continuation(task, doc))
         if eos is not None and answer[-1:] != [eos]:
             answer = [*answer, eos]
@@ -116,8 +128,7 @@ def training_examples(
                 f"tokens; set it to {len(answer) + 1} or more"
             )
         context = context[-room:]
-        examples.append(Example(context + answer, len(context)))
-    return examples
+        yield Example(context + answer, len(context))
 
 
 def held_out_texts(task: Task) -> Iterator[str]:
@@ -137,7 +148,7 @@ def calibration_texts(task: Task, seed: int = 0) -> Iterator[str]:
     Raises:
         UserError: the task has no training split.
     """
-    return _texts(task, _shuffled(_training_docs(task), seed))
+    return _texts(task, shuffled(_training_docs(task), seed))
 
 
 def calibration_tokens(
@@ -201,6 +212,13 @@ def check_ids(ids: Iterable[int], rows: int) -> None:
         )
 
 
+def shuffled(rows: Sequence[Any], seed: int) -> Iterator[Any]:
+    """The rows in an order by ``seed``, read as they are taken."""
+    order = list(range(len(rows)))
+    random.Random(seed).shuffle(order)
+    return (rows[index] for index in order)
+
+
 def _training_docs(task: Task) -> Sequence[Any]:
     with quiet():
         docs = task.training_docs() if task.has_training_docs() else None
@@ -210,12 +228,6 @@ def _training_docs(task: Task) -> Sequence[Any]:
             raise UserError(f"{name} has no training split (its definition names none); train on another task")
         raise UserError(f"{name} has no training rows; give a data_dir with its train split")
     return docs
-
-
-def _shuffled(docs: Sequence[Any], seed: int) -> Iterator[Any]:
-    order = list(range(len(docs)))
-    random.Random(seed).shuffle(order)
-    return (docs[index] for index in order)
 
 
 def _texts(task: Task, docs: Iterable[Any]) -> Iterator[str]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sparse_ft.training.collator import IGNORED
+from sparse_ft.training.collator import IGNORED, for_model
 
 __all__ = ["Distillation", "kl_divergence", "squarehead"]
 
@@ -96,7 +96,8 @@ class Distillation:
             model: the student; a PeftModel, or plain.
             inputs: with ``labels`` ``[B, K]`` of the last K positions (``logits_to_keep``).
         """
-        labels, rest = inputs["labels"], {name: value for name, value in inputs.items() if name != "labels"}
+        labels, counted, inputs = inputs["labels"], inputs["attention_mask"].bool(), for_model(inputs)
+        rest = {name: value for name, value in inputs.items() if name != "labels"}
         with self._watched(model) as seen:
             output = model(**(inputs if self.ce else rest))
         with torch.no_grad(), self._watched(self.teacher) as known:
@@ -108,7 +109,7 @@ class Distillation:
             pair = (logits[:, :-1][at] for logits in (output.logits, taught.logits))
             losses["kl"] = kl_divergence(*pair, self.temperature, self.largest)
         if self.squarehead:
-            losses["squarehead"] = squarehead(seen, known, inputs["attention_mask"].bool())
+            losses["squarehead"] = squarehead(seen, known, counted)
         for name, value in losses.items():
             self.parts.setdefault(name, []).append(float(value.detach()))
         return sum(getattr(self, name) * value for name, value in losses.items())

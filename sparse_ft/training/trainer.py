@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,13 @@ from sparse_ft.progress import SILENT, Progress
 from sparse_ft.settings.field import part_of
 from sparse_ft.settings.training import TrainingSettings
 from sparse_ft.tasks.examples import Example, check_ids
-from sparse_ft.training.collator import AnswerCollator
+from sparse_ft.training.collator import AnswerCollator, for_model
 from sparse_ft.training.distillation import Distillation
 from sparse_ft.training.watch import TrainingResult, Watch
 
 __all__ = ["train"]
+
+_APART = ("sdpa", "eager")  # whose masks keep the documents of a batch apart
 
 
 @one_process()
@@ -42,8 +45,8 @@ def train(
     """Trains the parameters of ``model`` that require gradients, in place, and leaves it in eval mode.
 
     In one process, whatever a launcher left in the environment (see `sparse_ft.environment`). The learning rate
-    climbs to its peak in ceil(``warmup_fraction`` * ``max_steps``) equal stairs and then falls in a line that reaches
-    0 after the last step: no step has a learning rate of 0.
+    climbs to its peak in ceil(``warmup_fraction`` * steps) equal stairs and then stays there, or falls in a line or
+    half a cosine that reaches 0 after the last step: no step has a learning rate of 0.
 
     Args:
         model: a causal language model or a PEFT model around one, on its device.
@@ -62,8 +65,12 @@ def train(
     settings.check()
     if not examples:
         raise UserError("There are no training examples; is the task's train split empty?")
-    rows = [{"input_ids": example.input_ids, "answer_start": example.answer_start} for example in examples]
+    rows = [vars(example) for example in examples]
+    settings = replace(settings, max_steps=settings.steps_over(len(rows)))
     check_ids((max(example.input_ids) for example in examples), model.get_input_embeddings().weight.shape[0])
+    attention = model.config._attn_implementation
+    if any(len(example.documents) > 1 for example in examples) and attention not in _APART:
+        raise UserError(f"packing needs attention of {' or '.join(_APART)}, this model has {attention}; leave it off.")
     device = next(model.parameters()).device
     watch = Watch(settings, progress)
     if settings.gradient_checkpointing is not None:
@@ -76,6 +83,7 @@ def train(
         callbacks=[watch, *callbacks],
         optimizer_cls_and_kwargs=_optimizer(settings, model),
         distillation=distillation,
+        schedule=settings.schedule,
     )
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -105,27 +113,28 @@ class _Trainer(Trainer):
     """The Trainer with a schedule of our own, for in its warmup the first step has learning rate 0 and changes nothing;
     and with a teacher's loss where there is one."""
 
-    def __init__(self, *args: Any, distillation: Distillation | None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, distillation: Distillation | None, schedule: str, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._distillation = distillation
+        self._distillation, self._schedule = distillation, schedule
         if distillation is not None:
             self.model_accepts_loss_kwargs = False  # the mean of each batch's loss, not the model's own sum
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The model's own loss, or the weighted parts beside a teacher's."""
         if self._distillation is None:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            return super().compute_loss(model, for_model(inputs), return_outputs, num_items_in_batch)
         return self._distillation.loss(model, inputs)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
-        """Linear up, linear down; step k of n has a factor above 0."""
+        """Linear up, then as the schedule says; step k of n has a factor above 0."""
         if self.lr_scheduler is None:
             up = self.args.get_warmup_steps(num_training_steps)
 
             def factor(step: int) -> float:
                 if step < up:
                     return (step + 1) / up
-                return max(0, num_training_steps - step) / max(1, num_training_steps - up)
+                left = max(0, num_training_steps - step) / max(1, num_training_steps - up)
+                return {"linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2, "constant": 1.0}[self._schedule]
 
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
             self._created_lr_scheduler = True

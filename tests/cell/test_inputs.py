@@ -78,6 +78,23 @@ def test_texts_and_lists_are_inputs_too(cell, bench, tmp_path):
     assert (masks.digest, masks.contexts, masks.rows) == (identity["calibration_text"], ("calibration",), 150)
 
 
+def test_rows_of_ones_own_are_inputs_in_the_place_of_the_tasks(cell, bench, tmp_path):
+    rows, book = tmp_path / "rows.jsonl", tmp_path / "book.txt"
+    rows.write_text('{"prompt": "1 + 1 =", "completion": " 2"}\n{"prompt": "2 + 2 =", "completion": " 4"}\n')
+    book.write_text("Once there was a model.")
+    found, identity, _ = logged(replace(cell, train_data=str(rows), mix=str(book)), bench)
+    assert {context: data.name for context, data in found.items()} == {
+        "training": "rows.jsonl",
+        "mixed in": "book.txt",
+        "evaluation, perplexity": "boolq/validation",
+    }
+    assert found["training"].digest == identity["train_data"] and found["mixed in"].digest == identity["mixed_data"]
+    assert json.loads(found["training"].profile) == {"num_rows": 2}
+    assert mlflow.data.get_source(found["training"]).uri == str(rows)
+    read = logged(replace(cell, train_data=str(rows), importance="wanda", scope="row"), bench)[0]
+    assert {"training", "calibration"} <= set(read) and read["calibration"].name == "boolq/train"
+
+
 def test_other_rows_of_the_same_name_are_another_dataset(cell, bench, tmp_path):
     rows = tmp_path / "boolq"
     rows.mkdir()

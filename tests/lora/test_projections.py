@@ -1,5 +1,7 @@
 """What an adapter changes of a mixture: routed experts, shared ones and dense blocks, by one name."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from mixtures import MIXTURES
@@ -35,6 +37,19 @@ def test_every_prunable_parameter_has_one_adapter(tiny, make_masks, kind, mode):
         assert (layer.r["default"], layer.scaling["default"]) == (2 * parts, 2.0), name
 
 
+@pytest.mark.parametrize("kind", ["tiny-llama", *MIXTURES])
+def test_rank_stabilised_adapters_are_scaled_by_the_root_of_the_rank_that_was_asked_for(tiny, make_masks, kind):
+    for mode in ("sparse_to_sparse", "dense"):
+        model = tiny(kind.removeprefix("tiny-"))
+        masks = make_masks(model) if mode == "sparse_to_sparse" else None
+        settings = LoraSettings(lora_r=4, lora_alpha=6, rslora=True)
+        layers = dict(adapted_layers(apply_sparse_lora(model, settings, mode, masks)))
+        assert {round(layer.scaling["default"], 9) for layer in layers.values()} == {3.0}
+        ranks = {name: layer.r["default"] for name, layer in layers.items()}
+        assert {rank for name, rank in ranks.items() if name.endswith("experts.gate_up_proj")} <= {8}
+        assert {rank for name, rank in ranks.items() if not name.endswith("experts.gate_up_proj")} == {4}
+
+
 def test_a_name_means_all_maps_that_have_it(tiny, make_masks):
     model = tiny("qwen2_moe")
     masks = make_masks(model)
@@ -49,12 +64,12 @@ def test_a_name_means_all_maps_that_have_it(tiny, make_masks):
         apply_sparse_lora(tiny("qwen2_moe"), LoraSettings(target_modules=("gate",)), masks=masks)
 
 
-@pytest.mark.parametrize("kind", MIXTURES[1:])
+@pytest.mark.parametrize(("kind", "rslora"), [*((kind, False) for kind in MIXTURES[1:]), ("tiny-mixtral", True)])
 @torch.no_grad()
-def test_what_was_trained_is_what_is_merged_and_what_is_loaded_again(tiny, make_masks, tmp_path, kind):
+def test_what_was_trained_is_what_is_merged_and_what_is_loaded_again(tiny, make_masks, tmp_path, kind, rslora):
     family, ids = kind.removeprefix("tiny-"), torch.arange(3, 40)[None]
     masks = make_masks(tiny(family))
-    model = learned(apply_sparse_lora(tiny(family, torch.bfloat16), ALL, masks=masks, seed=3))
+    model = learned(apply_sparse_lora(tiny(family, torch.bfloat16), replace(ALL, rslora=rslora), masks=masks, seed=3))
     trained = model(input_ids=ids).logits
     model.save_pretrained(tmp_path / "adapter")
     again = load_sparse_lora(tiny(family, torch.bfloat16), tmp_path / "adapter", masks)

@@ -31,6 +31,9 @@ def test_a_key_ignores_where_results_go_and_nothing_else():
         ({"method": "semi_structured"}, {"scope": "row"}),
         ({"method": "experts"}, {"importance": None, "pattern": "1:2"}),
         ({"method": "experts", "importance": "reap"}, {"importance": "magnitude"}),
+        ({"mode": "full"}, {"rslora": True}),
+        ({"num_epochs": 2.0}, {"max_steps": 7}),
+        ({"mode": "pruned"}, {"num_epochs": 2.0, "schedule": "cosine", "train_data": "wikitext2", "loss_on": "all"}),
         ({"mode": "full"}, {"lora_r": 64, "lora_alpha": 1.0, "target_modules": ("q_proj",)}),
     ],
 )

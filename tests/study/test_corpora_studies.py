@@ -6,6 +6,7 @@ import shutil
 import pytest
 import yaml
 from documents import ROOT
+from transformers import AutoTokenizer
 
 from sparse_ft.analysis.baselines import compare_baseline, load_baseline
 from sparse_ft.analysis.performance import performance_table
@@ -33,6 +34,7 @@ def data(tmp_path_factory):
     texts = [json.loads(line)["passage"] for line in lines]
     rows = "".join(json.dumps({"text": text}) + "\n" for text in texts[:50])
     (folder / "corpora" / "c4.jsonl").write_text(rows, encoding="utf-8")
+    (folder / "corpora" / "fineweb_edu.jsonl").write_text(rows, encoding="utf-8")
     (folder / "corpora" / "wikitext2.test.txt").write_text(" \n".join(texts[50:200]), encoding="utf-8")
     return folder
 
@@ -84,6 +86,30 @@ def test_the_recovery_study_at_a_tiny_size(tmp_path, data):
     recovered = [run for run in runs if "eval/perplexity_recovered" in run.metrics]
     assert len(runs) == 1 + 4 and len(recovered) == 2
     assert len({run.tags["recovered_fingerprint"] for run in recovered}) == 2  # with a teacher, and without
+    assert {run.metrics["sparsity/violations"] for run in runs} == {0}
+
+
+def test_the_study_on_rows_of_ones_own_at_a_tiny_size(tmp_path, data, tiny_model):
+    model = shutil.copytree(tiny_model("tiny-llama"), tmp_path / "chat")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>{% endfor %}" + (
+        "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+    )
+    tokenizer.save_pretrained(model)
+    talk = [{"role": "user", "content": "Is it true?"}, {"role": "assistant", "content": "yes, it is"}]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"messages": talk}) + "\n" for _ in range(6)))
+    study = yaml.safe_load((ROOT / "configs/own_data.yaml").read_text(encoding="utf-8"))
+    study["grid"] |= {"model": [str(model)], "task": ["boolq"], "sparsity": [0.5]}
+    small = {"num_epochs": 1, "max_seq_len": 64, "batch_size": 2, "perplexity_seq_len": 64, "perplexity_tokens": 256}
+    study["cell"] |= SMALL | small | {"data_dir": str(data), "train_data": str(rows)}
+    study["figures"] = "none"
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study), encoding="utf-8")
+    assert sweep(SweepConfig(config=str(tmp_path / "study.yaml"), output_dir=str(tmp_path / "out"))) == 0
+    runs = [run for run in Tracker().search() if run.tags.get("kind") == "cell"]
+    assert len(runs) == 2 and {run.params["protocol/train_data_shape"] for run in runs} == {"messages"}
+    assert {run.params["protocol/train_mix"] for run in runs} == {"fineweb_edu"}
+    assert all(int(run.params["protocol/train_packing_documents"]) > 6 for run in runs)
     assert {run.metrics["sparsity/violations"] for run in runs} == {0}
 
 

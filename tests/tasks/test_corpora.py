@@ -49,7 +49,8 @@ def test_the_windows_are_those_of_the_papers_code(tmp_path, tokenizer, name, see
 
 
 def test_from_folders_of_the_hubs_layout(tmp_path, monkeypatch):
-    """What the hub holds, read by the real loader: wikitext2 by its configuration, of c4 one file of each split."""
+    """What the hub holds, read by the real loader: wikitext2 by its configuration, of c4 one file of each split,
+    of fineweb_edu parts of one."""
     wikitext, c4 = tmp_path / "Salesforce" / "wikitext", tmp_path / "allenai" / "c4" / "en"
     (wikitext / "wikitext-2-raw-v1").mkdir(parents=True)
     c4.mkdir(parents=True)
@@ -63,8 +64,15 @@ def test_from_folders_of_the_hubs_layout(tmp_path, monkeypatch):
     for file, rows in (("c4-train.00000-of-01024", ROWS), ("c4-validation.00000-of-00008", ROWS * 30)):
         datasets.Dataset.from_dict({"text": rows, "url": rows}).to_json(c4 / f"{file}.json.gz", compression="gzip")
     (c4 / "c4-train.00001-of-01024.json.gz").write_bytes(b"another file, which nobody wants")
+    fineweb = tmp_path / "HuggingFaceFW" / "fineweb-edu" / "sample" / "10BT"
+    fineweb.mkdir(parents=True)
+    many = [f"{number}" for number in range(100_003)]
+    datasets.Dataset.from_dict({"text": many, "id": many}).to_parquet(fineweb / "000_00000.parquet")
+    (fineweb / "001_00000.parquet").write_bytes(b"another file, which nobody wants")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    assert list(training_rows("fineweb_edu", None).rows) == many[:100_000]
+    assert held_out_rows("fineweb_edu", None)[1] == ["100000 100001 100002"]  # what follows those trained on
     assert list(training_rows("wikitext2", None).rows) == parts["train"]
     assert list(training_rows("c4", None).rows) == ROWS
     assert held_out_rows("c4", None) == ("c4/validation", [" ".join((ROWS * 30)[:1100])])
@@ -112,3 +120,7 @@ def test_without_a_hub_the_line_says_where_to_put_the_file(no_hub):
         training_rows("c4", None)
     with pytest.raises(UserError, match=r"put it into data_dir/corpora/wikitext2\.test\.jsonl"):
         held_out_rows("wikitext2", None)
+    with pytest.raises(UserError, match=r"put it into data_dir/corpora/fineweb_edu\.jsonl"):
+        training_rows("fineweb_edu", None)
+    with pytest.raises(UserError, match=r"put it into data_dir/corpora/fineweb_edu\.held_out\.jsonl"):
+        held_out_rows("fineweb_edu", None)

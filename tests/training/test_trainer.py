@@ -121,6 +121,17 @@ def test_what_it_cost_is_measured(model, examples, tmp_path):
     assert list(tmp_path.iterdir()) == []  # no checkpoints were asked for
 
 
+@pytest.mark.parametrize(("batch", "accumulation", "epochs"), [(3, 1, 2), (3, 2, 1.5), (8, 1, 3), (16, 1, 1)])
+def test_epochs_are_passes_over_all_rows(batch, accumulation, epochs, model, examples, tmp_path):
+    settings = TrainingSettings(num_epochs=epochs, batch_size=batch, gradient_accumulation=accumulation)
+    result = train(model, examples, settings, tmp_path)
+    in_one = math.ceil(math.ceil(len(examples) / batch) / accumulation)
+    assert result.steps == result.protocol["max_steps"] == math.ceil(epochs * in_one)
+    if epochs == int(epochs):  # every token as often as there are epochs
+        assert result.tokens == epochs * sum(len(example.input_ids) for example in examples)
+    assert settings.examples_needed is None
+
+
 def test_a_single_step_is_timed_itself(model, examples, tmp_path):
     result = train(model, examples, TrainingSettings(max_steps=1, batch_size=2), tmp_path)
     assert result.tokens_per_second is not None  # the only step is timed: nothing to leave out
@@ -155,6 +166,8 @@ def test_progress_is_told_of_every_step(model, examples, tmp_path):
         {"batch_size": 0},
         {"learning_rate": 0},
         {"warmup_fraction": 1},
+        {"num_epochs": 0.0},
+        {"schedule": "sometimes"},
         {"gradient_checkpointing": "x"},
     ],
 )
@@ -175,10 +188,13 @@ def test_a_batch_is_the_batch_asked_for_however_many_gpus_there_are(tmp_path):
     assert arguments.device == torch.device("cuda:1")  # the model's, not the first
 
 
-@pytest.mark.parametrize("steps", [1, 2, 12])
-@pytest.mark.parametrize("warmup", [0.0, 0.1, 0.5, 0.99])
-def test_every_step_has_a_learning_rate(steps, warmup, model, examples, tmp_path):
-    """Against the formula: up to the peak in ceil(warmup * steps) equal stairs, then down in a line, nowhere 0."""
+@pytest.mark.parametrize(
+    ("steps", "warmup", "schedule"),
+    [*((steps, warmup, "linear") for steps in (1, 2, 12) for warmup in (0.0, 0.1, 0.5, 0.99)),
+     (9, 0.3, "cosine"), (1, 0.5, "cosine"), (9, 0.3, "constant")],
+)  # fmt: skip
+def test_every_step_has_a_learning_rate(steps, warmup, schedule, model, examples, tmp_path):
+    """Against the formula: up to the peak in ceil(warmup * steps) equal stairs, then by the schedule, nowhere 0."""
     rates = []
 
     class Rates(TrainerCallback):
@@ -186,10 +202,17 @@ def test_every_step_has_a_learning_rate(steps, warmup, model, examples, tmp_path
             rates.append(optimizer.param_groups[0]["lr"])
 
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    settings = TrainingSettings(learning_rate=0.01, max_steps=steps, batch_size=1, warmup_fraction=warmup)
+    settings = TrainingSettings(
+        learning_rate=0.01, max_steps=steps, batch_size=1, warmup_fraction=warmup, schedule=schedule
+    )
     train(model, examples, settings, tmp_path, callbacks=[Rates()])
     up = math.ceil(warmup * steps)
-    expected = [(k + 1) / up if k < up else (steps - k) / (steps - up) for k in range(steps)]
+    down = {
+        "linear": lambda part: 1 - part,
+        "cosine": lambda part: 0.5 * (1 + math.cos(math.pi * part)),
+        "constant": lambda part: 1.0,
+    }[schedule]
+    expected = [(k + 1) / up if k < up else down((k - up) / (steps - up)) for k in range(steps)]
     assert rates == pytest.approx([0.01 * factor for factor in expected])
     assert min(rates) > 0
     assert any(not torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -15,7 +16,10 @@ from sparse_ft.cell.workbench import Workbench
 from sparse_ft.errors import UserError
 from sparse_ft.models.devices import check_device, resolve_device
 from sparse_ft.settings.cell import CellConfig
+from sparse_ft.settings.corpora import TASK
+from sparse_ft.settings.field import defaults
 from sparse_ft.settings.modes import MODES
+from sparse_ft.settings.training_data import TrainingDataSettings
 from sparse_ft.study.checks.disk import disk_problems, gigabytes, model_bytes
 from sparse_ft.study.plan import Plan
 
@@ -43,8 +47,7 @@ def check_plan(plan: Plan, bench: Workbench, trainer: Trainer = LOCAL) -> list[s
         _note(problems, check_given, cell, bench)
     for cell in {(c.task, c.data_dir, c.num_fewshot, c.include_path): c for c in cells}.values():
         _note(problems, bench.task, cell)
-    names = ("model", "task", "data_dir", "include_path", "num_fewshot", "max_seq_len")
-    for cell in {tuple(getattr(cell, name) for name in names): cell for cell in cells}.values():
+    for cell in {_rows_of(cell): cell for cell in cells}.values():
         _note(problems, check_examples, cell, bench)
     return [*problems, *trainer.missing()]
 
@@ -57,16 +60,25 @@ def check_resources(plan: Plan, bench: Workbench, folder: Path, artifacts: str |
 
 
 def check_examples(cell: CellConfig, bench: Workbench) -> None:
-    """Checks that training finds what it learns from: a split, answers among the choices, room for them.
+    """Checks that training finds what it learns from: a split, answers among the choices, room for them; of rows
+    of one's own every one that is trained on.
 
     Raises:
         UserError: it does not, or the model or the task cannot be had.
     """
-    from sparse_ft.tasks.examples import training_examples
+    from sparse_ft.cell.training_set import training_set
 
-    task = bench.task(cell)
+    bench.task(cell)
     if MODES[cell.mode].trains:
-        training_examples(task, bench.tokenizer(cell.model), cell.max_seq_len, limit=1, seed=cell.seed)
+        training_set(cell, bench, limit=1 if cell.sources == (TASK,) else None)
+
+
+def _rows_of(cell: CellConfig) -> tuple[Any, ...]:
+    """What `check_examples` looks at; cells that agree in it are looked at once."""
+    names = ["model", "task", "data_dir", "include_path", "num_fewshot", "max_seq_len"]
+    if cell.sources != (TASK,):
+        names += [*defaults(TrainingDataSettings), "seed", "examples_needed"]
+    return (MODES[cell.mode].trains, *(getattr(cell, name) for name in names))
 
 
 def _memory_problem(plan: Plan, bench: Workbench, workers: int) -> str | None:

@@ -58,6 +58,12 @@ class Search(Session):
                 f"Study {study.name}: a search with a first_rung stops trainings midway, which trainer {study.trainer} "
                 "cannot; leave first_rung out, or take trainer local."
             )
+        epochs = "num_epochs" in self.settings.space or any(cell.num_epochs is not None for cell in self.plan.configs)
+        if self.settings.first_rung and epochs:
+            raise UserError(
+                f"Study {study.name}: first_rung counts steps, and num_epochs leaves open how many there"
+                " are; leave one out."
+            )
         self.total = self.settings.trials
 
     @property

@@ -85,6 +85,15 @@ def test_trials_that_fall_behind_are_stopped_and_are_no_cells(run_search):
         assert "train/tokens_per_second" not in run.metrics  # scoring in between would count as training
 
 
+def test_steps_that_are_not_known_yet_cannot_be_counted_to(study_file):
+    for cell, space in (({"num_epochs": 1}, {"lora_r": [2, 4]}), ({}, {"num_epochs": [1, 2]})):
+        path = study_file(
+            {}, cell={"model": "tiny-llama", **cell}, search={"space": space, "trials": 2, "first_rung": 1}
+        )
+        with pytest.raises(UserError, match="first_rung counts steps, and num_epochs leaves open"):
+            sweep(SweepConfig(config=str(path)))
+
+
 def test_a_trial_whose_worker_is_gone_is_proposed_again(tmp_path):
     storage = f"sqlite:///{tmp_path}/optuna.db"
     settings = SearchSettings({"lora_r": [2, 4, 8]}, trials=2)
