@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from sparse_ft.cell.inputs import EVALUATION, PERPLEXITY
 from sparse_ft.cell.result import CellResult
@@ -10,8 +11,10 @@ from sparse_ft.levels import level_label
 from sparse_ft.models.catalog import without_revision
 from sparse_ft.progress import SILENT, Progress
 from sparse_ft.settings.cell import CellConfig
+from sparse_ft.settings.corpora import TASK
 from sparse_ft.settings.modes import MODES
 from sparse_ft.settings.rules import rule_label
+from sparse_ft.settings.training_data import hub_name
 from sparse_ft.tracking.model_scores import link_scores
 from sparse_ft.tracking.models import log_model, model_card, register_model, registered_name, sparsity_alias
 from sparse_ft.tracking.parameters import flatten_config
@@ -78,9 +81,15 @@ def _rule(cell: CellConfig) -> str:
     return rule_label(values["importance"], values)
 
 
+def _rows(cell: CellConfig) -> str:
+    """What it was trained on; of files their names alone, for a card may be published."""
+    names = [cell.task if source == TASK else source for source in cell.sources]
+    return " and ".join(name if hub_name(name) else Path(name).name for name in names)
+
+
 def _card(cell: CellConfig, result: CellResult, address: str | None) -> str:
     metrics, protocol, values = result.metrics, result.protocol, cell.canonical()
-    title = f"{cell.model} fine-tuned on {cell.task}, {level_label(values['sparsity'])} % sparse ({cell.mode})"
+    title = f"{cell.model} fine-tuned on {_rows(cell)}, {level_label(values['sparsity'])} % sparse ({cell.mode})"
     sparsity = {
         "asked": metrics.get("sparsity/target"),
         "of the masks": metrics.get("sparsity/achieved"),
@@ -91,6 +100,7 @@ def _card(cell: CellConfig, result: CellResult, address: str | None) -> str:
     made = {key: values[key] for key in ("method", "importance", "scope", "mode", "lora_r", "lora_alpha")}
     made |= {"importance": _rule(cell)}
     made |= {key: values[key] for key in ("learning_rate", "max_steps", "batch_size", "seed")}
+    made |= {"max_steps": protocol.get("train_max_steps", values["max_steps"])}  # with epochs only training knows
     scores = {key.removeprefix("eval/"): value for key, value in sorted(metrics.items()) if key.startswith("eval/")}
     scored = {key: value for key, value in sorted(protocol.items()) if not key.startswith("train_")}
     facts = {"Sparsity": sparsity, "How it was made": made, "Scores": scores, "Protocol of the scores": scored}

@@ -93,8 +93,8 @@ class RecipeSettings(Settings):
     allocation: str = _rule(UNIFORM.name, allocations_help(), choices=ALLOCATIONS)
     calibration_corpus: str = _rule(
         TASK,
-        "text that importances look at: task (its training texts), wikitext2, c4 (of data_dir/corpora or the hub, drawn"
-        " as the papers draw), or a file.",
+        "text that importances look at: task (its training texts), wikitext2, c4, fineweb_edu (of data_dir/corpora or"
+        " the hub, drawn as the papers draw), or a file.",
         path=corpus_words(),
         named=True,
         later=True,

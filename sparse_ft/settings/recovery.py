@@ -32,7 +32,8 @@ class RecoverySettings(Settings):
     )
     recover_corpus: str = _later(
         TASK,
-        "text of recovery: task (its training texts), wikitext2, c4 (of data_dir/corpora or the hub), or a file.",
+        "text of recovery: task (its training texts), wikitext2, c4, fineweb_edu (of data_dir/corpora or"
+        " the hub), or a file.",
         path=corpus_words(),
         needed=True,
         named=True,

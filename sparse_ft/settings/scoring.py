@@ -27,7 +27,8 @@ class ScoringSettings(Settings):
     )
     perplexity_corpus: str = setting(
         "task",
-        "task (the task's held-out texts), wikitext2, c4 (of data_dir/corpora or the hub), or a text file.",
+        "task (the task's held-out texts), wikitext2, c4, fineweb_edu (of data_dir/corpora or the hub), or"
+        " a text file.",
         path=corpus_words(),
         named=True,
     )

@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sparse_ft import cli
 from sparse_ft.cell.identity import cell_identity, cell_key, plan_identity, untuned_key
 from sparse_ft.cell.masks import make_masks
+from sparse_ft.cell.register import _card
+from sparse_ft.cell.result import CellResult
 from sparse_ft.cell.run import run_cell
 from sparse_ft.cell.training_set import training_set
 from sparse_ft.cell.workbench import Workbench
@@ -211,6 +213,15 @@ def test_the_tasks_rows_still_count_where_something_else_reads_them(cell, files)
     for values in ({"mode": "sparse_to_sparse", "importance": "wanda"}, {"mode": "full", "recover_steps": 1}):
         found = cell_identity(replace(cell, train_data=files[TEXT], **values), bench)
         assert {"training_data", "train_data"} <= set(found)
+
+
+def test_a_card_says_what_was_trained_on(cell, files):
+    own = replace(cell, train_data=files[TEXT], mix="task")
+    hub = replace(cell, train_data="owner/name:config@main")
+    title, other = (_card(one, CellResult(), None).split("fine-tuned on ")[1].split(", ")[0] for one in (own, hub))
+    assert (title, other) == (f"{TEXT}.jsonl and boolq", "owner/name:config@main")
+    told = _card(own, CellResult(protocol={"train_max_steps": 7}), None)
+    assert "7" in next(line for line in told.splitlines() if "max_steps" in line)
 
 
 def test_what_cannot_be_trained_on_is_said_before_a_model_is_loaded(cell, files, tmp_path, tiny_model, monkeypatch):

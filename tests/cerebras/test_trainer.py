@@ -74,6 +74,23 @@ def test_what_is_missing_is_said_at_once_and_before_any_run(study_file, settings
     assert Tracker().search() == []
 
 
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"train_data": "wikitext2"}, r"rows of one's own \(train_data\) are trained on here, not on a Cerebras"),
+        ({"mix": "wikitext2"}, "not on a Cerebras"),
+        ({"packing": True}, "packing is True, which trainer local alone can"),
+        ({"schedule": "cosine"}, "schedule is cosine, which trainer local alone can"),
+        ({"num_epochs": 2.0}, "num_epochs is 2.0"),
+        ({"rslora": True}, "rslora is True"),
+        ({"loss_on": "all"}, "loss_on is all"),
+    ],
+)
+def test_what_modelzoos_trainer_has_not_is_refused(values, said):
+    with pytest.raises(UserError, match=said):
+        check_trainable(CellConfig(**values), {"model_type": "llama"}, CerebrasSettings())
+
+
 def test_a_smaller_mixture_is_none_of_modelzoos():
     config = {"model_type": "mixtral"}
     with pytest.raises(UserError, match="take trainer local"):
