@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from difflib import get_close_matches
+from functools import cached_property
 from pathlib import Path
 from types import NoneType
 from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_type_hints
@@ -51,6 +52,11 @@ class Parser(Generic[T]):
             kind_of = _type(entry, hints[name])
             self._parser.add_argument(f"--{name}", type=kind_of, help=entry.metadata["help"], **default)
 
+    @cached_property
+    def _defaults(self) -> dict[str, Any]:
+        """Of all fields, as jsonargparse reads them: once, and not at every call."""
+        return self._parser.get_defaults().as_dict()
+
     def arguments(self, argv: Sequence[str]) -> T:
         """The instance that a command line asks for; ``--help`` prints and exits.
 
@@ -61,8 +67,7 @@ class Parser(Generic[T]):
         try:
             for word in words:
                 _check_text("a parameter", word)
-            values = self._parser.parse_args(words).as_dict()
-            return self._made(values)
+            return self._made(self._defaults | self._parser.parse_args(words, defaults=False).as_dict())
         except _REFUSALS as error:
             raise UserError(_explain(error)) from None
 
@@ -158,7 +163,7 @@ class Parser(Generic[T]):
             raise UserError(f"{where}: there is no field '{unknown[0]}'. {known}.")
         try:
             given = {name: self._given(name, value) for name, value in values.items() if value is not None}
-            parsed = self._parser.parse_object(given).as_dict()
+            parsed = self._defaults | self._parser.parse_object(given, defaults=False).as_dict()
             return self._made(parsed | dict.fromkeys(set(values) - set(given)))
         except _REFUSALS as error:
             raise UserError(f"{where}: {_explain(error)}") from None
