@@ -16,15 +16,16 @@ RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 demo: $(READY)
 	$(RUN) MLFLOW_EXPERIMENT_NAME=$${MLFLOW_EXPERIMENT_NAME:-sparse_ft} $(BIN)/mlflow run . --env-manager local
 
+# Neighbours stay together, so that what a module's tests share is made once and not by both processes.
 test: $(TESTS_READY)
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 # Real models, servers, killed processes: minutes.
 test-slow: $(TESTS_READY)
-	$(BIN)/python -m pytest -n 2 -m slow
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 test-all: $(TESTS_READY)
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(TESTS_READY)
 	$(BIN)/ruff check .

@@ -1,5 +1,6 @@
 """The command `sparse-ft`: its table, its help, and that it works where the package was installed and nothing else."""
 
+import json
 import os
 import re
 import shutil
@@ -20,6 +21,22 @@ from sparse_ft.models.catalog import locate_config
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = "import sys; sys.argv = ['sparse-ft', *{argv}]; from sparse_ft.cli import main; main(); print(*sys.modules)"
+
+# Several commands in a process that lacks some modules: each one's status, and what it complained of.
+WITHOUT = """
+import io, json, sys
+from contextlib import redirect_stderr
+*absent, asked = sys.argv[1:]
+sys.modules.update(dict.fromkeys(absent))
+from sparse_ft.cli import run
+for name, *argv in json.loads(asked):
+    with redirect_stderr(io.StringIO()) as said:
+        try:
+            status = run(name, argv, name)
+        except SystemExit as stop:
+            status = stop.code
+    print("ENDED", json.dumps([status, said.getvalue()]))
+"""
 
 
 @pytest.fixture
@@ -93,25 +110,23 @@ def test_without_the_extras_commands_work_that_do_not_need_them(tmp_path):
         re.match(r"[a-z0-9]+", line)[0] for name in ("cerebras", "ray", "postgresql", "s3") for line in extras[name]
     ]
     assert {"h5py", "hdf5plugin", "ray", "psycopg", "boto3"} == set(absent)
-    program = (
-        f"import sys; sys.modules.update(dict.fromkeys({absent})); from sparse_ft.cli import main; sys.exit(main())"
-    )
-
-    def run(*words):
-        words = [sys.executable, "-c", program, *words, "--output_dir", str(tmp_path / "out")]
-        return subprocess.run(
-            words, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
-        )
-
     study = str(ROOT / "configs" / "smoke.yaml")
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    assert run("sweep", "--config", study, "--dry_run").returncode == 0
     (tmp_path / "x.mdl").write_bytes(b"")
     shutil.copy(locate_config("tiny-llama"), tmp_path)
-    done = run("compute_masks", "--model", "x.mdl")
-    assert done.returncode == 2 and done.stderr.endswith("pip install 'sparse_ft[cerebras]'\n"), done.stderr
-    done = run("sweep", "--config", study, "--executor", "ray")
-    assert done.returncode == 2 and done.stderr.endswith("pip install 'sparse_ft[ray]'.\n"), done.stderr
+    asked = [
+        ("sweep", "--config", study, "--dry_run"),
+        ("compute_masks", "--model", "x.mdl"),
+        ("sweep", "--config", study, "--executor", "ray"),
+    ]
+    words = [sys.executable, "-c", WITHOUT, *absent, json.dumps([(*argv, "--output_dir", "out") for argv in asked])]
+    done = subprocess.run(
+        words, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, capture_output=True, text=True
+    )
+    dry, cerebras, ray = [json.loads(line[6:]) for line in done.stdout.splitlines() if line.startswith("ENDED ")]
+    assert dry[0] == 0
+    assert cerebras[0] == 2 and cerebras[1].endswith("pip install 'sparse_ft[cerebras]'\n"), cerebras
+    assert ray[0] == 2 and ray[1].endswith("pip install 'sparse_ft[ray]'.\n"), ray
 
 
 @pytest.mark.slow

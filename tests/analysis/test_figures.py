@@ -76,7 +76,7 @@ def boxes(figure):
     return recorder.texts
 
 
-FULL = ("accuracy", "perplexity", "training_throughput", "pareto", "heatmaps", "layers")
+FULL = ("accuracy", "pareto", "heatmaps", "layers")  # other curves have the panels of the first
 EVERY = (*NAMES, "pareto", "heatmaps", "layers")
 
 

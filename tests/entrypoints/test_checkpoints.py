@@ -174,7 +174,7 @@ def test_an_unexpected_error_is_70_with_its_traceback(command, model, tmp_path, 
     assert status == 70 and "ZeroDivisionError: no such thing" in err and "Traceback" in err
 
 
-@pytest.mark.parametrize("name", ["a/b", "a:b", "a@b", "", "x" * 300, "two\nlines", " ", ".."])
+@pytest.mark.parametrize("name", ["a/b", "", "x" * 300])  # others are in tests/tracking
 def test_a_name_that_the_registry_cannot_take_is_said_before_anything(command, tmp_path, name):
     status, _, err = command("train", model="tiny-llama", register_as=name, output_dir=tmp_path / "out", **SMALL)
     assert status == 2 and "register_as" in err and not (tmp_path / "out").exists()

@@ -66,6 +66,10 @@ def trained(command, masks, tmp_path):
 
 def test_validate_says_0_for_a_good_pair_1_for_a_broken_one_2_for_none(command, trained, masks, tmp_path):
     merged, file = trained
+    (run,) = [run for run in Tracker().search() if run.tags["kind"] == "cell"]  # described by the masks it was given
+    assert (run.params["cfg/sparsity"], run.params["cfg/method"]) == ("0.7", "unstructured")
+    assert run.metrics["sparsity/target"] == 0.7
+
     status, shown, _ = command("validate", checkpoint=merged, masks=file)
     assert (status, "0 violations" in shown) == (0, True)
 
@@ -92,11 +96,9 @@ def test_validate_says_0_for_a_good_pair_1_for_a_broken_one_2_for_none(command, 
         assert "none" in complaint
         assert complaint.strip().count("\n") == 0
 
-
-def test_masks_of_another_model_do_not_fit(command, trained, tmp_path):
     command("compute_masks", model="tiny-mixtral", sparsities="0.5", output_dir=tmp_path / "foreign")
     foreign = tmp_path / "foreign" / "masks_sparsity50_unstructured.safetensors"
-    status, _, complaint = command("validate", checkpoint=trained[0], masks=foreign)
+    status, _, complaint = command("validate", checkpoint=merged, masks=foreign)
     assert (status, "do not fit" in complaint) == (2, True)
 
 
@@ -125,12 +127,6 @@ def test_a_trained_model_is_registered_and_validates_from_the_registry(command, 
     assert f"registered: {uri}" in shown
     file = tmp_path / "cell" / "masks" / "masks_sparsity70_unstructured.safetensors"
     assert command("validate", checkpoint=uri, masks=file)[0] == 0
-
-
-def test_a_cell_takes_its_description_from_the_masks_it_is_given(trained):
-    (run,) = [run for run in Tracker().search() if run.tags["kind"] == "cell"]
-    assert (run.params["cfg/sparsity"], run.params["cfg/method"]) == ("0.7", "unstructured")
-    assert run.metrics["sparsity/target"] == 0.7
 
 
 @pytest.mark.parametrize(
@@ -193,7 +189,9 @@ def study_of_two(command, tmp_path):
     path = tmp_path / "study.yaml"
     cell = {key: value for key, value in SMALL.items() if key != "model"}
     grid = {"model": ["tiny-llama"], "sparsity": [0.3, 0.6]}
-    path.write_text(json.dumps({"grid": grid, "cell": cell, "dense_baseline": False}))
+    path.write_text(
+        json.dumps({"grid": grid, "cell": cell, "dense_baseline": False, "figures": "none", "keep": "adapter"})
+    )
     assert command("sweep", config=path, output_dir=tmp_path / "out")[0] == 0
     (study,) = [run for run in Tracker().search() if run.tags.get("kind") == "study"]
     return study.run_id
@@ -283,19 +281,13 @@ def test_mlflow_run_makes_one_run_and_keeps_what_was_typed(tmp_path):
     assert torch.is_tensor(load_file(tmp_path / "masks" / "masks_sparsity50_unstructured.safetensors").popitem()[1])
 
 
-def test_mlflow_run_prunes_a_folder_of_shards_as_the_one_file(tmp_path, tiny_model):
+def test_a_folder_of_shards_is_pruned_as_the_one_file(command, tmp_path, tiny_model):
     model = load_model(tiny_model("tiny-mixtral"), "float32", "cpu")
     model.save_pretrained(tmp_path / "model", max_shard_size="100KB")
     assert len(list((tmp_path / "model").glob("*.safetensors"))) > 3
-    run = mlflow_run(
-        "compute_masks",
-        tmp_path,
-        model=str(tmp_path / "model"),
-        scope="global",
-        sparsities="0:0.9:0.1",
-        figures="all",
-        output_dir=str(tmp_path / "masks"),
-    )
+    values = {"scope": "global", "sparsities": "0:0.9:0.1", "figures": "all", "output_dir": tmp_path / "masks"}
+    assert command("compute_masks", model=tmp_path / "model", **values)[0] == 0
+    (run,) = Tracker().search()
     model.save_pretrained(tmp_path / "whole")
     settings = PruningSettings(scope="global", sparsities=tuple(level / 10 for level in range(10)))
     whole = MaskGenerator(tmp_path / "whole", settings).generate(tmp_path / "expected", figures="none")

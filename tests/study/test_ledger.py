@@ -22,7 +22,7 @@ def config(study_file, tmp_path):
     """The configuration of a study; called again it writes the file anew."""
 
     def write(grid, **rest):
-        path = study_file(grid, dense_baseline=False, **rest)
+        path = study_file(grid, **{"dense_baseline": False, "keep": "none", **rest})
         return SweepConfig(config=str(path), output_dir=str(tmp_path / "out"))
 
     return write
@@ -36,7 +36,7 @@ def _study():
 
 def test_a_changed_configuration_says_what_changed_and_keeps_what_is_the_same(config, capsys):
     grid = {"model": ["tiny-llama"], "sparsity": [0.3, 0.5], "mode": ["sparse_to_sparse"]}
-    assert sweep(config(grid)) == 0
+    assert sweep(config(grid, keep="pareto")) == 0
     parent, before = _study()
     capsys.readouterr()
     changed = config(grid | {"sparsity": [0.5, 0.7], "seed": [0]}, cell={"max_steps": 2}, keep="adapter")
