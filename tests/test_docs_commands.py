@@ -14,6 +14,7 @@ EXPERTS = "tests/entrypoints/test_experts.py::test_masks_a_smaller_checkpoint_tr
 PROJECT = STEPS + "mlflow_run_makes_one_run_and_keeps_what_was_typed"
 HUB = "tests/study/test_hub_models.py::test_the_full_study_with_its_models_and_data_from_a_hub"
 RESUMED = "tests/study/test_ledger.py::test_a_changed_configuration_says_what_changed_and_keeps_what_is_the_same"
+MEASURED = "tests/cell/test_measure.py::test_the_command_logs_a_run_and_prints_every_form"
 PACKED = "tests/models/test_packed.py::test_the_commands_say_the_bytes_of_the_files"
 TEAM = "tests/study/test_postgresql.py::test_two_workers_fill_a_study_and_a_search"
 WAFER = "tests/cerebras/modelzoo/test_"
@@ -64,6 +65,8 @@ RUN = {
     r"sparse-ft validate --checkpoint merged.mdl .*": STEPS + "masks_and_validation_read_a_cerebras_checkpoint",
     r"sparse-ft rebuild .*": TEAM,
     r"sparse-ft (un)?pack( --checkpoint .*)?": PACKED,
+    r"sparse-ft measure( --checkpoint .*)?": MEASURED,
+    r"mlflow run \. -e measure .*": MEASURED,
     r"mlflow run \. -e pack .*": PACKED,
     r"sparse-ft cerebras_configs --config configs/full.yaml .*": HUB.split("::")[0]
     + "::test_the_full_studys_configurations_for_a_cerebras",

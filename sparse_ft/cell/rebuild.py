@@ -19,7 +19,11 @@ from sparse_ft.levels import LevelPaths
 from sparse_ft.lora.merge import merge_all_lora_weights
 from sparse_ft.lora.model import load_sparse_lora
 from sparse_ft.models.checkpoint import Checkpoint
+from sparse_ft.models.folder import is_packed
 from sparse_ft.models.loading import apply_masks, load_state_into, save_model, saved_tokenizer
+from sparse_ft.models.opening import open_checkpoint
+from sparse_ft.models.packed import PackedCheckpoint
+from sparse_ft.models.packing import unpack_checkpoint
 from sparse_ft.pruning.output import MaskFile
 from sparse_ft.settings.cell import CellConfig
 from sparse_ft.settings.modes import MODES
@@ -27,11 +31,12 @@ from sparse_ft.settings.parser import Parser
 from sparse_ft.tracking.record import Kind, Run, Tag, level_tag
 from sparse_ft.tracking.runs import Tracker
 
-__all__ = ["finished_cell", "logged_cell", "not_of", "rebuild"]
+__all__ = ["finished_cell", "logged_cell", "masks_of", "not_of", "rebuild"]
 
 
 def rebuild(tracker: Tracker, run_id: str, target: Path, bench: Workbench) -> Path:
-    """Makes a cell's merged checkpoint again, bit for bit, from its adapter (where it was trained) and its masks.
+    """Makes a cell's merged checkpoint again, bit for bit, from its adapter (where it was trained) and its masks, or
+    from the packed one that was kept.
 
     The result is compared with the fingerprint that the run holds: on another kind of device the last bit of a
     matrix product may differ, and then it is said instead of passed over.
@@ -45,12 +50,14 @@ def rebuild(tracker: Tracker, run_id: str, target: Path, bench: Workbench) -> Pa
     Raises:
         UserError: no such run, no adapter or masks any more, or weights that came out otherwise.
     """
+    if (packed := _kept_packed(tracker, run_id)) is not None:
+        return unpack_checkpoint(packed, target, bench.progress)
     run, cell = finished_cell(tracker, run_id)
     trains = MODES[cell.mode].trains
     with tempfile.TemporaryDirectory() as scratch:
         cell = replace(cell, output_dir=scratch)
         adapter = tracker.fetch(run.run_id, "adapter", scratch) if trains else None
-        masks = _masks(tracker, run, cell, Path(scratch))
+        masks = masks_of(tracker, run, cell, Path(scratch))
         base, found = run.tags.get(Tag.BASE_FINGERPRINT), bench.checkpoint(cell.model)
         if not found.is_called(base):
             raise UserError(
@@ -101,6 +108,16 @@ def finished_cell(tracker: Tracker, run_id: str) -> tuple[Run, CellConfig]:
     return run, cell
 
 
+def _kept_packed(tracker: Tracker, run_id: str) -> PackedCheckpoint | None:
+    """The packed model that a study kept of a cell, where it is still there and still the run's."""
+    run = tracker.run(run_id)
+    run = tracker.run(run.same_as) if run.same_as else run
+    folder = run.tags.get(Tag.MODEL_FOLDER)
+    if not folder or not is_packed(folder) or not_of(run, Path(folder)) is not None:
+        return None
+    return PackedCheckpoint(folder)
+
+
 def _recovered(tracker: Tracker, run: Run) -> Checkpoint | None:
     """The recovered model under the run's adapter, from the study's folder; None where there was no recovery."""
     wanted = run.tags.get(Tag.RECOVERED_FINGERPRINT)
@@ -121,7 +138,7 @@ def not_of(run: Run, folder: Path) -> str | None:
     """Why a checkpoint is not the merged model of a run; None where it is."""
     expected = run.tags.get(Tag.MERGED_FINGERPRINT)
     try:
-        found = Checkpoint(folder)
+        found = open_checkpoint(folder)
         if found.is_called(expected):
             return None
     except UserError as error:
@@ -136,7 +153,7 @@ def logged_cell(tracker: Tracker, run: Run) -> CellConfig:
     return Parser(CellConfig).values({"rounding": "nearest", **values}, f"run {run.run_id}")
 
 
-def _masks(tracker: Tracker, run: Run, cell: CellConfig, scratch: Path) -> MaskFile | None:
+def masks_of(tracker: Tracker, run: Run, cell: CellConfig, scratch: Path) -> MaskFile | None:
     """The cell's masks by their checksum: from the study's folder, from the artifacts, or from the file named."""
     checksum = run.tags.get(Tag.MASK_CHECKSUM)
     if checksum is None:

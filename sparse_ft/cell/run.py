@@ -21,8 +21,10 @@ from sparse_ft.cell.training_set import training_set
 from sparse_ft.cell.workbench import Workbench
 from sparse_ft.errors import UserError
 from sparse_ft.lora.model import remask
+from sparse_ft.masks.mask_set import MaskSet
 from sparse_ft.models.checkpoint import Checkpoint
 from sparse_ft.models.loading import apply_masks, load_state_into
+from sparse_ft.models.packing import pack_checkpoint
 from sparse_ft.pruning.output import MaskFile
 from sparse_ft.settings.cell import CellConfig
 from sparse_ft.settings.modes import MODES
@@ -166,6 +168,9 @@ def _run(
                 result.add_scores(scores(trained.model, "score re-masked").metrics, "_remasked")
     if cell.keep == "all" or cell.register_as is not None:
         result.merged = training.target
+        if cell.keep_format == "packed" and cell.register_as is None:
+            with clock("save"):
+                _pack(training.target, cell, masks, result)
     else:
         shutil.rmtree(training.target)
     if cell.keep_samples:
@@ -182,6 +187,16 @@ def _log_masks(file: MaskFile, begun: Start, base: Checkpoint, foreign: bool, re
             raise UserError(f"{problem}; a study compares only masks of its own models.")
         result.warn(problem)
     result.metrics.update({"sparsity/target": file.sparsity, "sparsity/achieved": begun.whole.sparsity})
+
+
+def _pack(folder: Path, cell: CellConfig, masks: MaskSet | None, result: CellResult) -> None:
+    """Packs the merged checkpoint where it lies; one that lost its zeros stays plain."""
+    if masks is None or not masks.n_pruned or not MODES[cell.mode].keeps_zeros:
+        return
+    try:
+        pack_checkpoint(folder, masks, folder, in_place=True)
+    except UserError as error:
+        result.warn(f"the merged checkpoint is kept plain: {error}")
 
 
 def _own(metrics: Mapping[str, float], measured: bool) -> dict[str, float]:

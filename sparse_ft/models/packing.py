@@ -26,7 +26,7 @@ from sparse_ft.models.names import listed_shapes
 from sparse_ft.models.packed import BITS, FORMAT_VERSION, HEADER_KEY, KEPT, PackedCheckpoint, identity_of
 from sparse_ft.progress import SILENT, Progress
 
-__all__ = ["pack_checkpoint", "packed_bytes", "unpack_checkpoint"]
+__all__ = ["is_masked", "pack_checkpoint", "packed_bytes", "unpack_checkpoint"]
 
 _BLOCK = 1 << 24  # bytes copied or hashed in one go
 
@@ -52,7 +52,11 @@ class _Piece:
 
 
 def pack_checkpoint(
-    source: Checkpoint | str | Path, masks: MaskSet, target: str | Path, progress: Progress = SILENT
+    source: Checkpoint | str | Path,
+    masks: MaskSet,
+    target: str | Path,
+    progress: Progress = SILENT,
+    in_place: bool = False,
 ) -> PackedCheckpoint:
     """Writes a checkpoint without the weights that masks prune: the values that stay, and one bit a weight.
 
@@ -64,12 +68,13 @@ def pack_checkpoint(
         masks: of its prunable tensors.
         target: the new folder.
         progress: told the bytes.
+        in_place: the target may be the source, which is then gone once the packed one is complete.
 
     Raises:
         UserError: masks of another model, or a pruned weight that is not +0.0, which could not be given back.
     """
     source = source if isinstance(source, Checkpoint) else Checkpoint(source)
-    _check_target(source, target)
+    _check_target(source, target, in_place)
     shapes = source.prunable_shapes()
     masks = refitted(source.config, masks, shapes)
     check_masks(masks, shapes, f"the checkpoint {source.folder}")
@@ -101,17 +106,28 @@ def pack_checkpoint(
     return PackedCheckpoint(target)
 
 
-def unpack_checkpoint(source: PackedCheckpoint | str | Path, target: str | Path, progress: Progress = SILENT) -> Path:
+def unpack_checkpoint(
+    source: PackedCheckpoint | str | Path,
+    target: str | Path,
+    progress: Progress = SILENT,
+    in_place: bool = False,
+) -> Path:
     """Writes the plain checkpoint that was packed: the very bytes of its files of weights.
 
     Every tensor is compared with the SHA-256 that it had. The folder appears when it is complete; memory holds the
     largest tensor.
 
+    Args:
+        source: a packed checkpoint.
+        target: the new folder.
+        progress: told the bytes.
+        in_place: the target may be the source, which is then gone once the plain one is complete.
+
     Raises:
         UserError: a folder that is not packed, or a damaged one.
     """
     source = source if isinstance(source, PackedCheckpoint) else PackedCheckpoint(source)
-    _check_target(source, target)
+    _check_target(source, target, in_place)
     progress.start("unpack", sum(entry.end for entry in source.stored.values()), "B")
     try:
         with atomic_folder(target) as folder:
@@ -131,6 +147,26 @@ def unpack_checkpoint(source: PackedCheckpoint | str | Path, target: str | Path,
     finally:
         progress.stop()
     return Path(target)
+
+
+def is_masked(source: Checkpoint, masks: MaskSet) -> bool:
+    """Whether every weight that the masks prune is +0.0.
+
+    Args:
+        source: the checkpoint.
+        masks: that fit it.
+    """
+    for name in masks:
+        shape = source.shape(name)
+        rows = math.prod(shape[:-1])
+        raw = source.raw(name)
+        weights = raw.view(f"u{raw.size // max(1, math.prod(shape))}").reshape(rows, shape[-1])
+        try:
+            for _ in kept_values(weights, masks.bits[name].reshape(rows, -1)):
+                pass
+        except NotZeroError:
+            return False
+    return True
 
 
 def packed_bytes(source: Checkpoint, masks: MaskSet) -> tuple[int, int]:
@@ -237,9 +273,9 @@ def _header(pieces: list[_Piece], plain: str, digests: Mapping[str, str]) -> byt
     return len(text).to_bytes(8, "little") + text
 
 
-def _check_target(source: Checkpoint, target: str | Path) -> None:
+def _check_target(source: Checkpoint, target: str | Path, in_place: bool) -> None:
     folder = Path(target)
-    if folder.exists() and folder.resolve() == source.folder.resolve():
+    if not in_place and folder.exists() and folder.resolve() == source.folder.resolve():
         raise UserError(f"{folder} is the checkpoint itself; choose another folder for the new one.")
     if not folder.exists() or (folder.is_dir() and ((folder / "config.json").is_file() or not any(folder.iterdir()))):
         return

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sparse_ft.levels import level_label
-from sparse_ft.settings.commands import TRAINERS, MaskConfig
+from sparse_ft.settings.commands import KEEP_FORMATS, TRAINERS, MaskConfig
 from sparse_ft.settings.corpora import TASK
 from sparse_ft.settings.field import Settings, defaults, named, part_of, plain_values, setting, unsaid
 from sparse_ft.settings.lora import LoraSettings
@@ -78,6 +78,13 @@ class CellConfig(
         "adapter",
         "what stays on disk: nothing, the adapter, or the merged checkpoint as well.",
         choices=("none", "adapter", "all"),
+        result=False,
+    )
+    keep_format: str = setting(
+        "plain",
+        "of a merged checkpoint that stays: plain, or packed into the weights that its masks keep (modes that keep"
+        " their zeros; see sparse-ft unpack). The registry has plain ones.",
+        choices=KEEP_FORMATS,
         result=False,
     )
     output_dir: str = setting(

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sparse_ft.settings import shared
 from sparse_ft.settings.executors import EXECUTORS, executors_help
 from sparse_ft.settings.field import Settings, setting
 from sparse_ft.settings.model import DataSettings, ModelSettings
@@ -14,10 +15,13 @@ from sparse_ft.settings.pruning import PruningSettings
 __all__ = [
     "FIGURES",
     "FORMATS",
+    "KEEP_FORMATS",
     "TRAINERS",
     "AnalyzeConfig",
     "CerebrasConfigsConfig",
     "MaskConfig",
+    "MeasureConfig",
+    "MeasureSettings",
     "PackConfig",
     "RebuildConfig",
     "SweepConfig",
@@ -27,6 +31,7 @@ __all__ = [
 
 FIGURES = ("summary", "all", "none")
 FORMATS = ("safetensors", "npz", "pt")
+KEEP_FORMATS = ("plain", "packed")
 TRAINERS = ("local", "cerebras")
 
 
@@ -72,6 +77,27 @@ class RebuildConfig(Settings):
 
     run_id: str = setting(help="the cell's run.")
     output_dir: str = setting("outputs/rebuilt", "folder for the checkpoint.", path=())
+
+
+@dataclass(frozen=True)
+class MeasureSettings(Settings):
+    """How bytes and speeds of a model's forms are measured."""
+
+    prompt_tokens: int = setting(128, "tokens of the prompts that are read.", least=1)
+    new_tokens: int = setting(32, "tokens that are written after each.", least=1)
+    repeats: int = setting(5, "measurements, after one to warm up; the median is taken.", least=1)
+    dtype: str = shared.dtype()
+    device: str = shared.device()
+    batches: tuple[int, ...] = setting((1, 8), "sequences at once.", flag=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureConfig(MeasureSettings):
+    """Measures what sparsity buys: bytes and tokens per second of every form that a model has under its masks."""
+
+    checkpoint: str = setting(help="the folder of a plain checkpoint, masked or not yet.", path=())
+    masks: str = setting(help="its mask file.", path=())
+    report: str | None = setting(None, "JSON file for what was measured, or none.", path=())
 
 
 @dataclass(frozen=True)

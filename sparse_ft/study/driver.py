@@ -64,7 +64,7 @@ class Grid(Session):
         if study.kept in ("pareto", "all"):
             keep_models(
                 tracker, parent, folder, study.registers, self.bench, study.kept == "pareto", progress,
-                lambda text: self._print(text, style="red"),
+                lambda text: self._print(text, style="red"), study.kept_format == "packed",
             )  # fmt: skip
         expected = [config.canonical() for config in self.plan.configs]
         runs = tracker.children(parent)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -12,12 +13,15 @@ from pathlib import Path
 import numpy as np
 
 from sparse_ft.analysis.performance import pareto_front as front_of
-from sparse_ft.cell.rebuild import logged_cell, not_of, rebuild
+from sparse_ft.cell.rebuild import logged_cell, masks_of, not_of, rebuild
 from sparse_ft.cell.register import register_cell
 from sparse_ft.cell.result import CellResult
 from sparse_ft.cell.workbench import Workbench
 from sparse_ft.errors import UserError
+from sparse_ft.models.folder import is_packed
+from sparse_ft.models.packing import pack_checkpoint, unpack_checkpoint
 from sparse_ft.progress import SILENT, Progress
+from sparse_ft.settings.modes import MODES
 from sparse_ft.tracking.record import Kind, Run, Tag
 from sparse_ft.tracking.runs import Tracker
 
@@ -41,6 +45,7 @@ def keep_models(
     front_only: bool = True,
     progress: Progress = SILENT,
     said: Callable[[str], None] = print,
+    packed: bool = False,
 ) -> list[Path]:
     """Keeps whole models: those of the Pareto front of every model and task, or all of them.
 
@@ -54,6 +59,7 @@ def keep_models(
         front_only: keep the front; else every cell's model.
         progress: told how many.
         said: told why a model could not be kept, and of an alias that moved from another kind of model.
+        packed: keep models without the weights that their masks prune; not in the registry.
 
     Returns:
         the folders or addresses of the models kept.
@@ -73,7 +79,7 @@ def keep_models(
                 _remove_model(tracker, run, folder)
                 continue
             try:
-                kept.append(_keep(tracker, run, folder, register, bench, said))
+                kept.append(_keep(tracker, run, folder, register, bench, said, packed))
             except (UserError, OSError) as error:
                 said(f"{run.name} is on the Pareto front, but its model could not be kept: {error}")
             progress.advance(note=run.name)
@@ -82,7 +88,13 @@ def keep_models(
 
 
 def _keep(
-    tracker: Tracker, run: Run, folder: Path, register: bool, bench: Workbench, said: Callable[[str], None]
+    tracker: Tracker,
+    run: Run,
+    folder: Path,
+    register: bool,
+    bench: Workbench,
+    said: Callable[[str], None],
+    packed: bool,
 ) -> Path:
     if registered := run.tags.get(Tag.REGISTERED_AS):
         return Path(registered)
@@ -98,7 +110,11 @@ def _keep(
             rebuild(tracker, run.run_id, target, bench)
     tracker.log(run.run_id, tags={Tag.MODEL_FOLDER: str(target.absolute())})
     if not register:
+        if packed and not is_packed(target):
+            _pack(tracker, run, target)
         return target
+    if is_packed(target):
+        unpack_checkpoint(target, target, in_place=True)
     cell = replace(logged_cell(tracker, run), register_as="auto")
     protocol = {k.removeprefix("protocol/"): v for k, v in run.params.items() if k.startswith("protocol/")}
     result = CellResult(metrics=run.metrics, protocol=protocol, tags=run.tags, merged=target)
@@ -106,6 +122,17 @@ def _keep(
     shutil.rmtree(target)
     tracker.log(run.run_id, tags={Tag.MODEL_FOLDER: ""})
     return Path(address)
+
+
+def _pack(tracker: Tracker, run: Run, folder: Path) -> None:
+    """Packs a model where it lies, if its zeros are those of its masks."""
+    cell = logged_cell(tracker, run)
+    if not MODES[cell.mode].keeps_zeros:
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        file = masks_of(tracker, run, cell, Path(scratch))
+        if file is not None and file.pruned:
+            pack_checkpoint(folder, file.load(), folder, in_place=True)
 
 
 def _remove_model(tracker: Tracker, run: Run, folder: Path) -> None:

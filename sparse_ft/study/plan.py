@@ -126,6 +126,7 @@ def make_plan(study: Study) -> Plan:
         points += [replace(common, **dict(zip(table, values, strict=True))) for values in itertools.product(*axes)]
     dense = [_baseline(point) for point in points if study.dense_baseline or point.has_tuned_teacher]
     cells: dict[str, CellConfig] = {}
+    packing = "plain" if study.registers else study.kept_format
     for cell in dense + points:
         if not 0 <= cell.sparsity <= 1:
             raise UserError(f"{where}: sparsity is {cell.sparsity}; it must lie between 0 and 1.")
@@ -134,7 +135,7 @@ def make_plan(study: Study) -> Plan:
         kept = "none" if study.kept == "none" else "all" if whole else "adapter"
         if cell.pruned and cell.masks is not None:
             cell = given(cell.masks).settle(cell)
-        cells.setdefault(cell.key(), replace(cell, keep=kept, register_as=None))
+        cells.setdefault(cell.key(), replace(cell, keep=kept, keep_format=packing, register_as=None))
 
     for key in {_baseline(cell).key() for cell in cells.values() if cell.has_tuned_teacher}:
         if cells[key].keep == "none":  # its model is made of its adapter

@@ -13,7 +13,7 @@ from typing import Any
 from sparse_ft.cell.failures import parse_retry
 from sparse_ft.errors import UserError, masked
 from sparse_ft.levels import parse_levels
-from sparse_ft.settings.commands import FIGURES, TRAINERS, MaskConfig
+from sparse_ft.settings.commands import FIGURES, KEEP_FORMATS, TRAINERS, MaskConfig
 from sparse_ft.settings.yaml_file import LARGEST_STUDY, read_yaml
 
 __all__ = ["KEEP", "Study", "load_study"]
@@ -36,6 +36,8 @@ class Study:
         keep: what of the models stays: none, adapter, pareto (adapters of all cells and whole models of the
             Pareto front of accuracy and sparsity) or all. Where the file does not say, pareto, or what ``cell``
             says.
+        keep_format: of the whole models that are kept, plain or packed (modes that keep their zeros). Where the file
+            does not say, plain, or what ``cell`` says.
         register: put the whole models that are kept into the model registry too.
         search: an Optuna search over some fields, instead of trying every point; see `sparse_ft.study.search.session`.
         retry: failure classes that are tried again on resuming beside those that always are.
@@ -50,6 +52,7 @@ class Study:
     cell: Mapping[str, Any] = field(default_factory=dict)
     dense_baseline: bool = True
     keep: str = ""
+    keep_format: str = ""
     register: bool = False
     search: Mapping[str, Any] | None = None
     retry: frozenset[str] = frozenset()
@@ -68,6 +71,11 @@ class Study:
         return self.keep or self.cell.get("keep") or "pareto"
 
     @property
+    def kept_format(self) -> str:
+        """The format of whole models that holds."""
+        return self.keep_format or self.cell.get("keep_format") or KEEP_FORMATS[0]
+
+    @property
     def registers(self) -> bool:
         """Whether models that are kept go into the registry."""
         return self.register or self.cell.get("register_as", "none") != "none"
@@ -77,7 +85,9 @@ class Study:
         grid = list(map(dict, self.tables)) if self.more else dict(self.grid)
         values = {"name": self.name, "grid": grid, "cell": dict(self.cell), "keep": self.kept}
         values |= {"dense_baseline": self.dense_baseline, "register": self.register, "search": self.search}
-        if self.trainer != "local":  # what older versions' files do not say
+        if self.kept_format != KEEP_FORMATS[0]:  # what older versions' files do not say
+            values["keep_format"] = self.kept_format
+        if self.trainer != "local":
             values["trainer"] = self.trainer
         return json.loads(json.dumps(values), object_hook=_masked)
 
@@ -98,7 +108,7 @@ def load_study(path: str | Path) -> Study:
     unknown = sorted(map(str, set(content) - known))
     if unknown:
         raise UserError(f"Study {path}: unknown key '{unknown[0]}'; a study has {', '.join(sorted(known))}.")
-    for key, words in (("keep", KEEP), ("trainer", TRAINERS), ("figures", FIGURES)):
+    for key, words in (("keep", KEEP), ("keep_format", KEEP_FORMATS), ("trainer", TRAINERS), ("figures", FIGURES)):
         if content.get(key, words[0]) not in words:
             raise UserError(f"Study {path}: {key} is '{content[key]}'; it must be {' | '.join(words)}.")
     for switch in ("dense_baseline", "register"):

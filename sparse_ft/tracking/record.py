@@ -24,6 +24,7 @@ class Kind(StrEnum):
     CURVE = "curve"
     ANALYSIS = "analysis"
     VALIDATION = "validation"
+    MEASUREMENT = "measurement"
     RESUME = "resume"  # what `mlflow run` made for a start that went on with a study
 
 

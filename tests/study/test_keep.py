@@ -1,22 +1,26 @@
 import hashlib
+from pathlib import Path
 
 import earlier
 import pytest
 
-from sparse_ft.cell.rebuild import logged_cell, rebuild
+from sparse_ft.cell.rebuild import logged_cell, not_of, rebuild
 from sparse_ft.cell.workbench import Workbench
 from sparse_ft.errors import UserError
 from sparse_ft.models.checkpoint import Checkpoint
+from sparse_ft.models.folder import is_packed
+from sparse_ft.models.opening import open_checkpoint
 from sparse_ft.settings.commands import SweepConfig
 from sparse_ft.study.driver import sweep
-from sparse_ft.study.keep import pareto_front
+from sparse_ft.study.keep import keep_models, pareto_front
+from sparse_ft.tracking.models import resolve_model
 from sparse_ft.tracking.record import Run
 from sparse_ft.tracking.runs import Tracker
 
 
 def _bytes(folder):
     """Digest of every tensor of a checkpoint."""
-    checkpoint = Checkpoint(folder)
+    checkpoint = folder if isinstance(folder, Checkpoint) else Checkpoint(folder)
     return {name: hashlib.sha256(checkpoint.raw(name).tobytes()).hexdigest() for name in checkpoint.names}
 
 
@@ -40,6 +44,33 @@ def test_a_rebuilt_model_is_the_merged_one_bit_for_bit(study_file, tmp_path, dty
     (tmp_path / "out").rename(tmp_path / "moved")
     again = rebuild(tracker, cells[-1].run_id, tmp_path / "again", Workbench())
     assert _bytes(again) == _bytes(target)
+
+
+def test_models_are_kept_packed_rebuilt_and_registered_plain(study_file, tmp_path):
+    grid = {"model": ["tiny-llama"], "sparsity": [0.6], "mode": ["sparse_to_dense", "full"]}
+    path = study_file(grid, keep="all", keep_format="packed", cell={"dtype": "bfloat16"}, dense_baseline=False)
+    assert sweep(SweepConfig(config=str(path), output_dir=str(tmp_path / "out"))) == 0
+    tracker = Tracker()
+    parent, cells = _cells(tracker)
+    for run in cells:
+        kept, full = run.tags["model_folder"], run.params["cfg/mode"] == "full"
+        assert is_packed(kept) == full
+        if full:  # it has no adapter
+            target = rebuild(tracker, run.run_id, tmp_path / run.run_id, Workbench())
+            assert not_of(run, Path(kept)) is None and _bytes(target) == _bytes(open_checkpoint(kept))
+    folder = Path(parent.folder)
+    assert len(keep_models(tracker, parent.run_id, folder, True, Workbench(), False)) == 2
+    for run in cells:
+        address = tracker.run(run.run_id).tags["registered_as"]
+        assert not_of(run, resolve_model(f"models:/{address}")) is None
+    assert not is_packed(resolve_model(f"models:/{address}"))
+
+
+def test_a_model_of_the_front_is_packed_when_it_is_made_again(study_file, tmp_path):
+    path = study_file({"model": ["tiny-llama"], "sparsity": [0.6]}, keep_format="packed", dense_baseline=False)
+    assert sweep(SweepConfig(config=str(path), output_dir=str(tmp_path / "out"))) == 0
+    (run,) = _cells(Tracker())[1]
+    assert is_packed(run.tags["model_folder"]) and not_of(run, Path(run.tags["model_folder"])) is None
 
 
 def test_a_run_of_before_there_was_a_choice_of_rounding_is_rebuilt_as_it_was_made(tmp_path):

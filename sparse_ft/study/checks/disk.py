@@ -95,7 +95,7 @@ def estimate_disk(plan: Plan, bench: Workbench, workers: int) -> Disk:
         if cell.keep != "none" and MODES[cell.mode].lora:
             adapters += _adapter_bytes(checkpoint, cell.lora_r, cell.target_modules)
         if cell.keep == "all":
-            models += size
+            models += _kept_bytes(cell, checkpoint, size)
         elif plan.study.kept == "pareto":
             levels = fronts.setdefault((cell.model, cell.task), set())
             level = cell.sparsity if MODES[cell.mode].keeps_zeros else 0.0
@@ -141,6 +141,18 @@ def model_bytes(cell: CellConfig, bench: Workbench) -> int:
     checkpoint = bench.checkpoint(cell.model)
     itemsize = resolve_dtype(cell.dtype, resolve_device(cell.device)).itemsize
     return itemsize * sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names)
+
+
+def _kept_bytes(cell: CellConfig, checkpoint: Checkpoint, size: int) -> int:
+    """Bytes of a model that stays whole; packed, of masks that have the asked sparsity to the weight."""
+    exact = cell.method in ("unstructured", "random", "semi_structured")
+    if cell.keep_format != "packed" or not (cell.pruned and exact and MODES[cell.mode].keeps_zeros):
+        return size
+    every = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names)
+    shapes = checkpoint.prunable_shapes().values()
+    bits = sum(math.prod(shape[:-1]) * math.ceil(shape[-1] / 8) for shape in shapes)
+    gone = cell.sparsity * sum(map(math.prod, shapes))
+    return math.ceil(size - gone * size / every) + bits
 
 
 def gigabytes(size: int) -> str:
