@@ -23,6 +23,7 @@ from sparse_ft.settings.commands import (
     MaskConfig,
     MeasureConfig,
     PackConfig,
+    PushConfig,
     RebuildConfig,
     SweepConfig,
     UnpackConfig,
@@ -66,6 +67,7 @@ COMMANDS = {
     "measure": Command(MeasureConfig, "sparse_ft.commands.measure:measure"),
     "pack": Command(PackConfig, "sparse_ft.commands.pack:pack"),
     "unpack": Command(UnpackConfig, "sparse_ft.commands.pack:unpack"),
+    "push": Command(PushConfig, "sparse_ft.commands.push:push"),
     "cerebras_configs": Command(CerebrasConfigsConfig, "sparse_ft.commands.cerebras_configs:cerebras_configs"),
 }
 

@@ -68,6 +68,8 @@ RUN = {
     r"sparse-ft measure( --checkpoint .*)?": MEASURED,
     r"mlflow run \. -e measure .*": MEASURED,
     r"mlflow run \. -e pack .*": PACKED,
+    r"sparse-ft push .*": "tests/cell/test_push.py::test_checkpoint_masks_and_card_are_pushed_once_they_are_proved",
+    r"sparse-ft train --task boolq --score .*": "tests/study/test_scored_studies.py",
     r"sparse-ft cerebras_configs --config configs/full.yaml .*": HUB.split("::")[0]
     + "::test_the_full_studys_configurations_for_a_cerebras",
     r"sparse-ft (NAME|train|validate|analyze|sweep|compute_masks)": STARTED,

@@ -20,13 +20,15 @@ from sparse_ft.analysis.style import RULE
 __all__ = ["Sheet", "short_names"]
 
 _LEFT, _RIGHT, _GAP_X, _GAP_Y, _AXIS = 0.85, 0.15, 0.62, 0.62, 0.5  # inches around and between panels
+_ABREAST = 5  # panels beside each other
 _TITLE, _NOTE, _ENTRY = 0.24, 0.16, 0.2  # height of a line of each
 
 
 class Sheet:
     """Panels for every (model, task) of ``table``: models by rows and tasks by columns.
 
-    With one model or one task they flow in rows of up to three. ``size`` is a panel's width and height.
+    With one model or one task, or very many tasks, they flow in rows of up to three. ``size`` is a panel's width and
+    height.
     """
 
     def __init__(self, table: pd.DataFrame, size: tuple[float, float] = (3.3, 2.2), left: float = _LEFT):
@@ -35,7 +37,7 @@ class Sheet:
         self.places = [(model, task) for model in models for task in tasks]
         self.titles = [f"{task} · {names[model]}" for model, task in self.places]
         alone = len(self.places) == 1
-        if len(models) == 1 or len(tasks) == 1:
+        if len(models) == 1 or len(tasks) == 1 or len(tasks) > _ABREAST:
             self.columns = min(3, len(self.places))
         else:
             self.columns = len(tasks)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import pandas as pd
 
 from sparse_ft.analysis.alike import ways_of_points, why_not_comparable
 from sparse_ft.analysis.style import COLOURS
-from sparse_ft.analysis.table import GROUP, grouped_table
+from sparse_ft.analysis.table import GROUP, MEAN, grouped_table
 from sparse_ft.settings.modes import DENSE, MODES, is_tuned
 
 __all__ = ["CHANCE", "chance_level", "curves", "dense_baseline", "majority_level", "pareto_front", "performance_table"]
@@ -31,6 +31,8 @@ POINT_MEASURES = (
     "loss", "loss_std", "loss_error", "perplexity", "perplexity_std", "perplexity_error",
     "accuracy_untuned", "accuracy_error_untuned", "loss_untuned", "loss_error_untuned",
     "perplexity_untuned", "perplexity_error_untuned",
+    "accuracy_recovered", "accuracy_error_recovered", "loss_recovered", "loss_error_recovered",
+    "perplexity_recovered", "perplexity_error_recovered",
     "accuracy_remasked", "accuracy_error_remasked", "loss_remasked", "loss_error_remasked",
     "perplexity_remasked", "perplexity_error_remasked",
     "accuracy_gained", "accuracy_gained_error", "perplexity_ratio_gained", "perplexity_ratio_gained_error",
@@ -133,14 +135,17 @@ def performance_table(cells: pd.DataFrame, grouped: pd.DataFrame) -> pd.DataFram
     return table[[*GROUP, "sparsity_percent", "n", "seeds", *POINT_MEASURES, "recovery_reason"]]
 
 
-def curves(cells: pd.DataFrame, table: pd.DataFrame | None = None) -> list[dict[str, Any]]:
+def curves(
+    cells: pd.DataFrame, table: pd.DataFrame | None = None, beside: pd.DataFrame | None = None
+) -> list[dict[str, Any]]:
     """Curves for MLflow, one a (model, task, method, mode): mean over seeds against sparsity in percent.
 
     Each has ``key`` (stable across calls), ``name``, the identity fields, ``colour`` (of the line: MLflow knows
     no dashes, so every method and mode has its own), and ``points``: metric name ->
     sorted ``(percent, value)`` with percent a whole number (MLflow's step); values that are not finite or
     were not measured are left out, and so are lines of a single point. ``table``: the performance table,
-    where it is at hand.
+    where it is at hand; ``beside``: the points of tasks scored beside (`sparse_ft.analysis.beside.beside_points`),
+    which the curve has as ``eval/NAME/accuracy`` and ``eval/mean_accuracy``.
     """
     table = performance_table(cells, grouped_table(cells)) if table is None else table
     fields = [name for name in GROUP if name != "sparsity"]
@@ -150,15 +155,11 @@ def curves(cells: pd.DataFrame, table: pd.DataFrame | None = None) -> list[dict[
         curve: dict[str, Any] = dict(zip(fields, key, strict=True))
         if group["sparsity_percent"].nunique() < 2:
             continue
-        points = {}
-        for metric, column in CURVE_METRICS.items():
-            measured = [
-                (round(float(p)), float(v))
-                for p, v in sorted(zip(group["sparsity_percent"], group[column], strict=True))
-                if math.isfinite(v) and math.isfinite(p)
-            ]
-            if measured:
-                points[metric] = measured
+        points = {metric: _measured(group, column) for metric, column in CURVE_METRICS.items()}
+        for name, own in _beside(beside, curve):
+            metric = f"eval/{MEAN}_accuracy" if name == MEAN else f"eval/{name}/accuracy"
+            points |= {f"{metric}{after}": _measured(own, f"accuracy{after}") for after in ("", "_untuned")}
+        points = {metric: measured for metric, measured in points.items() if measured}
         line = f"{MODES[curve['mode']].short} {curve['series']}"
         parts = [line, *(curve[name] for name in ("task", "model", "variant") if curve[name])]
         if points:
@@ -166,6 +167,22 @@ def curves(cells: pd.DataFrame, table: pd.DataFrame | None = None) -> list[dict[
             result.append(curve | {"key": "|".join(str(curve[f]) for f in fields), "name": " · ".join(parts),
                                    "colour": COLOURS[place % len(COLOURS)], "points": points})  # fmt: skip
     return result
+
+
+def _measured(line: pd.DataFrame, column: str) -> list[tuple[int, float]]:
+    """(percent, value) of a line, where both are numbers."""
+    pairs = sorted(zip(line["sparsity_percent"], line[column], strict=True))
+    return [(round(float(p)), float(v)) for p, v in pairs if math.isfinite(v) and math.isfinite(p)]
+
+
+def _beside(points: pd.DataFrame | None, curve: Mapping[str, Any]) -> Iterator[tuple[str, pd.DataFrame]]:
+    """The lines of a curve's cells on the tasks scored beside, by their names."""
+    if points is None or points.empty:
+        return
+    names = [name for name in GROUP if name not in ("task", "sparsity")]
+    own = points[points["trained"] == curve["task"]]
+    own = own[(own[names].astype(str) == [str(curve[name]) for name in names]).all(axis=1)]
+    yield from own.groupby("scored", sort=True)
 
 
 def pareto_front(x: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -14,6 +14,7 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from sparse_ft.analysis.beside import wide_points
 from sparse_ft.analysis.columns import Column, Table, number, percent, plus_minus, text
 from sparse_ft.analysis.panels import short_names
 from sparse_ft.analysis.sentences import Sentence
@@ -58,6 +59,7 @@ class ReportParts:
     figures: Sequence[ReportFigure]
     skipped: Mapping[str, str] = field(default_factory=dict)
     baseline: Mapping[str, pd.DataFrame] | None = None
+    beside: pd.DataFrame = field(default_factory=pd.DataFrame)
 
 
 def report_html(parts: ReportParts) -> str:
@@ -81,6 +83,7 @@ def report_html(parts: ReportParts) -> str:
         figures=parts.figures,
         skipped=parts.skipped,
         points=_points(parts.points),
+        beside=_beside(parts.beside),
         cells=_cells(parts.cells),
         twins=len(parts.cells) > 0 and parts.cells["same_as"].notna().any(),
         reasons=_reasons(parts.holes),
@@ -184,6 +187,18 @@ def _points(points: pd.DataFrame) -> Table | None:
     if "recovery_reason" in points and points["recovery_reason"].fillna("").ne("").any():
         columns.append(Column("why no recovery", text("recovery_reason"), wide=True))
     return Table(columns, points)
+
+
+def _beside(points: pd.DataFrame) -> Table | None:
+    """A row a line and level, a column a task: what a paper's table has."""
+    if points.empty:
+        return None
+    wide, names = wide_points(points)
+    columns = _identity(wide)
+    for name in names:
+        columns.append(Column(name, plus_minus(name, f"{name} error"), _value(name)))
+    name = f"{names[0]} untuned"
+    return Table([*columns, Column(name, plus_minus(name, f"{name} error"), _value(name))], wide)
 
 
 def _cells(cells: pd.DataFrame) -> Table | None:

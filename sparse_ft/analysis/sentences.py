@@ -10,12 +10,14 @@ import pandas as pd
 
 from sparse_ft.analysis.panels import short_names
 from sparse_ft.analysis.performance import chance_level, dense_baseline, majority_level
+from sparse_ft.analysis.table import MEAN
 from sparse_ft.settings.modes import DENSE, FULL, PRUNED, SPARSE_TO_DENSE, SPARSE_TO_SPARSE, is_tuned
 
 __all__ = ["Sentence", "answers", "kept_level"]
 
 TASK_NAMES = {"boolq": "BoolQ", "hellaswag": "HellaSwag", "gsm8k": "GSM8K", "arc_easy": "ARC-Easy",
-              "arc_challenge": "ARC-Challenge", "piqa": "PIQA", "winogrande": "WinoGrande"}  # fmt: skip
+              "arc_challenge": "ARC-Challenge", "piqa": "PIQA", "winogrande": "WinoGrande",
+              "openbookqa": "OpenBookQA", "mmlu": "MMLU", MEAN: "The mean over the other tasks scored"}  # fmt: skip
 
 
 @dataclass(frozen=True)

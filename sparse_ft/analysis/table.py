@@ -22,10 +22,14 @@ __all__ = [
     "EVALUATION_PROTOCOL",
     "GROUP",
     "IDENTITY",
+    "MEAN",
     "MEASURES",
     "NO_METHOD",
+    "RESULTS",
+    "SCORED_AFTER",
     "cell_table",
     "grouped_table",
+    "scored_names",
     "series_label",
 ]
 
@@ -51,12 +55,11 @@ TAGS = tuple(
 )  # fmt: skip
 # Averaged over seeds by grouped_table.
 MEASURES = tuple(name for name in RESULTS if "stderr" not in name)
-# Scores that come with a standard error, each as it was measured: of the tuned model, before tuning, re-masked.
-ERRORS = tuple(
-    (name, suffix)
-    for name in ("accuracy", "loss", "perplexity")
-    for suffix in ("", "_untuned", "_recovered", "_remasked")
-)
+# When a model was scored, as its scores' columns end: tuned, before tuning, after recovery, re-masked.
+SCORED_AFTER = ("", "_untuned", "_recovered", "_remasked")
+# Scores that come with a standard error, each as it was measured.
+ERRORS = tuple((name, suffix) for name in ("accuracy", "loss", "perplexity") for suffix in SCORED_AFTER)
+MEAN = "mean"  # of the tasks that were scored beside the cell's own: the column mean_accuracy
 # Two scores are the same measurement only if all of these agree.
 EVALUATION_PROTOCOL = (
     "task_version", "num_fewshot", "limit", "split", "split_rows", "samples", "n_scored", "questions_sha256",
@@ -81,9 +84,10 @@ def cell_table(runs: Iterable[Run]) -> pd.DataFrame:
     finished one counts, else the latest. Sparsities are fractions, accuracies
     fractions, losses nats, ``minutes`` the run's wall time, ``peak_bytes`` bytes. What a run did not
     measure is NaN. A run tagged ``same_as`` that carries no result of its own shows the scores of the run
-    it names: the same computation under another name, so its times stay empty. ``series`` is the label of
-    a line in a figure, ``variant`` what else tells cells of equal identity apart: whatever the study varied, and
-    whatever differs in weights, rows, precision, masks, code or protocol.
+    it names: the same computation under another name, so its times stay empty. Of tasks that were scored beside the
+    cell's own there are ``NAME/accuracy`` and what else lm-eval measured, and ``mean_accuracy``. ``series`` is the
+    label of a line in a figure, ``variant`` what else tells cells of equal identity apart: whatever the study varied,
+    and whatever differs in weights, rows, precision, masks, code or protocol.
     """
     cells = [run for run in runs if run.kind == Kind.CELL and not run.is_superseded]
     records = _resolve_same([_record(run) for run in _latest(cells)])
@@ -126,6 +130,13 @@ def grouped_table(cells: pd.DataFrame) -> pd.DataFrame:
         records.append(record)
     columns += [f"{name}_error{suffix}" for name, suffix in ERRORS]
     return _sorted(pd.DataFrame(records, columns=columns))
+
+
+def scored_names(cells: pd.DataFrame) -> list[str]:
+    """The tasks that were scored beside the cells' own: the columns ``NAME/accuracy``, and those of other stages."""
+    ends = {f"accuracy{after}" for after in SCORED_AFTER}
+    parts = (str(column).rpartition("/") for column in cells.columns if not str(column).startswith("protocol_"))
+    return sorted({name for name, _, end in parts if name and end in ends})
 
 
 def series_label(method: str, importance: str | None) -> str:
@@ -203,7 +214,8 @@ def _record(run: Run) -> dict[str, Any]:
     for key, value in params.items():
         group, _, name = key.partition("/")
         if group in ("cfg", "protocol", "identity") and not (group == "cfg" and name in (*IDENTITY, *STEPS)):
-            record[f"{group}_{name}".replace("/", "_")] = _value(value)
+            # A task's name is kept as it is: protocol_score/piqa.
+            record[f"{group}_{name if name.startswith('score') else name.replace('/', '_')}"] = _value(value)
     for key, value in run.metrics.items():
         record[_metric_name(key)] = _number(value)
     # A store's times are whole milliseconds; the difference of two in seconds has lost digits.
@@ -219,7 +231,8 @@ def _record(run: Run) -> dict[str, Any]:
 def _not_tuned(record: dict[str, Any]) -> None:
     """Takes the scores of a tuned model from a cell whose training moved no weight: they are the untuned one's."""
     record.pop("acc_norm", None)
-    for name in [f"{score}{error}" for score in ("accuracy", "loss", "perplexity") for error in ("", "_stderr")]:
+    own = [f"{score}{error}" for score in ("accuracy", "loss", "perplexity") for error in ("", "_stderr")]
+    for name in own + [name for name in record if _is_beside(name) and not name.endswith(SCORED_AFTER[1:])]:
         value = record.pop(name, math.nan)
         record.pop(f"{name}_remasked", None)
         if _missing(record.get(f"{name}_untuned")):
@@ -243,7 +256,7 @@ def _resolve_same(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if twin is None or twin is record or any(not _missing(record.get(name)) for name in measured):
             continue
         for name, value in twin.items():
-            copied = name in RESULTS or name.startswith("protocol_")
+            copied = name in RESULTS or name.startswith("protocol_") or _is_beside(name)
             if copied and name != "minutes" and _missing(record.get(name)):
                 record[name] = value
         record["minutes"] = math.nan
@@ -253,9 +266,14 @@ def _resolve_same(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _column(name: str, records: Sequence[Mapping[str, Any]]) -> pd.Series:
     values = [record.get(name) for record in records]
-    if name in RESULTS or name == "sparsity" or name.endswith("_seconds"):
+    if name in RESULTS or name == "sparsity" or name.endswith("_seconds") or _is_beside(name):
         return pd.Series([_number(value) for value in values], dtype=float)
     return pd.Series([None if _missing(value) else value for value in values], dtype=object)
+
+
+def _is_beside(name: str) -> bool:
+    """Whether a column is a score of a task beside the cell's own, or of their mean."""
+    return name.startswith("mean_accuracy") or ("/" in name and not name.startswith("protocol_"))
 
 
 def _missing(value: Any) -> bool:
@@ -299,6 +317,7 @@ def _variants(table: pd.DataFrame) -> pd.Series:
     watched = [c for c in map(str, table.columns) if c.startswith("cfg_") and not _says_nothing(table, c[4:])]
     watched += [c for c in map(str, table.columns) if c.startswith("identity_")]
     watched += [f"protocol_{name}" for name in EVALUATION_PROTOCOL if f"protocol_{name}" in table]
+    watched += [c for c in map(str, table.columns) if c.startswith("protocol_score/")]
     point = [name for name in IDENTITY if name != "seed"]
     # A cell without a result has not said how it was measured: what it lacks is no difference.
     done = table[table["status"] == "FINISHED"]

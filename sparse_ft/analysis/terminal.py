@@ -13,11 +13,13 @@ from rich.table import Table
 from rich.text import Text
 
 from sparse_ft.analysis.numbers import shown, shown_with_error
-from sparse_ft.analysis.table import cell_table
+from sparse_ft.analysis.table import MEAN, SCORED_AFTER, cell_table, scored_names
 from sparse_ft.settings.modes import DENSE, is_tuned, mode_label
 from sparse_ft.tracking.record import Run
 
-__all__ = ["print_table", "table_text", "terminal_table"]
+__all__ = ["print_table", "print_tables", "scores_tables", "table_text", "terminal_table"]
+
+_ABREAST = 8  # tasks beside each other
 
 
 def terminal_table(runs: Iterable[Run]) -> Table:
@@ -64,6 +66,45 @@ def terminal_table(runs: Iterable[Run]) -> Table:
     return table
 
 
+def scores_tables(runs: Iterable[Run]) -> list[Table]:
+    """Of the tasks scored beside the cells' own: one row a cell, a column a task, the mean first; before tuning above,
+    after tuning below. Of very many tasks several tables; none where nothing was scored beside."""
+    cells = cell_table(runs)
+    names = scored_names(cells)
+    columns = [(MEAN, "mean_accuracy"), *((name, f"{name}/accuracy") for name in names)] if names else []
+    columns = [(name, column) for name, column in columns if any(f"{column}{s}" in cells for s in SCORED_AFTER)]
+    tables = []
+    for start in range(0, len(columns), _ABREAST):
+        shown_here = columns[start : start + _ABREAST]
+        title = "accuracy on the tasks scored beside" + (
+            f" ({start + 1} to {start + len(shown_here)})" if start else ""
+        )
+        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        several = [name for name in ("model", "task", "seed", "variant") if cells[name].nunique() > 1]
+        for name in several:
+            table.add_column("trained" if name == "task" else name, overflow="fold")
+        table.add_column("cell", min_width=16, overflow="fold")
+        table.add_column("asked\n%", justify="right", no_wrap=True)
+        for name, _ in shown_here:
+            table.add_column(name, justify="right", overflow="fold")
+        for cell in cells.to_dict("records"):
+            table.add_row(
+                *(str(cell[name] if cell[name] is not None else "") for name in several),
+                _name(cell),
+                _percent(cell["sparsity"]),
+                *(_stacked(*(_score(cell, column, after) for after in _stages(cell))) for _, column in shown_here),
+            )
+        tables.append(table)
+    return tables
+
+
+def print_tables(console: Console, runs: Iterable[Run]) -> None:
+    """Prints the table of the cells and those of the tasks scored beside."""
+    runs = list(runs)
+    for table in [terminal_table(runs), *scores_tables(runs)]:
+        print_table(console, table)
+
+
 def print_table(console: Console, table: Table) -> None:
     """Prints a table without cutting a number off: names fold in a narrow terminal, and where that is not enough
     its lines run on. What is no terminal (a pipe, a file) has room for all."""
@@ -78,11 +119,17 @@ def print_table(console: Console, table: Table) -> None:
     console.print(Text.from_ansi(wide.file.getvalue()), soft_wrap=True, highlight=False, end="")
 
 
-def table_text(table: Table) -> str:
-    """The table as plain text, as wide as it is."""
+def table_text(*tables: Table) -> str:
+    """The tables as plain text, as wide as they are."""
     console = Console(file=io.StringIO())
-    print_table(console, table)
+    for table in tables:
+        print_table(console, table)
     return console.file.getvalue()
+
+
+def _score(cell: dict[str, Any], column: str, after: str) -> str:
+    name, error = f"{column}{after}", f"{column}_stderr{after}"
+    return shown_with_error(cell.get(name), cell.get(error), ".3f")
 
 
 def _name(cell: dict[str, Any]) -> Text:

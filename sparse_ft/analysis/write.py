@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from sparse_ft.analysis.baselines import compare_baseline, load_baseline
-from sparse_ft.analysis.figures import CHARTS, curve_figure
+from sparse_ft.analysis.beside import beside_cells, beside_points, compared_beside
+from sparse_ft.analysis.figures import CHARTS, Chart, curve_figure
 from sparse_ft.analysis.holes import holes, protocols
 from sparse_ft.analysis.maps import heatmap_figure, layer_figure
 from sparse_ft.analysis.pareto import pareto_figure
@@ -20,7 +21,7 @@ from sparse_ft.analysis.report import ReportFigure, ReportParts, report_html
 from sparse_ft.analysis.sentences import Sentence, answers
 from sparse_ft.analysis.spreadsheet import csv_text
 from sparse_ft.analysis.style import drawing, save_figure
-from sparse_ft.analysis.table import cell_table, grouped_table
+from sparse_ft.analysis.table import MEAN, cell_table, grouped_table
 from sparse_ft.files import write_json, write_text
 from sparse_ft.progress import SILENT, Progress
 from sparse_ft.tracking.record import Run
@@ -40,6 +41,11 @@ _CAPTIONS = {
     "remasking_gap_perplexity": "How many times higher the perplexity is once that merged model is masked again.",
     "pareto": "Cells that no other one beats in both accuracy and throughput form the front.",
     "heatmaps": "Methods by sparsity; the maps of a task share their colours.",
+    "beside_accuracy": "Each task by the metric that the protocol names, and their mean, each task counting once.",
+    "beside_recovery": "100 % is what the dense fine-tuned model reaches on the same task.",
+    "beside_accuracy_gained": "What fine-tuning on one task did to the others, in points.",
+    "beside_remasking_gap_accuracy": "Points lost when a model merged from a dense adapter is made sparse again.",
+    "beside_heatmaps": "Methods by sparsity, task by task; the maps of a task share their colours.",
     "layer_sparsity": "Where the zeros are: sparsity block by block, for each level asked for.",
 }  # fmt: skip
 
@@ -57,6 +63,7 @@ class AnalysisResult:
         points: the table behind ``sparsity_vs_performance.csv``.
         holes: the table behind ``holes.csv``.
         curves: for the curve runs; see `sparse_ft.analysis.performance.curves`.
+        beside: the table behind ``scores.csv``: points on the tasks scored beside; empty where none were.
         baseline: ``joined`` and ``not_comparable``, where a baseline was asked for.
         report: the page.
     """
@@ -67,6 +74,7 @@ class AnalysisResult:
     sentences: list[Sentence] = field(default_factory=list)
     cells: pd.DataFrame = field(default_factory=pd.DataFrame)
     points: pd.DataFrame = field(default_factory=pd.DataFrame)
+    beside: pd.DataFrame = field(default_factory=pd.DataFrame)
     holes: pd.DataFrame = field(default_factory=pd.DataFrame)
     curves: list[dict[str, Any]] = field(default_factory=list)
     baseline: dict[str, pd.DataFrame] | None = None
@@ -101,15 +109,22 @@ def write_analysis(
     cells = cell_table(runs)
     grouped = grouped_table(cells)
     points = performance_table(cells, grouped)
-    result = AnalysisResult(cells=cells, points=points, holes=holes(cells, expected), curves=curves(cells, points))
+    others = beside_cells(cells)
+    beside = beside_points(others)
+    result = AnalysisResult(cells=cells, points=points, beside=beside, holes=holes(cells, expected))
+    result.curves = curves(cells, points, beside)
     result.sentences = answers(cells, points)
+    if len(beside):
+        result.sentences += answers(others[others["scored"] == MEAN], beside[beside["scored"] == MEAN])
     protocol = protocols(cells)
     tables = {"summary": cells, "grouped_summary": grouped, "sparsity_vs_performance": points, "holes": result.holes}
+    if len(beside):
+        tables["scores"] = beside.dropna(axis=1, how="all")
     if published is not None:
-        result.baseline = compare_baseline(published, cells, grouped)
+        result.baseline = compared_beside(published, compare_baseline(published, cells, grouped), others)
         tables |= {"baseline_joined": result.baseline["joined"]}
         tables |= {"baseline_not_comparable": result.baseline["not_comparable"]}
-    drawn = _drawings(runs, cells, points)
+    drawn = _drawings(runs, cells, points) | _drawings_beside(others, beside)
     progress.start("analysis", len(tables) + len(drawn) + 2, "files")
     for name, frame in tables.items():
         result.files.append(write_text(folder / f"{name}.csv", csv_text(frame)))
@@ -124,7 +139,7 @@ def write_analysis(
         progress.advance(note=name)
     page = ReportParts(
         title, cells, points, result.holes, protocol, result.sentences, pictures,
-        {drawn[name][0]: why for name, why in result.skipped.items()}, result.baseline,
+        {drawn[name][0]: why for name, why in result.skipped.items()}, result.baseline, beside,
     )  # fmt: skip
     result.report = write_text(folder / "report.html", report_html(page))
     result.files.append(result.report)
@@ -144,6 +159,20 @@ def _drawings(
     drawn["heatmaps"] = ("Accuracy by method and sparsity", lambda: heatmap_figure(points))
     drawn["layer_sparsity"] = ("Sparsity of the blocks", lambda: layer_figure(runs))
     return drawn
+
+
+def _drawings_beside(cells: pd.DataFrame, points: pd.DataFrame) -> dict[str, tuple[str, Callable[[], Figure | None]]]:
+    """The same of the tasks scored beside, where there are any."""
+    if points.empty:
+        return {}
+
+    def drawn(chart: Chart) -> tuple[str, Callable[[], Figure | None]]:
+        heading = f"{chart.title}, on the tasks scored beside"
+        return heading, lambda: curve_figure(replace(chart, title=heading), cells, points)
+
+    charts = {f"beside_{chart.name}": drawn(chart) for chart in CHARTS if f"beside_{chart.name}" in _CAPTIONS}
+    heading = "Accuracy by method and sparsity, on the tasks scored beside"
+    return charts | {"beside_heatmaps": (heading, lambda: heatmap_figure(points))}
 
 
 def _write_figure(

@@ -43,7 +43,7 @@ class Rungs(TrainerCallback):
         if step not in self._judge.rungs:
             return
         with self._clock("eval"):  # the scorer puts the model back into training mode
-            loss = self._scores(self._model, f"score at step {step}", perplexity_tokens=0).metrics["loss"]
+            loss = self._scores(self._model, f"score at step {step}", beside=False, perplexity_tokens=0).metrics["loss"]
         self.losses.append((step, loss))
         if self._judge(step, loss):
             raise StoppedEarly(self.losses)

@@ -29,6 +29,7 @@ from sparse_ft.settings.lora import LoraSettings
 from sparse_ft.settings.modes import MODES
 from sparse_ft.settings.recovery import RecoverySettings
 from sparse_ft.settings.rules import AUTO
+from sparse_ft.settings.scoring import ScoringSettings, scored_text
 from sparse_ft.settings.training_data import SOURCES
 from sparse_ft.tasks.corpora import held_out_file
 from sparse_ft.tasks.rows import MESSAGES, TEXT
@@ -47,6 +48,7 @@ __all__ = [
 ]
 
 _PLACE = ("dtype", "device")  # of whoever runs the cell, not of whoever plans it
+_LATER = named(ScoringSettings, later=True)  # at their defaults they stand in no key
 _LIBRARIES = ("torch", "transformers", "peft", "lm_eval")
 
 
@@ -59,7 +61,8 @@ def cell_identity(cell: CellConfig, bench: Workbench, trainer: str = "local") ->
 
     ``weights``, ``model_config`` and ``tokenizer`` of the base model; ``training_data`` (of the task), ``scored_data``
     and ``fewshot_data`` (where there are any); ``train_data`` (rows of one's own) and the ``chat_template`` that
-    they are written with; ``task_definition`` (of a task of one's own); ``num_fewshot``;
+    they are written with; ``score_data`` (of the tasks that are scored beside it); ``scored_template`` (the chat
+    template that questions are put into); ``task_definition`` (of a task of one's own); ``num_fewshot``;
     ``perplexity_text`` (of a file); ``calibration_text`` and ``recovery_text`` (of a corpus); ``masks`` (of a given
     file); ``teacher`` (of one that is named); ``dtype`` and ``device`` as resolved; ``versions`` of this program and
     of the libraries that compute; ``trainer``, where it is not the local one.
@@ -67,6 +70,7 @@ def cell_identity(cell: CellConfig, bench: Workbench, trainer: str = "local") ->
     Raises:
         UserError: a model, a task, a mask file, a text or a teacher that cannot be had.
     """
+    cell = cell.settled()
     task = bench.task(cell)
     device = resolve_device(cell.device)
     found = {**bench.model_digests(cell.model), **bench.data_digests(cell)}
@@ -77,6 +81,10 @@ def cell_identity(cell: CellConfig, bench: Workbench, trainer: str = "local") ->
         found.pop("training_data", None)
     found |= _rows_behind(cell, sources, bench)
     found["num_fewshot"] = str(task.config.num_fewshot or 0)
+    if cell.score:
+        found["score_data"] = bench.suite_digest(cell)
+    if cell.chat_template:
+        found["scored_template"] = bench.chat_template(cell.model)
     if cell.perplexity_tokens != 0:
         found["perplexity_text"] = _text(cell.perplexity_corpus, cell.data_dir)
     if calibrated and cell.calibration_corpus != TASK:
@@ -166,7 +174,9 @@ def untuned_key(
     # to how a model is scored
     no_matter = ("training_data", *SOURCES, "chat_template", "masks", "calibration_text", "recovery_text", "teacher")
     scored = {name: value for name, value in identity.items() if name not in no_matter}
+    usual = {name: value for name, value in defaults(ScoringSettings).items() if name in _LATER}
     how = {name: value for name, value in settings.items() if name not in ("perplexity_corpus", "num_fewshot")}
+    how = {name: value for name, value in how.items() if name not in usual or value != usual[name]}
     return digest([cell.task, scored, start, mask_checksum, how], 64)
 
 
@@ -221,12 +231,12 @@ def _rows_behind(cell: CellConfig, sources: Sequence[str], bench: Workbench) -> 
 
 
 def _owners(cell: CellConfig, name: str) -> Iterator[str]:
-    if name in ("weights", "model_config", "tokenizer"):
+    if name in ("weights", "model_config", "tokenizer", "chat_template", "scored_template"):
         yield f"model {cell.model}"
     elif name in SOURCES:
         yield f"rows {cell.sources[SOURCES.index(name)]}"
-    elif name == "chat_template":
-        yield f"model {cell.model}"
+    elif name == "score_data":
+        yield f"data of {scored_text(cell.score)} ({cell.data_dir or 'none'})"
     elif name.endswith("_data") or name == "task_definition":
         yield f"data of {cell.task} ({cell.data_dir or 'none'})"
     elif name == "calibration_text":

@@ -34,7 +34,9 @@ def cell_inputs(cell: CellConfig, identity: Mapping[str, str], bench: Workbench)
         bench: holds the rows.
     """
     from sparse_ft.tasks.definitions import eval_split
+    from sparse_ft.tasks.digests import scored_digests
 
+    cell = cell.settled()
     task, found = bench.task(cell), []
     training, scored = task.config.training_split, eval_split(task)
     if MODES[cell.mode].trains:
@@ -47,6 +49,8 @@ def cell_inputs(cell: CellConfig, identity: Mapping[str, str], bench: Workbench)
     if "fewshot_data" in identity:
         shown = task.config.fewshot_split or training or scored
         found.append(_split(task, shown, identity["fewshot_data"], "few-shot"))
+    for other in (other for item in bench.suite(cell) for other in item.tasks.values()):
+        found.append(_split(other, eval_split(other), scored_digests(other).get("scored_data"), "scored beside"))
     if cell.pruned and cell.needs_calibration and cell.masks is None:
         rows = identity.get("training_data")
         found.append(_training_text(task, cell.calibration_corpus, cell.data_dir, rows, bench, "calibration"))

@@ -153,8 +153,19 @@ def logged_cell(tracker: Tracker, run: Run) -> CellConfig:
     return Parser(CellConfig).values({"rounding": "nearest", **values}, f"run {run.run_id}")
 
 
-def masks_of(tracker: Tracker, run: Run, cell: CellConfig, scratch: Path) -> MaskFile | None:
-    """The cell's masks by their checksum: from the study's folder, from the artifacts, or from the file named."""
+def masks_of(tracker: Tracker, run: Run, cell: CellConfig, scratch: Path, weights: bool = True) -> MaskFile | None:
+    """The cell's masks by their checksum: from the study's folder, from the artifacts, or from the file named.
+
+    Args:
+        tracker: where the run is.
+        run: of the cell.
+        cell: its configuration.
+        scratch: for what is fetched.
+        weights: with those that belong to them, where pruning has changed the weights that stay.
+
+    Raises:
+        UserError: they are gone.
+    """
     checksum = run.tags.get(Tag.MASK_CHECKSUM)
     if checksum is None:
         return None
@@ -169,7 +180,7 @@ def masks_of(tracker: Tracker, run: Run, cell: CellConfig, scratch: Path) -> Mas
                 for file in read_manifest(manifest.parent) or ():
                     if file.checksum == checksum:
                         return file
-    if cell.updating.changes_weights:
+    if weights and cell.updating.changes_weights:
         raise UserError(
             f"run {run.run_id}: {cell.updating.title} also changes the weights that stay, and the study's folder, "
             "which holds them, is gone; make the masks again with compute_masks."

@@ -173,8 +173,7 @@ def _run(
                 _pack(training.target, cell, masks, result)
     else:
         shutil.rmtree(training.target)
-    if cell.keep_samples:
-        result.artifacts += [(file, "samples") for file in scores.written]
+    result.artifacts += scores.written
     result.metrics.update(clock.metrics())
     return result
 

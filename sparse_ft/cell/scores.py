@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from sparse_ft.cell.identity import cell_identity, untuned_key
 from sparse_ft.cell.workbench import Workbench
 from sparse_ft.evaluation import Evaluation, answer_loss, evaluate
-from sparse_ft.files import write_text
+from sparse_ft.files import write_json, write_text
 from sparse_ft.models.checkpoint import Checkpoint
 from sparse_ft.progress import Progress
 from sparse_ft.settings.cell import CellConfig
@@ -31,33 +31,48 @@ class Scores:
         name: of its run, for the cells that take over an untuned score.
         bench: shares the scores of untuned models, shows progress.
         tokenizer, task: of the cell.
-        folder: the cell's; answers that are kept go into its ``samples/``.
+        folder: the cell's; answers that are kept go into its ``samples/``, every number of the tasks that are scored
+            beside the cell's own into ``scores/``.
 
     Attributes:
         protocol: how the latest model was scored; empty until one was, by this cell.
-        written: the files of answers; the folder may hold an earlier cell's.
+        written: the files of both, each with the folder of the run's artifacts that it goes into; the cell's folder may
+            hold an earlier cell's.
         name: of the cell's run.
     """
 
     def __init__(self, cell: CellConfig, name: str, bench: Workbench, tokenizer, task, folder: Path):
         self._cell, self.name, self._bench, self._tokenizer, self._task = cell, name, bench, tokenizer, task
-        self._samples = folder / "samples"
+        self._suite = bench.suite(cell)
+        self._folder = folder
         self.protocol: dict[str, Any] = {}
-        self.written: list[Path] = []
+        self.written: list[tuple[Path, str]] = []
 
-    def __call__(self, model: torch.nn.Module, stage: str, **changes: Any) -> Evaluation:
-        """All scores of a model; ``stage`` names it in the progress and in the file of its answers.
+    def __call__(self, model: torch.nn.Module, stage: str, beside: bool = True, **changes: Any) -> Evaluation:
+        """All scores of a model; ``stage`` names it in the progress and in the file of its answers. Without ``beside``
+        those on the cell's own task alone.
 
         Raises:
             NonFiniteScoresError: the model gives NaN or infinite logits.
         """
         progress = _Staged(self._bench.progress, stage)
-        evaluation = evaluate(model, self._tokenizer, self._task, replace(self._cell, **changes), progress)
+        settings = replace(self._cell, **changes)
+        evaluation = evaluate(model, self._tokenizer, self._task, settings, progress, self._suite if beside else ())
         self.protocol = evaluation.protocol
-        if evaluation.samples:
-            lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in evaluation.samples)
-            self.written.append(write_text(self._samples / f"{stage.replace(' ', '_')}.jsonl", "".join(lines)))
+        stage = stage.replace(" ", "_")
+        self._keep(evaluation.samples, stage)
+        if (beside := evaluation.suite) is not None:
+            for name, samples in beside.samples.items():
+                self._keep(samples, f"{stage}.{name}")
+            file = write_json(self._folder / "scores" / f"{stage}.json", beside.members)
+            self.written.append((file, "scores"))
         return evaluation
+
+    def _keep(self, samples: list[dict[str, Any]], name: str) -> None:
+        if samples:
+            lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+            file = write_text(self._folder / "samples" / f"{name}.jsonl", "".join(lines))
+            self.written.append((file, "samples"))
 
     def answers(self, model: torch.nn.Module) -> dict[str, float]:
         """The loss on the right answers alone."""
@@ -72,7 +87,9 @@ class Scores:
             checksum: of the masks; empty where they leave the model as it is.
         """
         identity = cell_identity(self._cell, self._bench)
-        key = untuned_key(self._cell, identity, start.fingerprint, checksum, part_of(ScoringSettings, self._cell))
+        key = untuned_key(
+            self._cell, identity, start.fingerprint, checksum, part_of(ScoringSettings, self._cell.settled())
+        )
         return self._bench.untuned(key, self.name, lambda: self(model, "score untuned"))
 
 

@@ -82,7 +82,7 @@ def _source(cell: CellConfig, source: str, bench: Workbench) -> tuple[Iterator[E
     tokenizer, length = bench.tokenizer(cell.model), cell.max_seq_len
     everything = cell.loss_on != LOSS_ON[0]
     if source == TASK:
-        shape, sequences = TASK, task_examples(bench.task(cell), tokenizer, length, cell.seed)
+        shape, sequences = TASK, task_examples(bench.task(cell), tokenizer, length, cell.seed, cell.chat_template)
         if everything:
             sequences = (replace(example, answer_start=1) for example in sequences)
         protocol = {"data": TASK}

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from sparse_ft.evaluation import Evaluation
     from sparse_ft.tasks.corpora import CorpusRows
     from sparse_ft.tasks.rows import Rows
+    from sparse_ft.tasks.suite import ScoredTask
 
 __all__ = ["Workbench"]
 
@@ -67,6 +68,8 @@ class Workbench:
         self._rows: dict[tuple[str, str | None], Rows] = {}
         self._given: dict[str, str] = {}
         self._corpora: dict[tuple[str, str | None], CorpusRows] = {}
+        self._suites: dict[tuple[Any, ...], tuple[ScoredTask, ...]] = {}
+        self._suite_digests: dict[tuple[Any, ...], str] = {}
         self._base: tuple[tuple[Any, ...], PreTrainedModel] | None = None
         self._changed: str | None = None  # None: pristine; "prunable" or "all": to be restored
 
@@ -204,6 +207,46 @@ class Workbench:
                 raise DataMissingError(str(error)) from error
         return self._tasks[key]
 
+    def suite(self, cell: CellConfig) -> tuple[ScoredTask, ...]:
+        """What is scored beside the cell's task; empty where nothing is.
+
+        Raises:
+            DataMissingError: a task that is not there, or rows that cannot be had; all of them at once.
+        """
+        if not cell.score:
+            return ()
+        from sparse_ft.tasks.made import MADE, made_data_dir
+        from sparse_ft.tasks.suite import load_suite
+
+        key = _suite_key(cell)
+        if key not in self._suites:
+            try:
+                rows = made_data_dir() if cell.data_dir == MADE else cell.data_dir
+                self._suites[key] = load_suite(cell.score, rows, cell.include_path, self.progress)
+            except UserError as error:
+                raise DataMissingError(str(error)) from error
+        return self._suites[key]
+
+    def suite_digest(self, cell: CellConfig) -> str:
+        """See `sparse_ft.tasks.suite.suite_digest`."""
+        from sparse_ft.tasks.suite import suite_digest
+
+        key = _suite_key(cell)
+        if key not in self._suite_digests:
+            self._suite_digests[key] = suite_digest(self.suite(cell))
+        return self._suite_digests[key]
+
+    def chat_template(self, model: str) -> str:
+        """16 hex digits of the chat template of the model's tokenizer.
+
+        Raises:
+            UserError: it has none.
+        """
+        from sparse_ft.tasks.examples import chat_template_of
+
+        template = chat_template_of(self.tokenizer(model), model)
+        return hashlib.sha256(template.encode()).hexdigest()[:16]
+
     @contextmanager
     def borrow(self, cell: CellConfig, instead: Checkpoint | None = None) -> Iterator[PreTrainedModel]:
         """The cell's base model, pristine, to be changed at will inside the block.
@@ -276,6 +319,10 @@ class Workbench:
 
 def _task_key(settings: DataSettings) -> tuple[str, str | None, int | None, str | None]:
     return settings.task, settings.data_dir, getattr(settings, "num_fewshot", None), settings.include_path
+
+
+def _suite_key(cell: CellConfig) -> tuple[Any, ...]:
+    return cell.score, cell.data_dir, cell.include_path
 
 
 def _stamps(checkpoint: Checkpoint) -> list[tuple[int, ...]]:

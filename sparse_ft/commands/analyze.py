@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sparse_ft.analysis.note import study_note
-from sparse_ft.analysis.terminal import print_table, terminal_table
+from sparse_ft.analysis.terminal import print_tables
 from sparse_ft.analysis.write import write_analysis
 from sparse_ft.errors import UserError
 from sparse_ft.progress import shown_progress, wide_console
@@ -45,7 +45,7 @@ def analyze(config: AnalyzeConfig) -> int:
             command = tracker.run(told).tags.get(Tag.COMMAND)
             tracker.note(told, study_note(result.sentences, result.cells, result.figures, command))
     console = wide_console()
-    print_table(console, terminal_table(runs))
+    print_tables(console, runs)
     for path in result.files:
         console.print(f"  {path}", highlight=False, soft_wrap=True)
     return 0

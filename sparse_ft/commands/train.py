@@ -36,10 +36,11 @@ def train(config: TrainConfig) -> int:
 
 def _run(config: TrainConfig, given: GivenMasks | None, bench: Workbench) -> int:
     # What trains, scores and logs takes seconds to import: what is wrong with the model or the masks is said before.
-    from sparse_ft.analysis.terminal import print_table, terminal_table
+    from sparse_ft.analysis.terminal import print_tables
     from sparse_ft.cell.identity import cell_identity, cell_key
     from sparse_ft.cell.inputs import cell_inputs
     from sparse_ft.cell.note import cell_note
+    from sparse_ft.cell.perplexity import usual_perplexity
     from sparse_ft.cell.record import (
         cell_command,
         device_tags,
@@ -61,6 +62,9 @@ def _run(config: TrainConfig, given: GivenMasks | None, bench: Workbench) -> int
 
     trainer, checkpoint = make_trainer(config.trainer, config.cerebras), bench.checkpoint(config.model)
     check_device(config.device)  # one that is not here makes no run
+    if config.leaves_perplexity_open:
+        config = replace(config, **usual_perplexity([config]))
+    config = config.settled()
     trainer.check(config, checkpoint)
     if missing := trainer.missing():
         raise UserError(" | ".join(missing))
@@ -92,7 +96,7 @@ def _run(config: TrainConfig, given: GivenMasks | None, bench: Workbench) -> int
     if Tag.WARNING in result.tags:
         print(f"train: warning: {result.tags[Tag.WARNING]}", file=sys.stderr)
     console = wide_console()
-    print_table(console, terminal_table([tracker.run(run_id)]))
+    print_tables(console, [tracker.run(run_id)])
     if address:
         console.print(f"registered: {address}", highlight=False, soft_wrap=True)
     console.print(f"everything, in a browser: {ui_command(tracker.uri)}", highlight=False, soft_wrap=True)

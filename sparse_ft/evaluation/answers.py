@@ -37,16 +37,19 @@ def answer_loss(
         nothing for tasks without right answers (rolling log-likelihoods).
     """
     settings = settings or ScoringSettings()
+    chat = settings.chat_template
     if task.OUTPUT_TYPE == "loglikelihood_rolling":
         return {}
     with prepared(model, task, settings.num_fewshot):
         scorer = Scorer(model, tokenizer, settings.eval_batch_size, progress)
         scorer.stage = f"answer loss {task.config.task}"
-        task.build_all_requests(limit=settings.eval_limit, rank=0, world_size=1)
+        task.build_all_requests(
+            limit=settings.eval_limit, rank=0, world_size=1, **scorer.chat_arguments(settings.chat_template)
+        )
         pairs: dict[int, tuple[str, str]] = {}
         for request in task.instances:
             if task.OUTPUT_TYPE == "generate_until":
-                pairs.setdefault(request.doc_id, (request.args[0], gold_continuation(task, request.doc)))
+                pairs.setdefault(request.doc_id, (request.args[0], gold_continuation(task, request.doc, chat)))
             elif task.OUTPUT_TYPE != "multiple_choice" or request.idx == gold_index(task, request.doc):
                 pairs.setdefault(request.doc_id, tuple(request.args))
         requests = [Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(pairs.values())]

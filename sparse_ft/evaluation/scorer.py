@@ -152,6 +152,13 @@ class Scorer(HFLM):
         """The tokens of ``continuation`` that are scored after ``context``."""
         return PairEncoder.encode(self, context, continuation)[1]
 
+    def chat_arguments(self, chat: bool) -> dict[str, Any]:
+        """What lm-eval's tasks are told where questions go into the chat template."""
+        if not chat:
+            return {}
+        told = {"apply_chat_template": True, "fewshot_as_multiturn": True, "chat_template": self.apply_chat_template}
+        return told | {"tokenizer_name": self.tokenizer_name}
+
     def _fitting(self, longest: int, positions: int | None = None, tokens_at_once: int | None = None) -> int:
         if self._asked != "auto":
             return int(self._asked)

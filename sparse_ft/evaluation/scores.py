@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,12 +19,15 @@ from sparse_ft.environment import arithmetic_variables, one_process
 from sparse_ft.evaluation.finite import check_metrics, finite
 from sparse_ft.evaluation.perplexity import corpus_texts, perplexity
 from sparse_ft.evaluation.prepared import prepared
+from sparse_ft.evaluation.records import chance, first_filter, headline, majority, plain_metrics, questions_digest
 from sparse_ft.evaluation.scorer import Scorer
 from sparse_ft.evaluation.standard_errors import ratio_standard_error
+from sparse_ft.evaluation.suite import SuiteScores, score_suite
 from sparse_ft.progress import SILENT, Progress
 from sparse_ft.settings.scoring import ScoringSettings
 from sparse_ft.tasks.definitions import task_protocol
-from sparse_ft.tasks.examples import gold_continuation, gold_index
+from sparse_ft.tasks.examples import chat_template_of, gold_continuation, gold_index
+from sparse_ft.tasks.suite import ScoredTask
 
 __all__ = ["Evaluation", "evaluate"]
 
@@ -47,11 +49,13 @@ class Evaluation:
             sample, a perplexity above every float) is not there, and no metric is NaN or infinite.
         protocol: what the numbers depend on, JSON-able.
         samples: lm-eval's record of every question, JSON-able; empty unless asked for.
+        suite: of the tasks scored beside it, what is not in metrics and protocol; None where there were none.
     """
 
     metrics: dict[str, float]
     protocol: dict[str, Any]
     samples: list[dict[str, Any]] = field(default_factory=list)
+    suite: SuiteScores | None = None
 
 
 @one_process()
@@ -61,10 +65,12 @@ def evaluate(
     task: Task,
     settings: ScoringSettings | None = None,
     progress: Progress = SILENT,
+    suite: Sequence[ScoredTask] = (),
 ) -> Evaluation:
     """Scores ``model`` on ``task`` with lm-eval, as its command line would score the saved checkpoint.
 
-    No chat template is applied, decoding is greedy, and few-shot examples are drawn with lm-eval's default
+    A chat template is applied only where the settings say so (few-shot examples are turns of their own then, as on
+    lm-eval's command line), decoding is greedy, and few-shot examples are drawn with lm-eval's default
     seed. The same model, task and settings give the same numbers on the same device.
 
     ``loss`` is the mean over all tokens of all right answers of their negative log-likelihood given the
@@ -77,48 +83,53 @@ def evaluate(
         task: from :func:`sparse_ft.tasks.definitions.load_task`.
         settings: see `ScoringSettings`.
         progress: told the requests done.
+        suite: what else is scored; see `sparse_ft.evaluation.suite.score_suite`.
 
     Raises:
-        UserError: a setting is out of range, or the perplexity corpus cannot be had.
+        UserError: a setting is out of range, the perplexity corpus cannot be had, or there is no chat template.
         NonFiniteScoresError: the model's logits, or a score, are NaN or infinite, or above every float.
     """
     settings = settings or ScoringSettings()
     settings.check()
+    settings = settings.settled()
     name = task.config.task
+    template = chat_template_of(tokenizer, "the model") if settings.chat_template else None
     corpus, texts = corpus_texts(settings.perplexity_corpus, task)
     with prepared(model, task, settings.num_fewshot):
         scorer = Scorer(model, tokenizer, settings.eval_batch_size, progress, settings.share_contexts)
         scorer.stage = f"scoring {name}"
         with finite(name):
-            results = lm_eval.evaluator.evaluate(scorer, {"tasks": {name: task}}, limit=settings.eval_limit)
-        # One record per filter; each filter sees the same answers.
+            results = lm_eval.evaluator.evaluate(
+                scorer,
+                {"tasks": {name: task}},
+                limit=settings.eval_limit,
+                apply_chat_template=settings.chat_template,
+                fewshot_as_multiturn=settings.chat_template,
+            )
+        shots = task.config.num_fewshot or 0
         every = results["samples"][name]
-        samples = [sample for sample in every if sample["filter"] == every[0]["filter"]]
-        metrics = _metrics(results["results"][name])
+        samples = first_filter(every)
+        metrics = plain_metrics(results["results"][name])
         metrics["samples_per_second"] = len(samples) / scorer.seconds
-        losses, tokens = _answer_losses(scorer, task, samples)
+        losses, tokens = _answer_losses(scorer, task, samples, settings.chat_template)
         if losses:
             metrics["loss"] = math.fsum(losses) / sum(tokens)
             metrics["loss_stderr"] = ratio_standard_error(losses, tokens)
-        headline = next((key for key in _HEADLINES if key in metrics), None)
-        if headline is not None:
-            metrics["accuracy"] = metrics[headline]
-            if f"{headline}_stderr" in metrics:
-                metrics["accuracy_stderr"] = metrics[f"{headline}_stderr"]
+        metric = headline(metrics, _HEADLINES)
         protocol = {
             **task_protocol(task),
             "limit": settings.eval_limit,
             "samples": len(samples),
-            "questions_sha256": _questions(samples),
-            "accuracy_metric": headline,
-            "chance": _chance(task, samples),
-            "majority": _majority(task, samples),
+            "questions_sha256": questions_digest(samples),
+            "accuracy_metric": metric,
+            "chance": chance(task, samples),
+            "majority": majority(task, samples),
             "loss_tokens": sum(tokens),
             "batch_size": scorer.batch_sizes_used[-1] if scorer.batch_sizes_used else scorer.batch_size,
             "shared_contexts": scorer.shares_contexts,
             "max_length": scorer.max_length,
             "fewshot_seed": DEFAULT_OTHER_SEED,
-            "chat_template": None,
+            "chat_template": None if template is None else hashlib.sha256(template.encode()).hexdigest()[:16],
             "device": _device_name(scorer.device),
             "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
             **arithmetic_variables(),
@@ -135,32 +146,24 @@ def evaluate(
             metrics.update(perplexity_loss=found.loss, perplexity_loss_stderr=found.loss_stderr)
             protocol.update(perplexity_corpus=corpus, perplexity_seq_len=found.seq_len)
             protocol.update(perplexity_windows=found.windows, perplexity_tokens=found.tokens)
-    return Evaluation(check_metrics(metrics), protocol, every if settings.keep_samples else [])
+    beside = None
+    if suite:
+        beside = score_suite(model, tokenizer, suite, settings, progress, {(name, shots): results})
+        metrics |= beside.metrics
+        protocol |= beside.protocol
+    return Evaluation(check_metrics(metrics), protocol, every if settings.keep_samples else [], beside)
 
 
-def _metrics(results: dict[str, Any]) -> dict[str, float]:
-    """lm-eval's ``"acc_stderr,none"`` and its like as plain names; what is no number is left out."""
-    metrics = {}
-    for key, value in results.items():
-        name, comma, filtering = key.partition(",")
-        if not comma or not isinstance(value, (int, float)):
-            continue
-        stderr = name.endswith("_stderr")
-        parts = [name.removesuffix("_stderr"), "" if filtering == "none" else filtering.replace("-", "_")]
-        plain = "_".join(filter(None, [*parts, "stderr" if stderr else ""]))
-        # Lambada's own "perplexity" is of its last words; ours is of running text.
-        metrics[f"task_{plain}" if name.startswith(("loss", "perplexity")) else plain] = float(value)
-    return metrics
-
-
-def _answer_losses(scorer: Scorer, task: Task, samples: list[dict[str, Any]]) -> tuple[list[float], list[int]]:
+def _answer_losses(
+    scorer: Scorer, task: Task, samples: list[dict[str, Any]], chat: bool
+) -> tuple[list[float], list[int]]:
     """Negative log-likelihood (nats) of every right answer, and its tokens."""
     if task.OUTPUT_TYPE == "loglikelihood_rolling":
         return [], []
     pairs, likelihoods = [], []
     for sample in samples:
         if task.OUTPUT_TYPE == "generate_until":
-            pairs.append((sample["arguments"][0][0], gold_continuation(task, sample["doc"])))
+            pairs.append((sample["arguments"][0][0], gold_continuation(task, sample["doc"], chat)))
         else:
             index = gold_index(task, sample["doc"]) if task.OUTPUT_TYPE == "multiple_choice" else 0
             pairs.append(tuple(sample["arguments"][index]))
@@ -171,31 +174,6 @@ def _answer_losses(scorer: Scorer, task: Task, samples: list[dict[str, Any]]) ->
         likelihoods = [likelihood for likelihood, _ in scorer.loglikelihood(requests)]
     tokens = [len(scorer.tok_continuation(context, answer)) for context, answer in pairs]
     return [-likelihood for likelihood in likelihoods], tokens
-
-
-def _questions(samples: list[dict[str, Any]]) -> str:
-    """16 hex digits of everything that was asked and what was right, in order: the rows themselves may lie in other
-    columns on the hub than in a file, and may change there."""
-    identity = hashlib.sha256()
-    for sample in samples:
-        asked = [sample["arguments"], sample["target"]]
-        identity.update(json.dumps(asked, sort_keys=True, default=str).encode())
-    return identity.hexdigest()[:16]
-
-
-def _chance(task: Task, samples: list[dict[str, Any]]) -> float | None:
-    """Expected accuracy of guessing: mean of 1 / choices; None where there are no choices."""
-    if task.OUTPUT_TYPE != "multiple_choice":
-        return None
-    return math.fsum(1 / len(task.doc_to_choice(sample["doc"])) for sample in samples) / len(samples)
-
-
-def _majority(task: Task, samples: list[dict[str, Any]]) -> float | None:
-    """Accuracy of always giving the commonest right answer; None where the questions have choices of their own."""
-    if _chance(task, samples) is None or len({tuple(task.doc_to_choice(s["doc"])) for s in samples}) != 1:
-        return None
-    answers = Counter(gold_index(task, sample["doc"]) for sample in samples)
-    return answers.most_common(1)[0][1] / len(samples)
 
 
 def _device_name(device: torch.device) -> str:

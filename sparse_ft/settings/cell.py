@@ -157,7 +157,7 @@ class CellConfig(
         if self.dtype == "float32":
             values.update(rounding="nearest")  # whatever was asked
         values |= {name: value for name, value in defaults(CellConfig).items() if name in blank}
-        cell = replace(self, **values)
+        cell = replace(self, **values).settled()
         said, left_out = plain_values(cell), unsaid(cell)
         return {name: said[name] for name in named(CellConfig, result=True, flag=True) if name not in left_out}
 

@@ -23,6 +23,7 @@ __all__ = [
     "MeasureConfig",
     "MeasureSettings",
     "PackConfig",
+    "PushConfig",
     "RebuildConfig",
     "SweepConfig",
     "UnpackConfig",
@@ -115,6 +116,16 @@ class UnpackConfig(Settings):
 
     checkpoint: str = setting(help="the folder of the packed checkpoint.", path=())
     output: str = setting("outputs/unpacked", "folder for the plain checkpoint.", path=())
+
+
+@dataclass(frozen=True)
+class PushConfig(Settings):
+    """Uploads the model of a cell to the Hugging Face hub: checkpoint, masks and card. Exit status 1 if it is not as
+    sparse as its masks."""
+
+    run: str = setting(help="the cell's run.")
+    to: str = setting(help="the repository, owner/name; it is made where there is none.")
+    private: bool = setting(True, "make the repository private, and push into no public one.")
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from sparse_ft.analysis.note import study_note
-from sparse_ft.analysis.terminal import print_table, table_text, terminal_table
+from sparse_ft.analysis.terminal import print_tables, scores_tables, table_text, terminal_table
 from sparse_ft.analysis.write import write_analysis
 from sparse_ft.files import write_text
 from sparse_ft.levels import level_label
 from sparse_ft.settings.commands import SweepConfig
 from sparse_ft.study.display import Display
 from sparse_ft.study.keep import keep_models
+from sparse_ft.study.perplexity import with_perplexity
 from sparse_ft.study.plan import make_plan
 from sparse_ft.study.queue import RunningExecutor
 from sparse_ft.study.session import Session
@@ -35,10 +36,11 @@ def sweep(config: SweepConfig) -> int:
     if config.trainer is not None:
         study = replace(study, trainer=config.trainer)
     if study.search is None:
+        study = with_perplexity(study, config, make_plan)
         return Grid(config, make_plan(study)).run()
-    from sparse_ft.study.search.session import Search
+    from sparse_ft.study.search.session import Search, search_plan
 
-    return Search(config, study).run()
+    return Search(config, with_perplexity(study, config, search_plan)).run()
 
 
 class Grid(Session):
@@ -72,13 +74,12 @@ class Grid(Session):
             runs, folder / "report", title=study.name, progress=progress, expected=expected,
             figures=study.figures != "none",
         )  # fmt: skip
-        table = terminal_table(runs)
-        write_text(folder / "report" / "table.txt", table_text(table))
+        write_text(folder / "report" / "table.txt", table_text(terminal_table(runs), *scores_tables(runs)))
         tracker.log_folder(parent, folder / "report", "report")
         write_curve_runs(tracker, parent, report.curves)
         tracker.note(parent, study_note(report.sentences, report.cells, report.figures, self.command))
         if self.total <= _SHOWN:
-            print_table(self.console, table)
+            print_tables(self.console, runs)
         for figure in report.figures.values():
             self._print(f"figure: {figure}")
         self._print(f"tables: {folder / 'report'}")

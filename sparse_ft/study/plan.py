@@ -22,6 +22,7 @@ from sparse_ft.settings.modes import DENSE, MODES
 from sparse_ft.settings.parser import Parser
 from sparse_ft.settings.pruning import RecipeSettings
 from sparse_ft.settings.rules import STEPS
+from sparse_ft.settings.scoring import TASK_TEXT
 from sparse_ft.study.study_file import Study
 
 __all__ = ["Plan", "PlannedCell", "PlannedMasks", "make_plan"]
@@ -95,9 +96,12 @@ class Plan:
 
     @property
     def key(self) -> str:
-        """SHA-256 (16 hex digits) over the cells, by name, so that the same study is known again."""
+        """SHA-256 (16 hex digits) over the cells, by name, so that the same study is known again, whatever was decided
+        of what it leaves open."""
         search = masked(json.dumps(self.study.search, sort_keys=True))  # a changed password is no other study
-        text = json.dumps([self.study.name, search, sorted(config.key() for config in self.configs)])
+        usual = {name: value for name, value in TASK_TEXT.items() if name in self.study.left_open}
+        keys = sorted(replace(config, **usual).key() for config in self.configs)
+        text = json.dumps([self.study.name, search, keys])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def identified(self, bench: Workbench) -> Plan:
@@ -135,7 +139,7 @@ def make_plan(study: Study) -> Plan:
         kept = "none" if study.kept == "none" else "all" if whole else "adapter"
         if cell.pruned and cell.masks is not None:
             cell = given(cell.masks).settle(cell)
-        cells.setdefault(cell.key(), replace(cell, keep=kept, keep_format=packing, register_as=None))
+        cells.setdefault(cell.key(), replace(cell, keep=kept, keep_format=packing, register_as=None).settled())
 
     for key in {_baseline(cell).key() for cell in cells.values() if cell.has_tuned_teacher}:
         if cells[key].keep == "none":  # its model is made of its adapter

@@ -45,6 +45,7 @@ class Study:
         more: the further tables of the grid, each a product of its own; cells that are in several are one.
         figures: of the mask sets, as ``compute_masks`` takes it: all, summary or none; none draws none of the results
             either.
+        left_open: fields of ``cell`` that the file does not speak of, and that were decided when the study was begun.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Study:
     trainer: str = "local"
     figures: str = MaskConfig.figures
     more: tuple[Mapping[str, list[Any]], ...] = ()
+    left_open: frozenset[str] = field(default=frozenset(), metadata={"own": True})
 
     @property
     def tables(self) -> tuple[Mapping[str, list[Any]], ...]:
@@ -104,7 +106,7 @@ def load_study(path: str | Path) -> Study:
         content = {"grid": {}, "dense_baseline": False, **content}
     elif not isinstance(content, dict) or not all(_tables(content.get("grid")) or [None]):
         raise UserError(f"Study {path} has no 'grid:' with lists of values; configs/ holds examples.")
-    known = {entry.name for entry in fields(Study)} - {"more"}
+    known = {entry.name for entry in fields(Study) if not entry.metadata} - {"more"}
     unknown = sorted(map(str, set(content) - known))
     if unknown:
         raise UserError(f"Study {path}: unknown key '{unknown[0]}'; a study has {', '.join(sorted(known))}.")

@@ -16,9 +16,18 @@ from transformers import PreTrainedTokenizerBase
 from sparse_ft.errors import UserError
 from sparse_ft.settings.corpora import CORPORA, Corpus
 
-__all__ = ["CorpusRows", "drawn_windows", "held_out_file", "held_out_rows", "training_file", "training_rows"]
+__all__ = [
+    "CorpusRows",
+    "can_be_had",
+    "drawn_windows",
+    "held_out_file",
+    "held_out_rows",
+    "training_file",
+    "training_rows",
+]
 
 _SUFFIXES = (".jsonl", ".txt")
+_PATIENCE = 5.0  # seconds that a hub gets to answer
 _LONG = 10_000_000  # characters of a text without a window, after which a draw gives up
 
 
@@ -81,6 +90,20 @@ def held_out_file(corpus: str, data_dir: str | None) -> Path | None:
     """The file that `held_out_rows` reads; None: the hub's."""
     row = CORPORA[corpus]
     return _local(f"{row.name}.{row.held_out}", data_dir)
+
+
+def can_be_had(corpus: str, data_dir: str | None) -> bool:
+    """Whether `held_out_rows` gives a row of `CORPORA` at once: it lies in the folder, or the hub is in reach."""
+    from huggingface_hub import HfApi
+
+    if held_out_file(corpus, data_dir) is not None:
+        return True
+    try:
+        HfApi().dataset_info(CORPORA[corpus].repository, timeout=_PATIENCE)
+        held_out_rows(corpus, data_dir)
+    except Exception:  # there are half a dozen classes for "no network"
+        return False
+    return True
 
 
 def drawn_windows(

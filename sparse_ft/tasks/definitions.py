@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import lm_eval.tasks
 import yaml
 from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks._factory import TaskFactory
+from lm_eval.tasks._index import Entry, Kind
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from sparse_ft.errors import UserError
@@ -27,12 +30,15 @@ __all__ = [
     "LM_EVAL_TASKS",
     "definition_of",
     "eval_split",
+    "find_task",
     "gold_index",
     "has_training_split",
+    "load_definition",
     "load_task",
     "local_source",
     "quiet",
     "set_fewshot",
+    "task_index",
     "task_protocol",
     "write_lm_eval_task",
 ]
@@ -69,16 +75,27 @@ def load_task(
         UserError: the name is unknown or stands for several tasks, rows are missing or malformed, or the
             hub cannot be reached.
     """
-    path = _definition(name, include_path)
+    return load_definition(name, _definition(name, include_path), data_dir, num_fewshot, progress)
+
+
+def load_definition(
+    name: str,
+    path: Path,
+    data_dir: str | Path | None = None,
+    num_fewshot: int | None = None,
+    progress: Progress = SILENT,
+    changes: Mapping[str, Any] | None = None,
+) -> Task:
+    """As `load_task`, from the YAML file ``path``; ``changes`` are what a group says of it."""
     with quiet():
         if data_dir is None:
-            task = _from_hub(name, path)
+            task = _from_hub(name, path, changes)
             _check_hub_rows(task, name)
             source = f"hub:{task.config.dataset_path}"
         else:
             packaged = str(data_dir) == PACKAGED
             folder = packaged_data_dir(name, progress) if packaged else Path(data_dir)
-            task = _from_folder(name, path, folder, num_fewshot)
+            task = _from_folder(name, path, folder, num_fewshot, changes)
             source = PACKAGED if packaged else str(data_dir)
     # lm-eval's own rule (simple_evaluate): what is asked, else the definition's default, else none.
     set_fewshot(task, num_fewshot if num_fewshot is not None else task.config.num_fewshot or 0)
@@ -93,12 +110,22 @@ def set_fewshot(task: Task, num_fewshot: int) -> None:
         UserError: negative, or more than there are rows to take them from.
     """
     available = len(task.sampler.df) if hasattr(task, "sampler") else 0
-    if num_fewshot < 0 or (num_fewshot and available <= num_fewshot):
+    # Of examples out of the very rows that are scored, the question itself is none.
+    most = max(0, available - (_fewshot_split(task) == eval_split(task)))
+    if num_fewshot < 0 or num_fewshot > most:
         raise UserError(
             f"num_fewshot is {num_fewshot}; {task.config.task} has {available} rows to take examples from, so "
-            f"it must be between 0 and {max(0, available - 1)}"
+            f"it must be between 0 and {most}"
         )
     task.set_config("num_fewshot", num_fewshot)
+
+
+def _fewshot_split(task: Task) -> str | None:
+    """The split that examples come from; None where the definition has them itself."""
+    if (own := getattr(task, "fewshot_cfg", None)) is not None and own.split is None and own.samples is not None:
+        return None
+    named = (getattr(task.config, f"{kind}_split", None) for kind in ("fewshot", "training", "validation", "test"))
+    return next(filter(None, named), None)
 
 
 def eval_split(task: Task) -> str:
@@ -182,6 +209,23 @@ def quiet() -> Iterator[None]:
 
 def _definition(name: str, include_path: str | Path | None = None) -> Path:
     """The YAML file of the task, in ``include_path`` or in lm-eval."""
+    entry = _found(name, include_path)
+    if not entry.kind.name.endswith("TASK") or entry.yaml_path is None:
+        raise UserError(f"{name!r} is a {entry.kind.name.lower()} of lm-eval tasks; name one of its tasks")
+    return entry.yaml_path
+
+
+def find_task(name: str, include_path: str | Path | None = None) -> Path | None:
+    """The YAML file of the task, in ``include_path`` or in lm-eval; None where the name stands for several tasks.
+
+    Raises:
+        UserError: there is nothing of that name.
+    """
+    entry = _found(name, include_path)
+    return entry.yaml_path if entry.kind.name.endswith("TASK") else None
+
+
+def _found(name: str, include_path: str | Path | None) -> Entry:
     if include_path is not None and not Path(include_path).is_dir():
         raise UserError(f"include_path {include_path} is not a folder; it should hold the YAML file of a task")
     entry = None if include_path is None else _entry(name, Path(include_path))
@@ -190,31 +234,53 @@ def _definition(name: str, include_path: str | Path | None = None) -> Path:
     if entry is None:
         where = "" if include_path is None else f", nor has {include_path}"
         raise UserError(f"lm-eval {version('lm_eval')} has no task {name!r}{where}; see 'lm_eval ls tasks'")
-    if not entry.kind.name.endswith("TASK") or entry.yaml_path is None:
-        raise UserError(f"{name!r} is a {entry.kind.name.lower()} of lm-eval tasks; name one of its tasks")
-    return entry.yaml_path
+    return entry
 
 
-def _entry(name: str, folder: Path) -> Any:
+def _entry(name: str, folder: Path) -> Entry | None:
     """What lm-eval found under the name in the YAML files of a folder; None: nothing."""
+    return task_index(folder).get(name)
+
+
+def task_index(folder: Path) -> dict[str, Entry]:
+    """What lm-eval finds in the YAML files of a folder, by name; its own are read once."""
+    folder = folder.absolute()
+    return _own_index(folder) if folder.is_relative_to(LM_EVAL_TASKS) else _index(folder)
+
+
+@cache
+def _own_index(folder: Path) -> dict[str, Entry]:
+    return _index(folder)
+
+
+def _index(folder: Path) -> dict[str, Entry]:
     with quiet():
-        return TaskManager(include_path=folder.absolute(), include_defaults=False).task_index.get(name)
+        return TaskManager(include_path=folder, include_defaults=False).task_index
 
 
 def _folder(name: str, root: Path) -> Path:
     """The folder whose files name the task; ``root`` if none does.
 
-    lm-eval finds a name by parsing its thousands of files, which takes ten seconds; to look for the line
-    takes one.
+    lm-eval finds a name by parsing its thousands of files, which takes ten seconds; to look for the lines
+    takes one, and is done once.
     """
-    line = re.compile(rf"""^["']?(task|group)["']?: *["']?{re.escape(name)}["']? *$""", re.MULTILINE)
-    files = sorted(root.rglob("*.yaml"))
-    return next((path.parent for path in files if line.search(path.read_text(encoding="utf-8"))), root)
+    return _named(root).get(name, root)
 
 
-def _from_hub(name: str, path: Path) -> Task:
+@cache
+def _named(root: Path) -> dict[str, Path]:
+    """The folder of every name that stands in a line of its own."""
+    line = re.compile(r"""^["']?(?:task|group)["']?: *["']?([^"'#\n]+?)["']? *$""", re.MULTILINE)
+    found: dict[str, Path] = {}
+    for path in sorted(root.rglob("*.yaml")):
+        for name in line.findall(path.read_text(encoding="utf-8")):
+            found.setdefault(name, path.parent)
+    return found
+
+
+def _from_hub(name: str, path: Path, changes: Mapping[str, Any] | None) -> Task:
     try:
-        return TaskManager(include_defaults=False).load([str(path)])["tasks"][name]
+        return TaskFactory()._build_task(Entry(name, Kind.TASK, path), dict(changes or {}))
     except UserError:
         raise
     except Exception as error:  # datasets raises half a dozen classes for "no network"
@@ -226,8 +292,10 @@ def _from_hub(name: str, path: Path) -> Task:
         ) from error
 
 
-def _from_folder(name: str, path: Path, folder: Path, num_fewshot: int | None) -> Task:
-    config = load_yaml(path, resolve_func=True)
+def _from_folder(
+    name: str, path: Path, folder: Path, num_fewshot: int | None, changes: Mapping[str, Any] | None
+) -> Task:
+    config = {**load_yaml(path, resolve_func=True), **(changes or {})}
     if "class" in config:
         raise UserError(f"{name} is written in Python and takes data from the hub only; leave data_dir out")
     splits = _folder_splits(name, config, folder, num_fewshot)

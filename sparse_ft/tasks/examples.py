@@ -21,6 +21,7 @@ __all__ = [
     "PairEncoder",
     "calibration_texts",
     "calibration_tokens",
+    "chat_template_of",
     "check_ids",
     "gold_continuation",
     "gold_index",
@@ -59,6 +60,7 @@ class PairEncoder(HFLM):
         self.add_bos_token = None
         self.custom_prefix_token_id = None
         self.backend = "causal"
+        self.chat_template_args: dict[str, Any] = {}
 
     def encode(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Token ids of context and continuation, as ``HFLM.loglikelihood`` would feed them."""
@@ -70,8 +72,26 @@ class PairEncoder(HFLM):
         return [self.prefix_token_id], tokens
 
 
-def gold_continuation(task: Task, doc: Any) -> str:
-    """The right answer as it follows the prompt, delimiter included (``" yes"`` for BoolQ).
+def chat_template_of(tokenizer: PreTrainedTokenizerBase, name: str) -> str:
+    """The chat template that lm-eval applies.
+
+    Raises:
+        UserError: there is none.
+    """
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    if not template:
+        raise UserError(
+            f"chat_template: the tokenizer of {name} has no chat template; take the model's instruct version, or leave"
+            " chat_template out"
+        )
+    return template
+
+
+def gold_continuation(task: Task, doc: Any, chat: bool = False) -> str:
+    """The right answer as it follows the prompt, delimiter included (``" yes"`` for BoolQ); after a chat template,
+    which ends with one of its own, without, as in lm-eval.
 
     Raises:
         UserError: the row's answer names none of its choices.
@@ -81,44 +101,63 @@ def gold_continuation(task: Task, doc: Any) -> str:
     else:
         target = task.doc_to_target(doc)
         target = target[0] if isinstance(target, list) else target  # the one that few-shot examples show
-    return f"{'' if task.OUTPUT_TYPE == 'loglikelihood' else task.config.target_delimiter}{target}"
+    prefix = task.config.gen_prefix
+    begun = prefix and not str(prefix)[-1:].isspace()
+    bare = task.OUTPUT_TYPE == "loglikelihood" or (chat and not begun)
+    return f"{'' if bare else task.config.target_delimiter}{target}"
 
 
-def prompt(task: Task, doc: Any, num_fewshot: int = 0) -> str:
-    """The text before the answer, as lm-eval builds it for scoring, with ``num_fewshot`` examples."""
-    context = task.fewshot_context(doc, num_fewshot=num_fewshot, gen_prefix=task.doc_to_prefix(doc))
+def prompt(task: Task, doc: Any, num_fewshot: int = 0, chat: PairEncoder | None = None) -> str:
+    """The text before the answer, as lm-eval builds it for scoring, with ``num_fewshot`` examples; with ``chat`` in the
+    chat template of its tokenizer."""
+    told: dict[str, Any] = {}
+    if chat is not None:
+        told = {"apply_chat_template": True, "fewshot_as_multiturn": True, "chat_template": chat.apply_chat_template}
+    context = task.fewshot_context(doc, num_fewshot=num_fewshot, gen_prefix=task.doc_to_prefix(doc), **told)
     if isinstance(context, list):  # one context per choice (winogrande); the right one's
         return context[gold_index(task, doc)]
     return context
 
 
 def training_examples(
-    task: Task, tokenizer: PreTrainedTokenizerBase, max_seq_len: int, limit: int | None = None, seed: int = 0
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    max_seq_len: int,
+    limit: int | None = None,
+    seed: int = 0,
+    chat: bool = False,
 ) -> list[Example]:
     """The first ``limit`` of `task_examples`."""
-    return list(islice(task_examples(task, tokenizer, max_seq_len, seed), limit))
+    return list(islice(task_examples(task, tokenizer, max_seq_len, seed, chat), limit))
 
 
-def task_examples(task: Task, tokenizer: PreTrainedTokenizerBase, max_seq_len: int, seed: int = 0) -> Iterator[Example]:
+def task_examples(
+    task: Task, tokenizer: PreTrainedTokenizerBase, max_seq_len: int, seed: int = 0, chat: bool = False
+) -> Iterator[Example]:
     """Zero-shot prompts and gold answers of the training split, tokenised as scoring tokenises them.
 
     The rows are shuffled by ``seed``. A sequence longer than
     ``max_seq_len`` loses tokens at the left of its prompt, as lm-eval truncates, never of its answer.
     Generative tasks get the end-of-sequence token after the answer, so that the model learns to stop;
-    multiple-choice answers do not, because what is scored ends with the answer.
+    multiple-choice answers do not, because what is scored ends with the answer. With ``chat`` the prompts
+    are in the tokenizer's chat template.
 
     Returns:
         Examples of at most ``max_seq_len`` tokens, one or more of them before the answer.
 
     Raises:
-        UserError: the task has no training split, or an answer does not fit into ``max_seq_len``.
+        UserError: the task has no training split, an answer does not fit into ``max_seq_len``, or there is no chat
+            template.
     """
     encoder = PairEncoder(tokenizer)
+    if chat:
+        chat_template_of(tokenizer, "the model")
     if task.OUTPUT_TYPE == "generate_until" and tokenizer.eos_token_id is None:
         raise UserError(f"{task.config.task} needs a tokenizer with an end token; name eos_token in its configuration")
     eos = tokenizer.eos_token_id if task.OUTPUT_TYPE == "generate_until" else None
     for doc in shuffled(_training_docs(task), seed):
-        context, answer = encoder.encode(prompt(task, doc), gold_continuation(task, doc))
+        question = prompt(task, doc, chat=encoder if chat else None)
+        context, answer = encoder.encode(question, gold_continuation(task, doc, chat))
         if eos is not None and answer[-1:] != [eos]:
             answer = [*answer, eos]
         room = max_seq_len - len(answer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -66,6 +66,8 @@ def model_card(
     base_model: str | None = None,
     licence: str | None = None,
     load_uri: str | None = None,
+    hub: str | None = None,
+    datasets: Sequence[str] = (),
 ) -> str:
     """A model card in Markdown: what it is, how it was made and scored, how to load it.
 
@@ -75,6 +77,8 @@ def model_card(
         base_model: hub id or name of the model it was made from.
         licence: identifier of the licence, which is the base model's.
         load_uri: ``models:/NAME@ALIAS``, for the example.
+        hub: ``owner/name`` on the hub, for the example there.
+        datasets: hub ids of what it was trained on.
     """
     header: dict[str, Any] = {
         "library_name": "transformers",
@@ -85,6 +89,8 @@ def model_card(
         header["base_model"] = base_model
     if licence:
         header["license"] = licence
+    if datasets:
+        header["datasets"] = list(datasets)
     lines = ["---", yaml.safe_dump(header, sort_keys=False).rstrip(), "---", f"# {title}", ""]
     for heading, content in facts.items():
         lines += [f"## {heading}", ""]
@@ -98,6 +104,12 @@ def model_card(
         lines += [f'parts = mlflow.transformers.load_model("{load_uri}", return_type="components")']
         lines += ['model, tokenizer = parts["model"], parts["tokenizer"]', "```", ""]
         lines += ["The zeros are stored as zeros: no mask and no adapter is needed.", ""]
+    if hub:
+        lines += ["## Loading", "", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
+        lines += [f'model = AutoModelForCausalLM.from_pretrained("{hub}")']
+        lines += [f'tokenizer = AutoTokenizer.from_pretrained("{hub}")', "```", ""]
+        lines += ["The zeros are stored as zeros: no mask and no adapter is needed. The masks are in `masks/`;", ""]
+        lines += ["`sparse-ft validate --checkpoint FOLDER --masks FILE` proves them weight by weight.", ""]
     return "\n".join(lines)
 
 

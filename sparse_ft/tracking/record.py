@@ -70,6 +70,7 @@ class Tag(StrEnum):
     MERGED_FINGERPRINT = "merged_fingerprint"
     MODEL_FOLDER = "model_folder"
     REGISTERED_AS = "registered_as"
+    PUSHED_TO = "pushed_to"  # owner/name@commit of the hub
     VALID = "valid"
     UNTUNED_MEASURED_BY = "untuned_measured_by"
     RECOVERED_BY = "recovered_by"

@@ -1,5 +1,7 @@
-"""A hub in a folder: answers the client of huggingface_hub and of datasets as the real one does, over HTTP."""
+"""A hub in a folder: answers the client of huggingface_hub and of datasets as the real one does, over HTTP; and takes
+what is pushed to it."""
 
+import base64
 import hashlib
 import json
 import threading
@@ -21,6 +23,8 @@ def hub_server(root: Path, token: str | None = None) -> Iterator[tuple[str, list
     handed out, as they are.
     """
     served: list[str] = []
+    stored: dict[str, bytes] = {}  # what was uploaded and is not committed yet, by SHA-256
+    private: set[str] = set()
 
     class Hub(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -48,13 +52,72 @@ def hub_server(root: Path, token: str | None = None) -> Iterator[tuple[str, list
 
         do_HEAD = do_GET
 
+        def do_POST(self) -> None:
+            """A repository is made; its files are announced, put into the store by their digests, and committed."""
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            if self.path == "/api/validate-yaml":
+                self.send_json({"warnings": [], "errors": []})
+                return
+            if token and self.headers.get("Authorization") != f"Bearer {token}":
+                self.refuse(401, "Unauthorized")
+                return
+            match unquote(urlsplit(self.path).path).strip("/").split("/"):
+                case ["api", "repos", "create"]:
+                    asked = json.loads(body)
+                    name = f"{asked['organization']}/{asked['name']}"
+                    (root / "models" / name).mkdir(parents=True)
+                    if asked.get("visibility") == "private" or asked.get("private"):
+                        private.add(name)
+                    self.send_json({"url": f"http://{self.headers['Host']}/{name}", "name": name})
+                case ["api", "models", owner, name, "preupload", "main"]:
+                    modes = [
+                        {"path": file["path"], "shouldIgnore": False,
+                         "uploadMode": "lfs" if file["path"].endswith(".safetensors") else "regular"}
+                        for file in json.loads(body)["files"]
+                    ]  # fmt: skip
+                    self.send_json({"files": modes})
+                case [owner, name, "info", "lfs", "objects", "batch"] if name.endswith(".git"):
+                    place = f"http://{self.headers['Host']}/lfs"
+                    objects = [
+                        {**asked, "actions": {"upload": {"href": f"{place}/{asked['oid']}"}}}
+                        for asked in json.loads(body)["objects"]
+                    ]
+                    self.send_json({"transfer": "basic", "objects": objects})
+                case ["api", "models", owner, name, "commit", "main"]:
+                    self.commit(root / "models" / owner / name, [json.loads(line) for line in body.splitlines()])
+                    said = {"commitUrl": f"http://{self.headers['Host']}/{owner}/{name}/commit/{COMMIT}"}
+                    self.send_json({**said, "commitOid": COMMIT, "success": True})
+                case _:
+                    self.refuse(404, "EntryNotFound")
+
+        def do_PUT(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            oid = self.path.rsplit("/", 1)[-1]
+            assert hashlib.sha256(body).hexdigest() == oid
+            stored[oid] = body
+            self.answer(200, b"", {})
+
+        def commit(self, folder: Path, lines: list[dict]) -> None:
+            for value in (line["value"] for line in lines if line["key"] in ("file", "lfsFile")):
+                path = folder / value["path"]
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(stored[value["oid"]] if "oid" in value else base64.b64decode(value["content"]))
+
         def about(self, folder: Path, repository: str, rest: list[str], recursive: bool) -> None:
             match rest:
                 case [_, revision, *_] if revision not in REVISIONS:
                     self.refuse(404, "RevisionNotFound")
                 case [] | ["revision", _]:
                     names = [{"rfilename": path} for path in files(folder)]
-                    self.send_json({"id": repository, "sha": COMMIT, "private": False, "siblings": names, "tags": []})
+                    self.send_json(
+                        {
+                            "id": repository,
+                            "sha": COMMIT,
+                            "private": repository in private,
+                            "siblings": names,
+                            "tags": [],
+                        }
+                    )
                 case ["tree", _, *path] if (folder / "/".join(path)).is_dir():
                     below = folder / "/".join(path)
                     found = sorted(below.rglob("*") if recursive else below.iterdir())

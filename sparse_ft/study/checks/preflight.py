@@ -61,7 +61,7 @@ def check_resources(plan: Plan, bench: Workbench, folder: Path, artifacts: str |
 
 def check_examples(cell: CellConfig, bench: Workbench) -> None:
     """Checks that training finds what it learns from: a split, answers among the choices, room for them; of rows
-    of one's own every one that is trained on.
+    of one's own every one that is trained on; and that what is scored beside it is there.
 
     Raises:
         UserError: it does not, or the model or the task cannot be had.
@@ -69,13 +69,16 @@ def check_examples(cell: CellConfig, bench: Workbench) -> None:
     from sparse_ft.cell.training_set import training_set
 
     bench.task(cell)
+    bench.suite(cell)
+    if cell.chat_template:
+        bench.chat_template(cell.model)
     if MODES[cell.mode].trains:
         training_set(cell, bench, limit=1 if cell.sources == (TASK,) else None)
 
 
 def _rows_of(cell: CellConfig) -> tuple[Any, ...]:
     """What `check_examples` looks at; cells that agree in it are looked at once."""
-    names = ["model", "task", "data_dir", "include_path", "num_fewshot", "max_seq_len"]
+    names = ["model", "task", "data_dir", "include_path", "num_fewshot", "max_seq_len", "score", "chat_template"]
     if cell.sources != (TASK,):
         names += [*defaults(TrainingDataSettings), "seed", "examples_needed"]
     return (MODES[cell.mode].trains, *(getattr(cell, name) for name in names))

@@ -32,7 +32,7 @@ from sparse_ft.tracking.notes import command_block, markdown_table
 from sparse_ft.tracking.record import Tag, best_name
 from sparse_ft.tracking.runs import Tracker
 
-__all__ = ["Search", "plan_search"]
+__all__ = ["Search", "plan_search", "search_plan"]
 
 # Axes that decide which models, tasks and masks are needed; the others change the training alone.
 _NEEDED = named(CellConfig, needed=True)
@@ -50,9 +50,7 @@ class Search(Session):
 
     def __init__(self, config: SweepConfig, study: Study):
         self.settings = SearchSettings.parse(study.search or {}, f"Study {study.name}")
-        if study.grid:
-            raise UserError(f"Study {study.name}: a search has no grid; put lists of choices into search.space.")
-        super().__init__(config, plan_search(study, self.settings))
+        super().__init__(config, search_plan(study))
         if self.settings.first_rung and not self.trainer.can_stop:
             raise UserError(
                 f"Study {study.name}: a search with a first_rung stops trainings midway, which trainer {study.trainer} "
@@ -159,6 +157,18 @@ class Search(Session):
     def is_open(self, hole: Hole) -> bool:
         """Another start proposes another cell in its place."""
         return True
+
+
+def search_plan(study: Study) -> Plan:
+    """`plan_search` with the settings of the study.
+
+    Raises:
+        UserError: as it, or a search that has a grid.
+    """
+    settings = SearchSettings.parse(study.search or {}, f"Study {study.name}")
+    if study.grid:
+        raise UserError(f"Study {study.name}: a search has no grid; put lists of choices into search.space.")
+    return plan_search(study, settings)
 
 
 def plan_search(study: Study, settings: SearchSettings) -> Plan:
