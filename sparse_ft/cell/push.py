@@ -101,6 +101,8 @@ def upload(parcel: Parcel, to: str, private: bool = True) -> str:
             api.create_repo(to, private=private, exist_ok=True)
         operations = [CommitOperationAdd(name, str(path)) for name, path in parcel.files.items()]
         return api.create_commit(to, operations, commit_message=f"{parcel.run.name} (run {parcel.run.run_id})").oid
+    except UserError:
+        raise
     except OfflineModeIsEnabled:
         raise UserError("the hub is switched off (HF_HUB_OFFLINE); unset it to push.") from None
     except HfHubHTTPError as error:
@@ -109,15 +111,9 @@ def upload(parcel: Parcel, to: str, private: bool = True) -> str:
         login = "log in with a token that may write: hf auth login, or HF_TOKEN"
         advice = login if status in (401, 403) else "try again"
         raise UserError(f"the hub refuses {to} ({why}); {advice}.") from error
-    except (OSError, RuntimeError, ValueError, *_connection_errors()) as error:
+    except Exception as error:  # the client raises half a dozen classes for "no network"
         why = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         raise UserError(f"{to} could not be pushed ({why}); check the network and HF_ENDPOINT.") from error
-
-
-def _connection_errors() -> tuple[type[Exception], ...]:
-    import httpx
-
-    return (httpx.HTTPError,)
 
 
 def _checkpoint(tracker: Tracker, run: Run, scratch: Path, progress: Progress) -> Path:

@@ -120,8 +120,7 @@ class UnpackConfig(Settings):
 
 @dataclass(frozen=True)
 class PushConfig(Settings):
-    """Uploads the model of a cell to the Hugging Face hub: checkpoint, masks and card. Exit status 1 if it is not as
-    sparse as its masks."""
+    """Uploads a cell's model, its masks and its card to the hub. Exit status 1 if it is not as sparse as its masks."""
 
     run: str = setting(help="the cell's run.")
     to: str = setting(help="the repository, owner/name; it is made where there is none.")
