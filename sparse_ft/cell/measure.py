@@ -80,24 +80,31 @@ class Measurement:
 
 
 def measure_forms(
-    folder: str | Path, masks: MaskSet, settings: MeasureSettings, scratch: Path, progress: Progress = SILENT
+    folder: str | Path,
+    masks: MaskSet | None,
+    settings: MeasureSettings,
+    scratch: Path,
+    progress: Progress = SILENT,
+    loaded: PreTrainedModel | None = None,
 ) -> Measurement:
     """Bytes and speeds of a checkpoint's forms, one after another: one model is in memory at a time.
 
     Args:
         folder: a plain checkpoint. Where its weights are not masked yet, it is the dense form as well.
-        masks: of its prunable tensors.
+        masks: of its prunable tensors; None: of a dense model, which has no other form.
         settings: lengths, repeats, precision and device.
         scratch: a folder for the forms that are not there: up to two copies of the weights.
         progress: told about the forms.
+        loaded: the checkpoint's model, where it is in memory; it stays as it is.
 
     Raises:
         UserError: masks of another model, or prompts that are longer than the model reads.
     """
     checkpoint = Checkpoint(folder)
-    shapes = checkpoint.prunable_shapes()
-    masks = refitted(checkpoint.config, masks, shapes)
-    check_masks(masks, shapes, f"the checkpoint {checkpoint.folder}")
+    if masks is not None:
+        shapes = checkpoint.prunable_shapes()
+        masks = refitted(checkpoint.config, masks, shapes)
+        check_masks(masks, shapes, f"the checkpoint {checkpoint.folder}")
     longest = checkpoint.config.get("max_position_embeddings")
     if longest is not None and settings.prompt_tokens + settings.new_tokens > longest:
         raise UserError(
@@ -107,11 +114,15 @@ def measure_forms(
     device = resolve_device(settings.device)
     dtype = resolve_dtype(settings.dtype, device)
     found = Measurement(protocol=_protocol(settings, dtype, device))
-    already = is_masked(checkpoint, masks)
+    already = masks is not None and is_masked(checkpoint, masks)
     progress.start("measure", len(FORMS), "forms")
     try:
-        model = load_model(checkpoint.folder, dtype, device)
+        model = loaded if masks is None or already else None  # else its weights are masked below
+        model = load_model(checkpoint.folder, dtype, device) if model is None else model
         plain = checkpoint
+        if masks is None:
+            found.forms.append(_measured(DENSE, model, settings, checkpoint))
+            return found
         if already:
             found.absent[DENSE] = "the checkpoint is masked already"
         else:
@@ -123,6 +134,7 @@ def measure_forms(
         progress.advance(note=MASKED)
         if (why := _no_semi_structured(model, masks)) is None:
             try:
+                model = load_model(plain.folder, dtype, device) if model is loaded else model
                 _to_semi_structured(model, masks)
                 found.forms.append(_measured(SEMI_STRUCTURED, model, settings))
             except (RuntimeError, ValueError) as error:  # shapes, or a build of torch, that it cannot do it with

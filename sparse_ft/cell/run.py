@@ -5,10 +5,12 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from sparse_ft.cell.clock import Clock
 from sparse_ft.cell.masks import foreign_masks
+from sparse_ft.cell.measure import measure_forms
 from sparse_ft.cell.merge_cost import NO_WEIGHT_MOVED, merge_warning, weights_moved
 from sparse_ft.cell.promise import check_promise
 from sparse_ft.cell.recovery import recover
@@ -20,6 +22,7 @@ from sparse_ft.cell.trainer import LOCAL, UNTRAINED, UNWATCHED, Trained, Trainer
 from sparse_ft.cell.training_set import training_set
 from sparse_ft.cell.workbench import Workbench
 from sparse_ft.errors import UserError
+from sparse_ft.files import write_json
 from sparse_ft.lora.model import remask
 from sparse_ft.masks.mask_set import MaskSet
 from sparse_ft.models.checkpoint import Checkpoint
@@ -27,6 +30,7 @@ from sparse_ft.models.loading import apply_masks, load_state_into
 from sparse_ft.models.packing import pack_checkpoint
 from sparse_ft.pruning.output import MaskFile
 from sparse_ft.settings.cell import CellConfig
+from sparse_ft.settings.commands import MeasureSettings
 from sparse_ft.settings.modes import MODES
 from sparse_ft.tracking.record import Tag
 
@@ -158,6 +162,9 @@ def _run(
                 result.add_scores(scored)
                 _log_merge(result, trained, scored)
                 result.protocol.update(scores.protocol)
+        if cell.measure:
+            with clock("measure"):
+                _measure(cell, training, trained, result)
         if masks is not None and masks.n_pruned == 0 and mode.lora:
             # Nothing is masked, so the re-masked model is the merged one, bit for bit. In both modes, for at 0 %
             # one of them runs for both.
@@ -186,6 +193,26 @@ def _log_masks(file: MaskFile, begun: Start, base: Checkpoint, foreign: bool, re
             raise UserError(f"{problem}; a study compares only masks of its own models.")
         result.warn(problem)
     result.metrics.update({"sparsity/target": file.sparsity, "sparsity/achieved": begun.whole.sparsity})
+
+
+def _measure(cell: CellConfig, training: Training, trained: Trained, result: CellResult) -> None:
+    """What the merged model's forms take, and how fast they are; of a model that is dense, that one's."""
+    masks = training.masks if MODES[cell.mode].keeps_zeros else None
+    masks = None if masks is None or not masks.n_pruned else masks
+    settings = MeasureSettings(dtype=cell.dtype, device=cell.device)
+    if (longest := training.base.config.get("max_position_embeddings")) is not None:
+        prompt = min(settings.prompt_tokens, max(1, longest - settings.new_tokens))
+        settings = replace(settings, prompt_tokens=prompt)
+    scratch, report = training.folder / "measured", training.folder / "measure.json"
+    scratch.mkdir(exist_ok=True)
+    try:
+        found = measure_forms(training.target, masks, settings, scratch, training.progress, trained.model)
+    finally:
+        shutil.rmtree(scratch)
+    result.metrics.update(found.metrics())
+    result.protocol.update({f"measure_{name}": value for name, value in found.protocol.items()})
+    write_json(report, {"forms": [asdict(f) for f in found.forms], "absent": found.absent, "protocol": found.protocol})
+    result.artifacts.append((report, "measure"))
 
 
 def _pack(folder: Path, cell: CellConfig, masks: MaskSet | None, result: CellResult) -> None:

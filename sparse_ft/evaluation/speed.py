@@ -27,7 +27,7 @@ class Speed:
     decoding: float
 
 
-@torch.inference_mode()
+@torch.no_grad()  # and not inference_mode: what a module keeps of it could not be trained with afterwards
 def measure_speed(model: PreTrainedModel, batch: int, prompt: int, new: int, repeats: int) -> Speed:
     """Reads ``batch`` random prompts and writes greedily after them; once for warming up, then ``repeats`` times.
 

@@ -74,6 +74,11 @@ class CellConfig(
 
     max_seq_len: int = setting(512, "longest training sequence in tokens; prompts are cut on the left.", least=2)
     score_untuned: bool = setting(True, "score the pruned model before fine-tuning too.")
+    measure: bool = setting(
+        False,
+        "measure bytes and tokens per second of the merged model in every form that its masks allow (docs/serving.md).",
+        later=True,
+    )
     keep: str = setting(
         "adapter",
         "what stays on disk: nothing, the adapter, or the merged checkpoint as well.",

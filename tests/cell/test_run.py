@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 
 import pytest
@@ -72,6 +73,18 @@ def test_every_number_has_its_protocol(run):
     assert [step for step, _ in result.series["train/loss_curve"]] == [1, 2]
     stages = sum(v for k, v in result.metrics.items() if k.startswith("time/") and k != "time/total_seconds")
     assert stages == pytest.approx(result.metrics["time/total_seconds"], rel=0.05, abs=0.2)
+
+
+@pytest.mark.parametrize(
+    ("mode", "forms"), [("sparse_to_dense", {"dense"}), ("sparse_to_sparse", {"masked", "packed"})]
+)
+def test_what_the_merged_model_takes_is_measured_where_it_is_asked_for(run, mode, forms):
+    _, _, result, folder = run(mode=mode, measure=True, sparsity=0.7)
+    measured = {name.split("/")[1] for name in result.metrics if name.startswith("measure/")}
+    assert measured == forms and result.protocol["measure_prompt_tokens"] == 128
+    (report,) = [path for path, place in result.artifacts if place == "measure"]
+    absent = json.loads(report.read_text())["absent"]
+    assert ("shrunk" in absent) == (mode == "sparse_to_sparse") and not (folder / "measured").exists()
 
 
 def test_a_cell_gives_the_same_numbers_after_others_used_the_model(run, bench):

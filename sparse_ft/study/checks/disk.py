@@ -84,6 +84,8 @@ def estimate_disk(plan: Plan, bench: Workbench, workers: int) -> Disk:
         size = model_bytes(cell, bench)
         # Of experts' cells the checkpoint that they begin with, which is no larger, is there too.
         biggest = max(biggest, 2 * size if cell.pruned and cell.method == EXPERTS else size)
+        if cell.measure:  # forms that are written to be measured
+            biggest = max(biggest, 3 * size)
         if cell.recovered:  # cells that begin with one share it
             begin = cell.model, mask_set_of(cell), cell.masks, cell.sparsity, cell.task
             how = (*part_of(RecoverySettings, cell).values(), *part_of(LoraSettings, cell).values(), cell.seed)
