@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from sparse_ft.errors import UserError
 
-__all__ = ["LevelPaths", "level_label", "levels_text", "parse_levels"]
+__all__ = ["LevelPaths", "level_label", "level_steps", "levels_text", "parse_levels"]
 
 
 def parse_levels(text: str) -> tuple[float, ...]:
@@ -44,6 +44,14 @@ def levels_text(levels: Iterable[float]) -> str:
 def level_label(sparsity: float) -> str:
     """The level in percent, for names of files and runs: 0.5 -> ``50``, 0.125 -> ``12.5``."""
     return f"{round(100 * sparsity, 8):.8f}".rstrip("0").rstrip(".")
+
+
+def level_steps(sparsities: Iterable[float]) -> tuple[Callable[[float], int], str]:
+    """How levels become the whole numbers that MLflow takes as steps, and what these count: percent, or tenths of a
+    percent where a level is not a whole percent (12.5 % -> 125)."""
+    whole = all(abs(100 * level - round(100 * level)) < 1e-9 for level in sparsities)
+    scale = 100 if whole else 1000
+    return lambda level: round(scale * level), "percent" if whole else "tenths of a percent"
 
 
 @dataclass(frozen=True)

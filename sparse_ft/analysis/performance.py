@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import pandas as pd
 from sparse_ft.analysis.alike import ways_of_points, why_not_comparable
 from sparse_ft.analysis.style import COLOURS
 from sparse_ft.analysis.table import GROUP, MEAN, grouped_table
+from sparse_ft.levels import level_steps
 from sparse_ft.settings.modes import DENSE, MODES, is_tuned
 
 __all__ = ["CHANCE", "chance_level", "curves", "dense_baseline", "majority_level", "pareto_front", "performance_table"]
@@ -142,7 +143,8 @@ def curves(
 
     Each has ``key`` (stable across calls), ``name``, the identity fields, ``colour`` (of the line: MLflow knows
     no dashes, so every method and mode has its own), and ``points``: metric name ->
-    sorted ``(percent, value)`` with percent a whole number (MLflow's step); values that are not finite or
+    sorted ``(step, value)`` with the step a whole number, as MLflow takes them: percent, or for all curves tenths of
+    it, where a level needs them (``steps`` says which); values that are not finite or
     were not measured are left out, and so are lines of a single point. ``table``: the performance table,
     where it is at hand; ``beside``: the points of tasks scored beside (`sparse_ft.analysis.beside.beside_points`),
     which the curve has as ``eval/NAME/accuracy`` and ``eval/mean_accuracy``.
@@ -151,28 +153,30 @@ def curves(
     fields = [name for name in GROUP if name != "sparsity"]
     lines = table[["series", "variant", "mode"]].drop_duplicates().apply(tuple, axis=1).tolist() if len(table) else []
     result = []
+    step, steps = level_steps(table["sparsity"].dropna())
     for key, group in table.groupby(fields, sort=False, dropna=False):
         curve: dict[str, Any] = dict(zip(fields, key, strict=True))
         if group["sparsity_percent"].nunique() < 2:
             continue
-        points = {metric: _measured(group, column) for metric, column in CURVE_METRICS.items()}
+        points = {metric: _measured(group, column, step) for metric, column in CURVE_METRICS.items()}
         for name, own in _beside(beside, curve):
             metric = f"eval/{MEAN}_accuracy" if name == MEAN else f"eval/{name}/accuracy"
-            points |= {f"{metric}{after}": _measured(own, f"accuracy{after}") for after in ("", "_untuned")}
+            points |= {f"{metric}{after}": _measured(own, f"accuracy{after}", step) for after in ("", "_untuned")}
         points = {metric: measured for metric, measured in points.items() if measured}
         line = f"{MODES[curve['mode']].short} {curve['series']}"
         parts = [line, *(curve[name] for name in ("task", "model", "variant") if curve[name])]
         if points:
             place = lines.index((curve["series"], curve["variant"], curve["mode"]))
             result.append(curve | {"key": "|".join(str(curve[f]) for f in fields), "name": " · ".join(parts),
-                                   "colour": COLOURS[place % len(COLOURS)], "points": points})  # fmt: skip
+                                   "colour": COLOURS[place % len(COLOURS)], "points": points,
+                                   "steps": steps})  # fmt: skip
     return result
 
 
-def _measured(line: pd.DataFrame, column: str) -> list[tuple[int, float]]:
-    """(percent, value) of a line, where both are numbers."""
-    pairs = sorted(zip(line["sparsity_percent"], line[column], strict=True))
-    return [(round(float(p)), float(v)) for p, v in pairs if math.isfinite(v) and math.isfinite(p)]
+def _measured(line: pd.DataFrame, column: str, step: Callable[[float], int]) -> list[tuple[int, float]]:
+    """(step, value) of a line, where both are numbers."""
+    pairs = sorted(zip(line["sparsity"], line[column], strict=True))
+    return [(step(float(level)), float(v)) for level, v in pairs if math.isfinite(v) and math.isfinite(level)]
 
 
 def _beside(points: pd.DataFrame | None, curve: Mapping[str, Any]) -> Iterator[tuple[str, pd.DataFrame]]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from sparse_ft.cell.failures import Failure, classify
 from sparse_ft.cell.result import CellResult
+from sparse_ft.levels import level_steps
 from sparse_ft.masks.statistics import block_sparsities
 from sparse_ft.models.devices import device_name, resolve_device
 from sparse_ft.pruning.output import MaskFile
@@ -124,12 +125,13 @@ def log_mask_inputs(tracker: Tracker, run_id: str, config: MaskConfig, tags: Map
 
 
 def log_masks(tracker: Tracker, run_id: str, files: Sequence[MaskFile]) -> None:
-    """Masks, statistics and pictures as artifacts; sparsity as metrics, with step = sparsity in percent."""
+    """Masks, statistics and pictures as artifacts; sparsity as metrics, whose steps are the levels."""
+    step, steps = level_steps(file.sparsity for file in files)
     curves = {
-        "sparsity/target": [(round(100 * file.sparsity), file.sparsity) for file in files],
-        "sparsity/achieved": [(round(100 * file.sparsity), file.achieved) for file in files],
+        "sparsity/target": [(step(file.sparsity), file.sparsity) for file in files],
+        "sparsity/achieved": [(step(file.sparsity), file.achieved) for file in files],
     }
-    tracker.log(run_id, curves=curves, tags=mask_tags(files))
+    tracker.log(run_id, curves=curves, tags={**mask_tags(files), Tag.STEPS: steps})
     log_mask_files(tracker, run_id, files)
 
 

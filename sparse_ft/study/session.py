@@ -31,6 +31,7 @@ from sparse_ft.study.worker import WorkerSetup
 from sparse_ft.tracking.record import Tag
 from sparse_ft.tracking.runs import Tracker
 from sparse_ft.tracking.stores import artifact_location, tracking_uri, ui_command
+from sparse_ft.tracking.views import study_view
 
 __all__ = ["Session", "resume_command"]
 
@@ -46,12 +47,14 @@ class Session(ABC):
         unit: what is counted, in words.
         total: how many of them the study has.
         tracker, start, phases: the store, the study's run and what has come out; once it has been started.
+        view: the address of its cells in a browser; empty before its end.
     """
 
     unit: ClassVar[str] = "cells"
     tracker: Tracker
     start: Start
     phases: Phases
+    view: str = ""
 
     def __init__(self, config: SweepConfig, plan: Plan):
         self.config, self.plan, self.total = config, plan, len(plan.cells)
@@ -160,6 +163,7 @@ class Session(ABC):
         """Whether all went well and nothing could still be run. What goes wrong here is said, and the study can be
         resumed for it: the cells are safe."""
         try:
+            self.view = self._view()
             self.finish()
         except Exception as error:
             failure = classify(error)
@@ -177,6 +181,8 @@ class Session(ABC):
                 f"training and scoring a cell took {mean:.2f} s on average, {worst:.2f} s at most"
             )
         self._print(f"everything, in a browser: {ui_command(self.tracker.uri)}")
+        if self.view:
+            self._print(f"this study's {self.unit}, with their columns: {self.view}")
         again = resume_command(self.config, self.start.parent, (hole.kind for hole in phases.holes))
         if phases.holes:
             self.console.print(holes_table(phases.holes))
@@ -187,6 +193,11 @@ class Session(ABC):
             )
         if phases.stopped:
             self._print(f"the study was stopped: {phases.stopped}; the rest was not run: {again}", style="red")
+
+    def _view(self) -> str:
+        varied = ("model", "task", "seed")
+        axes = [name for name in varied if len({getattr(cell, name) for cell in self.plan.configs}) > 1]
+        return study_view(self.tracker, self.start.parent, [f"cfg/{name}" for name in axes])
 
     def _print(self, text: str, style: str | None = None) -> None:
         self.console.print(text, style=style, highlight=False, soft_wrap=True)

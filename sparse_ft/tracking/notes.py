@@ -4,18 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["EXPERIMENT_NOTE", "OURS", "command_block", "markdown_table"]
+__all__ = ["CURVES_NOTE", "EXPERIMENT_NOTE", "OURS", "command_block", "markdown_table"]
 
 OURS = "*Written by sparse_ft; a note without this line is left alone.*"
 
 EXPERIMENT_NOTE = f"""Runs of sparse_ft: language models, pruned and fine-tuned.
 
 - **What is a run.** The tag `kind` says it: a *study* has its *cells* (one model, task, method, sparsity, mode and seed
-  each) and its *masks* below it; *curve* runs are lines of its figures, *analysis* and *validation* stand alone.
+  each) and its *masks* below it; *curves* have an experiment of their own, *analysis* and *validation* stand alone.
 - **Where the answer is.** In the note of a study's run, and on the page `report/report.html` among its artifacts.
 - **How to read the table.** Filter `tags.kind = 'cell'`; columns `eval/accuracy`, `eval/perplexity`,
   `sparsity/achieved`, `sparsity/violations` (0, or something is broken), `failure_class`.
 - **How to do it again.** Every run has the tag `command`.
+
+{OURS}
+"""
+
+
+CURVES_NOTE = f"""Lines of the figures of sparse_ft's studies, a run each: open *Chart*, or select runs and *Compare*,
+and take a metric against *Step*, which is the sparsity in percent, or in tenths of it where the tag `steps` says so.
 
 {OURS}
 """

@@ -50,6 +50,7 @@ class Tag(StrEnum):
     CELL_KEY = "cell_key"
     MASK_KEY = "mask_key"
     CURVE_KEY = "curve_key"
+    STEPS = "steps"  # of a curve: what they count; see `sparse_ft.levels.level_steps`
     ATTEMPT = "attempt"
     WORKER = "worker"
     REDUCED_BATCH = "reduced_batch"

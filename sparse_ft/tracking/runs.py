@@ -124,7 +124,7 @@ class Tracker(Reader):
     def start(self, name: str, tags: Mapping[str, Any] | None = None) -> str:
         """The id of this process's own run: the one ``mlflow run`` made for it, or a new one. It is RUNNING."""
         adopted = os.environ.get("MLFLOW_RUN_ID")
-        self._describe_experiment()
+        self._describe_experiment(self.experiment_id, EXPERIMENT_NOTE)
         if not adopted:
             return self._create(self.experiment_id, name, tags or {})
         self._adopted(adopted)
@@ -133,6 +133,16 @@ class Tracker(Reader):
         found = {name: value for name, value in provenance().items() if name not in self._said[adopted]}
         self.log(adopted, tags={**found, **(tags or {})})
         return adopted
+
+    def beside(self, name: str, note: str) -> str:
+        """The id of another experiment of this store, made with a note where it is not there."""
+        experiment_id = self._ensure_experiment(name)
+        self._describe_experiment(experiment_id, note)
+        return experiment_id
+
+    def start_in(self, experiment_id: str, name: str, tags: Mapping[str, Any] | None = None) -> str:
+        """The id of a new run in an experiment."""
+        return self._create(experiment_id, name, tags or {})
 
     def start_child(self, parent_run_id: str | None, name: str, tags: Mapping[str, Any] | None = None) -> str:
         """The id of a new run below ``parent_run_id``, in its experiment; without one, a run by itself."""
@@ -284,10 +294,10 @@ class Tracker(Reader):
         self._experiments[run.info.run_id] = experiment_id
         return run.info.run_id
 
-    def _describe_experiment(self) -> None:
-        """Says how to read the experiment, where nobody has said anything of it."""
-        if Tag.NOTE not in self.client.get_experiment(self.experiment_id).tags:
-            self.client.set_experiment_tag(self.experiment_id, Tag.NOTE.value, EXPERIMENT_NOTE)
+    def _describe_experiment(self, experiment_id: str, note: str) -> None:
+        """Says how to read an experiment, where nobody has said anything of it."""
+        if Tag.NOTE not in self.client.get_experiment(experiment_id).tags:
+            self.client.set_experiment_tag(experiment_id, Tag.NOTE.value, note)
 
     def _adopted(self, run_id: str) -> str:
         """The experiment of the run that ``mlflow run`` made; remembers which parameters it has already."""

@@ -142,6 +142,8 @@ def test_seeds_make_one_curve_of_means():
 
 def test_a_single_point_is_no_curve():
     assert curves(cell_table([cell()])) == [] == curves(cell_table([]))
+    (fine,) = curves(cell_table([cell(sparsity=level) for level in (0.5, 0.625)]))
+    assert ([step for step, _ in fine["points"]["eval/accuracy"]], fine["steps"]) == ([500, 625], "tenths of a percent")
     assert len(curves(cell_table(demo()))) == 2
 
 

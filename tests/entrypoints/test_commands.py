@@ -175,7 +175,7 @@ def test_analyze_writes_its_own_run_and_curves_only_once(command, tmp_path, stud
         status, _, _ = command("analyze", parent_run_id=study_of_two, output_dir=tmp_path / "analysis")
         assert status == 0
         runs = Tracker().search()
-        counts.append(sum(run.tags.get("kind") == "curve" for run in runs))
+        counts.append(len(Tracker(experiment="sparse_ft curves").search()))
     assert counts == [1, 1]
     assert (tmp_path / "analysis" / "summary.csv").is_file()
     analyses = [run for run in runs if run.tags.get("kind") == "analysis"]

@@ -1,3 +1,5 @@
+import json
+import re
 import shlex
 from pathlib import Path
 
@@ -81,14 +83,21 @@ def test_a_level_of_many_digits_is_the_level_that_was_asked(run_study):
     assert cell.metrics["sparsity/achieved"] == pytest.approx(0.123456789, abs=1e-4)  # of tensors this small
 
 
-def test_curves_have_the_sparsity_as_step(run_study):
+def test_curves_have_the_sparsity_as_step_and_stand_apart(run_study, capsys):
     grid = {"model": ["tiny-llama"], "sparsity": [0.3, 0.6], "mode": ["sparse_to_sparse"]}
-    _, tracker, _, children = run_study(grid, dense_baseline=False)
-    curves = _of(children, "curve")
+    _, tracker, parent, children = run_study(grid, dense_baseline=False)
+    curves = Tracker(experiment="sparse_ft curves").search()
+    assert _of(children, "curve") == [] and {run.parent_run_id for run in curves} == {parent.run_id}
     assert [run.params["cfg/mode"] for run in curves] == ["sparse_to_sparse"]
     by_level = {round(float(run.params["cfg/sparsity"]) * 100): run for run in _of(children, "cell")}
     points = tracker.curve(curves[0].run_id, "eval/accuracy")
     assert points == [(level, by_level[level].metrics["eval/accuracy"]) for level in (30, 60)]
+    shown = capsys.readouterr().out
+    address = re.search(r"http://127\.0\.0\.1:5000/#/experiments/(\d+)/runs\?viewStateShareKey=(\w+)", shown)
+    assert address.groups() == (parent.experiment_id, parent.run_id)
+    tags = tracker.client.get_experiment(parent.experiment_id).tags
+    view = json.loads(tags[f"mlflow.sharedViewState.{parent.run_id}"])
+    assert len(tracker.search(view["searchFilter"])) == 2 and "metrics.`eval/accuracy`" in view["selectedColumns"]
 
 
 def test_a_failed_cell_says_why_and_costs_only_itself(run_study, capsys):

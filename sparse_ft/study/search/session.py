@@ -13,6 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from sparse_ft.errors import UserError
 from sparse_ft.files import write_json
+from sparse_ft.levels import level_steps
 from sparse_ft.settings.cell import CellConfig, mask_set_of
 from sparse_ft.settings.commands import SweepConfig
 from sparse_ft.settings.field import named
@@ -134,8 +135,9 @@ class Search(Session):
         for trial in best:
             tracker.log(trial.user_attrs["run_id"], tags={Tag.BEST: True})
         if len(names) == 2:
-            points = {round(100 * trial.values[1]): trial.values[0] for trial in best}
-            tracker.log(parent, curves={"pareto/accuracy": sorted(points.items())})
+            step, steps = level_steps(trial.values[1] for trial in best)
+            points = {step(trial.values[1]): trial.values[0] for trial in best}
+            tracker.log(parent, curves={"pareto/accuracy": sorted(points.items())}, tags={Tag.STEPS: steps})
         elif best:
             tags = {best_name(key): value for key, value in best[0].params.items()}
             tracker.log(parent, metrics={best_name(names[0]): best[0].values[0]}, tags=tags)
