@@ -75,8 +75,8 @@ def _is_final(metric: str) -> bool:
 
 
 def _measured_on(metric: str) -> str | None:
-    if not metric.startswith("eval/"):
-        return None  # counted in the weights
+    if not metric.startswith("eval/") or metric.count("/") > 1:
+        return None  # counted in the weights; or on the rows of another task, which its name says
     if metric.count("/") > 1 or metric.startswith("eval/mean_"):
         return None  # of other tasks, whose protocol names their rows
     return PERPLEXITY if metric.startswith("eval/perplexity") else EVALUATION

@@ -298,6 +298,8 @@ class Tracker(Reader):
         """Says how to read an experiment, where nobody has said anything of it."""
         if Tag.NOTE not in self.client.get_experiment(experiment_id).tags:
             self.client.set_experiment_tag(experiment_id, Tag.NOTE.value, note)
+            # Else the pages take it for one of agents, and call models their versions.
+            self.client.set_experiment_tag(experiment_id, "mlflow.experimentKind", "custom_model_development")
 
     def _adopted(self, run_id: str) -> str:
         """The experiment of the run that ``mlflow run`` made; remembers which parameters it has already."""
