@@ -217,7 +217,8 @@ def _record(run: Run) -> dict[str, Any]:
             # A task's name is kept as it is: protocol_score/piqa.
             record[f"{group}_{name if name.startswith('score') else name.replace('/', '_')}"] = _value(value)
     for key, value in run.metrics.items():
-        record[_metric_name(key)] = _number(value)
+        if not key.startswith("system/"):  # of the machine, not of the cell
+            record[_metric_name(key)] = _number(value)
     # A store's times are whole milliseconds; the difference of two in seconds has lost digits.
     record["minutes"] = math.nan if run.seconds is None else round(1000 * run.seconds) / 60_000
     record |= {name: run.tags.get(name) for name in TAGS}

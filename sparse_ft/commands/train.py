@@ -78,7 +78,7 @@ def _run(config: TrainConfig, given: GivenMasks | None, bench: Workbench) -> int
     identity = cell_identity(config, bench, trainer.name)
     tracker, folder = Tracker(), Path(config.output_dir)
     run_id = tracker.start(config.title, {Tag.KIND: Kind.CELL})
-    with recorded(tracker, run_id):
+    with recorded(tracker, run_id), tracker.system_metrics(run_id, after=10):
         log_cell_inputs(tracker, run_id, config, identity, tags=device_tags(config.device))
         tracker.log_inputs(run_id, cell_inputs(config, identity, bench))
         masks = given.file if given else None

@@ -28,6 +28,7 @@ from sparse_ft.tracking.runs import Tracker
 
 __all__ = ["Worker", "WorkerSetup", "beyond_work", "close_lost"]
 
+_LONG = 10.0  # seconds from which on a job's use of the machine is logged
 _PAUSE = 5.0  # seconds that a store or a network gets to come back before the next try
 _WORK = ("time/train_", "time/eval_")  # stages of any name that begins so; the rest of a cell's time is overhead
 
@@ -94,7 +95,8 @@ class Worker:
             return Outcome(job, "", "FAILED", time.monotonic() - began, failure=classify(error))
         opened(run_id)
         try:
-            done = self._cell(job, run_id, began) if job.is_cell else self._masks(job, run_id, began)
+            with self._tracker.system_metrics(run_id, after=_LONG):  # of where the work is done
+                done = self._cell(job, run_id, began) if job.is_cell else self._masks(job, run_id, began)
             if done.failure is None:
                 self._tracker.finish(run_id)
             return done

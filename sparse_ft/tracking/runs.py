@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -189,17 +191,33 @@ class Tracker(Reader):
             self.finish(run_id)
 
     @contextmanager
-    def system_metrics(self, run_id: str, seconds: float = 10) -> Iterator[None]:
-        """Logs CPU, memory, disk, network and GPU use of this machine while the block runs, from a thread."""
-        with quiet_mlflow():
+    def system_metrics(self, run_id: str, seconds: float = 10, after: float = 0) -> Iterator[None]:
+        """Logs CPU, memory, disk, network and GPU use of this machine while the block runs, from a thread.
+
+        Args:
+            run_id: whose.
+            seconds: from one sample to the next.
+            after: a block that is over sooner, in seconds, costs nothing and logs nothing.
+        """
+        logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)
+        begun: list[SystemMetricsMonitor] = []
+
+        def begin() -> None:
             monitor = SystemMetricsMonitor(
                 run_id, sampling_interval=seconds, tracking_uri=self.uri, resume_logging=True
             )
             monitor.start()
+            begun.append(monitor)
+
+        timer = threading.Timer(after, begin)
+        timer.daemon = True
+        timer.start()
         try:
             yield
         finally:
-            with quiet_mlflow():
+            timer.cancel()
+            timer.join()
+            for monitor in begun:
                 monitor.finish()
 
     # -- what is logged
