@@ -40,6 +40,7 @@ POINT_MEASURES = (
     "accuracy_remask_gap", "accuracy_remask_gap_error", "perplexity_ratio_remask", "perplexity_ratio_remask_error",
     "sparsity_achieved", "sparsity_after_merge", "train_tokens_per_second", "train_tokens_per_second_std",
     "train_samples_per_second", "eval_samples_per_second", "eval_samples_per_second_std", "peak_bytes",
+    "measured_tokens_per_second", "measured_tokens_per_second_std", "measured_bytes",
 )  # fmt: skip
 
 CURVE_METRICS = {

@@ -46,7 +46,7 @@ RESULTS = (
     "accuracy_remasked", "accuracy_stderr_remasked", "loss_remasked", "loss_stderr_remasked",
     "perplexity_remasked", "perplexity_stderr_remasked",
     "train_loss", "train_tokens_per_second", "train_samples_per_second", "eval_samples_per_second",
-    "peak_bytes", "minutes",
+    "measured_tokens_per_second", "measured_bytes", "peak_bytes", "minutes",
 )  # fmt: skip
 # Columns of the tags' own names.
 TAGS = tuple(
@@ -219,6 +219,8 @@ def _record(run: Run) -> dict[str, Any]:
     for key, value in run.metrics.items():
         if not key.startswith("system/"):  # of the machine, not of the cell
             record[_metric_name(key)] = _number(value)
+    record["measured_tokens_per_second"] = max(_measured(run, "/decoding_tokens_per_second_batch_8"), default=math.nan)
+    record["measured_bytes"] = min(_measured(run, "/disk_bytes"), default=math.nan)
     # A store's times are whole milliseconds; the difference of two in seconds has lost digits.
     record["minutes"] = math.nan if run.seconds is None else round(1000 * run.seconds) / 60_000
     record |= {name: run.tags.get(name) for name in TAGS}
@@ -227,6 +229,12 @@ def _record(run: Run) -> dict[str, Any]:
     if "no_weight_moved: " in (record["warning"] or ""):
         _not_tuned(record)
     return record
+
+
+def _measured(run: Run, what: str) -> list[float]:
+    """A number of every form of the cell's model that was measured (``measure/FORM/...``)."""
+    names = (name for name in run.metrics if name.startswith("measure/") and name.endswith(what))
+    return [value for name in names if not math.isnan(value := _number(run.metrics[name]))]
 
 
 def _not_tuned(record: dict[str, Any]) -> None:

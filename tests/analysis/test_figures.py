@@ -11,7 +11,7 @@ from synthetic import cell, demo, study
 
 from sparse_ft.analysis.figures import CHARTS, curve_figure
 from sparse_ft.analysis.maps import heatmap_figure, layer_figure
-from sparse_ft.analysis.pareto import pareto_figure
+from sparse_ft.analysis.pareto import measured_pareto, pareto_figure
 from sparse_ft.analysis.performance import performance_table
 from sparse_ft.analysis.style import drawing, looks, save_figure
 from sparse_ft.analysis.table import cell_table, grouped_table
@@ -48,6 +48,8 @@ def drawn(name, kind):
     with drawing():
         if name == "pareto":
             return pareto_figure(table)
+        if name == "pareto_measured":
+            return measured_pareto(table)
         if name == "heatmaps":
             return heatmap_figure(table)
         if name == "layers":
@@ -77,7 +79,7 @@ def boxes(figure):
 
 
 FULL = ("accuracy", "pareto", "heatmaps", "layers")  # other curves have the panels of the first
-EVERY = (*NAMES, "pareto", "heatmaps", "layers")
+EVERY = (*NAMES, "pareto", "pareto_measured", "heatmaps", "layers")
 
 
 @pytest.mark.parametrize(
@@ -209,6 +211,16 @@ def test_speeds_begin_at_zero_so_that_noise_does_not_look_like_a_result():
         assert {axes.get_ylim()[0] for axes in panels} == {0.0}
         # The topmost marker is whole.
         assert all(axes.get_ylim()[1] >= 1.05 * max(max(line.get_ydata()) for line in axes.lines) for axes in panels)
+
+
+def test_a_measured_cell_is_shown_in_its_fastest_and_in_its_smallest_form():
+    _, table = tables("demo")
+    dense, sparse = table[table["mode"] == "dense"].iloc[0], table[table["mode"] != "dense"].iloc[0]
+    level = sparse["sparsity"]
+    assert sparse["measured_tokens_per_second"] == pytest.approx(40 + 10 * level)
+    assert sparse["measured_bytes"] == pytest.approx(4e6 * (1.07 - level)) and dense["measured_bytes"] == 4e6
+    unmeasured = table.assign(measured_tokens_per_second=np.nan)
+    assert measured_pareto(unmeasured) is None and measured_pareto(table) is not None
 
 
 def test_no_accuracy_below_zero_is_drawn_where_all_of_them_are_zero():

@@ -25,7 +25,7 @@ def test_all_files_are_there(written):
     assert TABLES | {"protocol.json", "report.html", "figures", "baseline_joined.csv",
                      "baseline_not_comparable.csv"} == names  # fmt: skip
     assert {path.suffix for path in (folder / "figures").iterdir()} == {".png", ".svg"}
-    assert len(result.figures) == 13 and not result.skipped
+    assert len(result.figures) == 16 and not result.skipped
     assert set(result.files) == {path for path in folder.rglob("*") if path.is_file()}
 
 
@@ -43,7 +43,7 @@ def test_the_tables_read_back(written):
 def test_the_page_holds_everything_and_points_nowhere(written):
     folder, result = written
     page = (folder / "report.html").read_text("utf-8")
-    assert page.count("data:image/svg+xml;base64,") == 13
+    assert page.count("data:image/svg+xml;base64,") == 16
     assert result.sentences[0].text.split(" (")[0] in page
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
     assert 'http-equiv="Content-Security-Policy" content="default-src \'none\'' in page
@@ -81,7 +81,7 @@ def test_figures_that_nobody_asked_for_are_not_drawn_and_the_page_says_so(tmp_pa
     write_analysis([cell()], tmp_path)
     result = write_analysis([cell()], tmp_path, figures=False)
     assert not result.figures and not list((tmp_path / "figures").iterdir())
-    assert len(result.skipped) == 13 and set(result.skipped.values()) == {"figures: none"}
+    assert len(result.skipped) == 16 and set(result.skipped.values()) == {"figures: none"}
     assert "Nothing to draw (figures: none)." in (tmp_path / "report.html").read_text("utf-8")
 
 
