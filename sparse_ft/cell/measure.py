@@ -28,11 +28,13 @@ from sparse_ft.models.names import slots
 from sparse_ft.models.packing import is_masked, pack_checkpoint
 from sparse_ft.progress import SILENT, Progress
 from sparse_ft.pruning.shrink import shrink_checkpoint
+from sparse_ft.settings import modes
 from sparse_ft.settings.commands import MeasureSettings
 
 __all__ = ["FORMS", "Form", "Measurement", "lines", "measure_forms"]
 
-DENSE, MASKED, SHRUNK, SEMI_STRUCTURED, PACKED = FORMS = ("dense", "masked", "shrunk", "semi_structured", "packed")
+FORMS = (modes.DENSE.name, "masked", "shrunk", "semi_structured", "packed")
+DENSE, MASKED, SHRUNK, SEMI_STRUCTURED, PACKED = FORMS
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ def cell_note(cell: CellConfig, result: CellResult, command: str | None) -> str:
     metrics, mode = result.metrics, MODES[cell.mode]
     stages = {"pruned": "_untuned", "recovered": "_recovered", "tuned": "", "masked again": "_remasked"}
     if not mode.trains:
-        stages = {"pruned" if cell.pruned else "dense": ""}
+        stages = {"pruned" if cell.pruned else "not pruned": ""}
     elif not cell.pruned:
         stages = {"untuned": "_untuned", "tuned": ""}
     rows = [

@@ -148,7 +148,8 @@ def evaluate(
             protocol.update(perplexity_windows=found.windows, perplexity_tokens=found.tokens)
     beside = None
     if suite:
-        beside = score_suite(model, tokenizer, suite, settings, progress, {(name, shots): results})
+        known = {(name, shots): results} if settings.limit_beside == settings.eval_limit else {}
+        beside = score_suite(model, tokenizer, suite, settings, progress, known)
         metrics |= beside.metrics
         protocol |= beside.protocol
     return Evaluation(check_metrics(metrics), protocol, every if settings.keep_samples else [], beside)

@@ -110,7 +110,7 @@ def _results(
             return lm_eval.evaluator.evaluate(
                 scorer,
                 loaded,
-                limit=settings.eval_limit,
+                limit=settings.limit_beside,
                 apply_chat_template=settings.chat_template,
                 fewshot_as_multiturn=settings.chat_template,
             )
@@ -150,7 +150,7 @@ def _protocol(
         "task_version": versions.get(item.name),
         "num_fewshot": _each(task.config.num_fewshot or 0 for task in tasks),
         "split": _each(map(eval_split, tasks)),
-        "limit": "none" if settings.eval_limit is None else settings.eval_limit,
+        "limit": "none" if settings.limit_beside is None else settings.limit_beside,
         "samples": count,
         "questions_sha256": questions_digest(sample for samples in asked.values() for sample in samples),
         "chance": "none" if guess is None else f"{guess:.6g}",

@@ -68,6 +68,9 @@ class ScoringSettings(Settings):
         later=True,
     )
     eval_limit: int | None = setting(None, "score this many examples, or none for all.", least=1)
+    score_limit: int | Literal["auto"] | None = setting(
+        AUTO, "examples of each task of score, or none for all; auto is eval_limit.", least=1, later=True
+    )
     eval_batch_size: int | Literal["auto"] = setting("auto", "sequences scored at a time, or auto.", least=1)
     num_fewshot: int | None = setting(
         None, "examples in the prompt, or none for the task's own number.", least=0, named=True
@@ -96,6 +99,11 @@ class ScoringSettings(Settings):
     keep_samples: bool = setting(False, "keep what the model answered to every question, as an artifact.", result=False)
 
     @property
+    def limit_beside(self) -> int | None:
+        """How many examples of each task of ``score`` are scored; None: all."""
+        return self.eval_limit if self.score_limit == AUTO else self.score_limit
+
+    @property
     def leaves_perplexity_open(self) -> bool:
         """Whether nothing is said of what perplexity is measured on."""
         return all(getattr(self, name) == AUTO for name in TASK_TEXT)
@@ -110,7 +118,9 @@ class ScoringSettings(Settings):
         yield from super().problems()
         if isinstance(self.eval_batch_size, str) and self.eval_batch_size != "auto":
             yield f"eval_batch_size is '{self.eval_batch_size}'; it must be auto, or a number."
-        for name in ("perplexity_seq_len", "perplexity_tokens"):
+        if self.score_limit != AUTO and not self.score:
+            yield f"score_limit is {self.score_limit}, and score is none; give score too, or leave it out."
+        for name in ("score_limit", "perplexity_seq_len", "perplexity_tokens"):
             if isinstance(value := getattr(self, name), str) and value != AUTO:
                 yield f"{name} is '{value}'; it must be auto, or a number."
         problem = corpus_problem("perplexity_corpus", self.settled().perplexity_corpus)

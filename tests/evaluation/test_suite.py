@@ -9,6 +9,7 @@ import pytest
 from lm_eval.tasks import TaskManager
 from suite import NAMES, SUBJECTS, write_group, write_suite
 
+from sparse_ft.errors import UserError
 from sparse_ft.evaluation import ScoringSettings, evaluate
 from sparse_ft.models.loading import load_model, load_tokenizer
 from sparse_ft.tasks.definitions import load_task, quiet, write_lm_eval_task
@@ -87,6 +88,20 @@ def test_every_task_and_the_mean_are_those_of_lm_eval(parts, folder, data, tmp_p
     assert alone.protocol.items() <= found.protocol.items() and alone.suite is None
 
 
+def test_tasks_beside_may_have_more_questions_than_the_task_itself(parts, data):
+    task = load_task("boolq", data)
+    found = evaluate(
+        *parts, task, replace(SMALL, score=("boolq", "piqa"), score_limit=5), suite=load_suite(["boolq", "piqa"], data)
+    )
+    more = evaluate(*parts, task, replace(SMALL, eval_limit=5), suite=load_suite(["piqa"], data))
+    assert found.metrics["boolq/acc_stderr"] == more.metrics["acc_stderr"]
+    assert found.metrics["piqa/acc_stderr"] == more.metrics["piqa/acc_stderr"]
+    assert found.protocol["limit"] == 3
+    assert all("limit=5; samples=5; " in found.protocol["score"][name] for name in ("boolq", "piqa"))
+    with pytest.raises(UserError, match="score_limit is 5, and score is none"):
+        replace(SMALL, score_limit=5).check()
+
+
 def test_a_group_is_that_of_lm_eval_with_examples_in_its_prompts(parts, folder, data, groups, tmp_path):
     suite = load_suite(["tiny_all:5"], data, groups)
     found = evaluate(*parts, load_task("boolq", data), replace(SMALL, keep_samples=True), suite=suite)
@@ -140,7 +155,5 @@ def test_a_chat_template_is_applied_as_lm_eval_does(parts, data, groups, tmp_pat
 
 
 def test_without_a_chat_template_there_is_one_line(parts, data):
-    from sparse_ft.errors import UserError
-
     with pytest.raises(UserError, match="has no chat template; take the model's instruct version"):
         evaluate(*parts, load_task("boolq", data), replace(SMALL, chat_template=True))
