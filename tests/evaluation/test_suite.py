@@ -90,16 +90,15 @@ def test_every_task_and_the_mean_are_those_of_lm_eval(parts, folder, data, tmp_p
 
 def test_tasks_beside_may_have_more_questions_than_the_task_itself(parts, data):
     task = load_task("boolq", data)
-    found = evaluate(
-        *parts, task, replace(SMALL, score=("boolq", "piqa"), score_limit=5), suite=load_suite(["boolq", "piqa"], data)
-    )
-    more = evaluate(*parts, task, replace(SMALL, eval_limit=5), suite=load_suite(["piqa"], data))
+    names = ("boolq", "piqa")
+    found = evaluate(*parts, task, replace(SMALL, score=names, score_limit=4), suite=load_suite(names, data))
+    more = evaluate(*parts, task, replace(SMALL, eval_limit=4), suite=load_suite(["piqa"], data))
     assert found.metrics["boolq/acc_stderr"] == more.metrics["acc_stderr"]
     assert found.metrics["piqa/acc_stderr"] == more.metrics["piqa/acc_stderr"]
     assert found.protocol["limit"] == 3
-    assert all("limit=5; samples=5; " in found.protocol["score"][name] for name in ("boolq", "piqa"))
-    with pytest.raises(UserError, match="score_limit is 5, and score is none"):
-        replace(SMALL, score_limit=5).check()
+    assert all("limit=4; samples=4; " in found.protocol["score"][name] for name in names)
+    with pytest.raises(UserError, match="score_limit is 4, and score is none"):
+        replace(SMALL, score_limit=4).check()
 
 
 def test_a_group_is_that_of_lm_eval_with_examples_in_its_prompts(parts, folder, data, groups, tmp_path):
