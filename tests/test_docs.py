@@ -21,6 +21,7 @@ from documents import PAGES, ROOT, SHELL_WORDS, Command, anchors, blocks, comman
 from sparse_ft import cli
 from sparse_ft.settings.parser import Parser
 from sparse_ft.study.study_file import load_study
+from sparse_ft.tracking.runs import Tracker
 
 MLPROJECT = yaml.safe_load((ROOT / "MLproject").read_text())["entry_points"]
 STEPS = {name: command.parameters for name, command in cli.COMMANDS.items()}
@@ -198,6 +199,16 @@ def test_the_first_steps_run_as_they_are_written(monkeypatch, tmp_path, capsys):
     assert "0 violations" in capsys.readouterr().out
     report = (tmp_path / "outputs/analysis/report.html").read_text(encoding="utf-8")
     assert "Published numbers" in report and "BoolQ on tiny-llama" in report
+
+
+def test_our_commands_log_into_a_run_of_your_own(made_store, tmp_path, monkeypatch):
+    (body,) = blocks("docs/results.md", "python")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(body, "docs/results.md", "exec"), {})
+    (run,) = Tracker.reading("Default").search()
+    assert (run.name, run.status, run.tags["kind"]) == ("masks for the appendix", "FINISHED", "masks")
+    assert run.params["asked_by"] == "reviewer 2" and run.metrics["mine/score"] == 1.0
+    assert run.metrics["sparsity/achieved"] == 0.7
 
 
 @pytest.mark.parametrize("page", PAGES)

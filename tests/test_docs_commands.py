@@ -47,6 +47,7 @@ RUN = {
     r"mlflow run \. -e sweep .* -P config=configs/tiny_full.yaml .*": BY_HAND + "its time stands in docs/benchmarks.md",
     r"mlflow run \. -e sweep .* -P config=configs/smoke.yaml": CI,
     r"mlflow run \. -e train .* -P num_fewshot=10 .*": BY_HAND + "its scores stand in docs/design.md",
+    r"mlflow run GIT_URL -e compute_masks .*": BY_HAND + "from a clone that git daemon serves",
     r"mlflow run \. -e compute_masks --env-manager uv .*": BY_HAND + "uv 0.13.9",
     r"mlflow run \. -e (compute_masks|train) .* -P model=tiny-llama .*": STARTED,
     r"mlflow run \. -e (compute_masks|train) .* -P model=tiny-mixtral -P method=experts .*": EXPERTS,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -70,7 +69,7 @@ def start_study(tracker: Tracker, plan: Plan, config: SweepConfig, console: Cons
     else:
         for line in _resumed(tracker, start, plan, study, identity):
             console.print(line, highlight=False, soft_wrap=True)
-        if adopted := os.environ.get("MLFLOW_RUN_ID"):  # the run that `mlflow run` made for this start
+        if adopted := tracker.adopted:  # the run that `mlflow run` made for this start
             tracker.log(adopted, tags={Tag.KIND: Kind.RESUME, Tag.RESUMES: parent})
     command = command_line("sweep", config, ("resume",))
     tracker.log_dict(parent, study, STUDY_FILE)
@@ -152,7 +151,7 @@ def _check_alone(tracker: Tracker, parent: str, mine: str, key: str | None) -> N
         older = (other.start_time, other.run_id) < (run.start_time, parent)
         if older and (alive := living_driver(tracker, other)) is not None:
             tracker.finish(parent, "KILLED")
-            if not os.environ.get("MLFLOW_RUN_ID"):
+            if not tracker.adopted:
                 tracker.delete(parent)
             raise _running_already(other, alive)
 

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -54,7 +55,8 @@ class Tracker(Reader):
     Args:
         uri: the store; by default ``MLFLOW_TRACKING_URI``, else sqlite in the project root.
         experiment: its name; by default that of the run that ``mlflow run`` made for this process
-            (``MLFLOW_RUN_ID``), else ``MLFLOW_EXPERIMENT_NAME``, else ``sparse_ft``.
+            (``MLFLOW_RUN_ID``), or that ``mlflow.start_run()`` has around it, else ``MLFLOW_EXPERIMENT_NAME``, else
+            ``sparse_ft``.
 
     Raises:
         UserError: the store cannot be reached or written, the run to adopt is not in it, or the experiment
@@ -70,7 +72,7 @@ class Tracker(Reader):
         try:
             with quiet_mlflow(), store_lock(self.uri):
                 self.client = MlflowClient(self.uri)
-                adopted = os.environ.get("MLFLOW_RUN_ID")
+                adopted = _run_around()
                 if experiment is None and adopted:
                     self.experiment_id = self._adopted(adopted)
                 else:
@@ -85,7 +87,7 @@ class Tracker(Reader):
         uri = tracking_uri()
         if not exists(uri):
             return None
-        if not os.environ.get("MLFLOW_RUN_ID"):
+        if not _run_around():
             reachable(uri)
             with quiet_mlflow(), store_lock(uri):
                 name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or "sparse_ft"
@@ -118,19 +120,25 @@ class Tracker(Reader):
         if experiment not in known and experiment not in known.values():
             names = ", ".join(sorted(known.values())) or "none"
             raise UserError(f"there is no experiment '{experiment}' in {uri}; it has {names}")
-        adopted = os.environ.get("MLFLOW_RUN_ID")
+        adopted = _run_around()
         return cls(uri, None if adopted else experiment if experiment in known.values() else known[experiment])
 
     # -- runs
 
+    @property
+    def adopted(self) -> str | None:
+        """The run that was there before us, which `start` takes; None: it makes one."""
+        return _run_around()
+
     def start(self, name: str, tags: Mapping[str, Any] | None = None) -> str:
         """The id of this process's own run: the one ``mlflow run`` made for it, or a new one. It is RUNNING."""
-        adopted = os.environ.get("MLFLOW_RUN_ID")
+        adopted = _run_around()
         self._describe_experiment(self.experiment_id, EXPERIMENT_NOTE)
         if not adopted:
             return self._create(self.experiment_id, name, tags or {})
         self._adopted(adopted)
-        self.client.update_run(adopted, status="RUNNING", name=name)
+        own = name if os.environ.get("MLFLOW_RUN_ID") else None  # somebody's own run keeps the name that he gave it
+        self.client.update_run(adopted, status="RUNNING", name=own)
         # Of what `mlflow run` has said itself (project, user, commit) nothing is said otherwise.
         found = {name: value for name, value in provenance().items() if name not in self._said[adopted]}
         self.log(adopted, tags={**found, **(tags or {})})
@@ -348,6 +356,16 @@ class Tracker(Reader):
                 f"{found.experiment_id}) or choose another name"
             )
         return found.experiment_id
+
+
+def _run_around() -> str | None:
+    """The run that everything of this process belongs to: the one that ``mlflow run`` made for it, else the one that
+    somebody has started around our code with ``mlflow.start_run()``."""
+    if given := os.environ.get("MLFLOW_RUN_ID"):
+        return given
+    fluent = sys.modules.get("mlflow.tracking.fluent")
+    active = fluent.active_run() if fluent is not None else None
+    return active.info.run_id if active is not None else None
 
 
 def _plain_tags(tags: Mapping[str, Any]) -> dict[str, str]:

@@ -197,6 +197,20 @@ def test_a_run_to_adopt_that_is_elsewhere(uri: str, monkeypatch: pytest.MonkeyPa
         Tracker(uri)
 
 
+def test_a_run_that_somebody_has_around_our_code_is_his_and_ours(tracker: Tracker, monkeypatch: pytest.MonkeyPatch):
+    import mlflow
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracker.uri)
+    with mlflow.start_run(experiment_id=tracker.experiment_id, run_name="mine") as mine:
+        ours = Tracker()
+        assert ours.start("masks", {"kind": "masks"}) == mine.info.run_id
+        ours.finish(mine.info.run_id)
+        mlflow.log_metric("score", 1.0)
+    run = tracker.run(mine.info.run_id)
+    assert (run.name, run.tags["kind"], run.metrics, run.status) == ("mine", "masks", {"score": 1.0}, "FINISHED")
+    assert Tracker(tracker.uri, "study").start("another") != mine.info.run_id
+
+
 # -- logging
 
 
