@@ -300,7 +300,7 @@ def test_any_task_of_lm_eval_by_its_name(name, model, tokenizer, tmp_path):
         ({"eval_batch_size": 0}, "eval_batch_size is 0"),
         ({"perplexity_tokens": -1}, "perplexity_tokens is -1"),
         ({"perplexity_seq_len": 1}, "perplexity_seq_len is 1"),
-        ({"perplexity_corpus": "no/such/file"}, "there is no such file. Give task, wikitext2, c4, fineweb_edu or a text file"),
+        ({"perplexity_corpus": "no/such/file"}, "no such file. Give task, wikitext2, c4, fineweb_edu or a text file"),
         ({"perplexity_corpus": "wikitext2"}, "cannot load wikitext2 from the hub"),
     ],
 )
