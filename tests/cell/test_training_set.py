@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sparse_ft import cli
 from sparse_ft.cell.identity import cell_identity, cell_key, plan_identity, untuned_key
 from sparse_ft.cell.masks import make_masks
-from sparse_ft.cell.register import _card
+from sparse_ft.cell.register import cell_card
 from sparse_ft.cell.result import CellResult
 from sparse_ft.cell.run import run_cell
 from sparse_ft.cell.training_set import training_set
@@ -218,9 +218,9 @@ def test_the_tasks_rows_still_count_where_something_else_reads_them(cell, files)
 def test_a_card_says_what_was_trained_on(cell, files):
     own = replace(cell, train_data=files[TEXT], mix="task")
     hub = replace(cell, train_data="owner/name:config@main")
-    title, other = (_card(one, CellResult(), None).split("fine-tuned on ")[1].split(", ")[0] for one in (own, hub))
+    title, other = (cell_card(one, CellResult(), None).split("fine-tuned on ")[1].split(", ")[0] for one in (own, hub))
     assert (title, other) == (f"{TEXT}.jsonl and boolq", "owner/name:config@main")
-    told = _card(own, CellResult(protocol={"train_max_steps": 7}), None)
+    told = cell_card(own, CellResult(protocol={"train_max_steps": 7}), None)
     assert "7" in next(line for line in told.splitlines() if "max_steps" in line)
 
 

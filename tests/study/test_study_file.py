@@ -58,7 +58,7 @@ CONTENTS = {
     "empty": ("", "no 'grid:'"),
     "a list": ("[1, 2]", "no 'grid:'"),
     "text": ("hello", "no 'grid:'"),
-    "a list as grid": ("grid: [0.5]", "no 'grid:'"),
+    "a list as grid": ("grid: [0.5]", "grid is no table of fields"),
     "an empty grid": ("grid: {}", "no 'grid:'"),
     "an empty axis": ("grid: {sparsity: []}", "is empty"),
     "an axis in a list": ("grid: {sparsity: [[0.5, 0.6]]}", "sparsity"),

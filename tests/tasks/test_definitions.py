@@ -119,9 +119,9 @@ def test_a_folder_without_train_scores_but_gives_no_examples(data_dir, tmp_path)
 
 
 def test_wrong_wishes_are_one_line(data_dir):
-    with pytest.raises(UserError, match="between 0 and 7"):
-        load_task("boolq", data_dir, num_fewshot=8)
-    with pytest.raises(UserError, match="between 0 and 7"):
+    with pytest.raises(UserError, match="between 0 and 8"):
+        load_task("boolq", data_dir, num_fewshot=9)
+    with pytest.raises(UserError, match="between 0 and 8"):
         set_fewshot(load_task("boolq", data_dir), -1)
     with pytest.raises(UserError, match=r"from the hub.*or give data_dir"):
         load_task("boolq", None)
