@@ -12,7 +12,8 @@ from lm_eval.api.task import Task
 from lm_eval.defaults import DEFAULT_OTHER_SEED
 
 from sparse_ft.models.loading import quiet_transformers
-from sparse_ft.tasks.definitions import quiet, set_fewshot
+from sparse_ft.tasks.definitions import set_fewshot
+from sparse_ft.tasks.finding import quiet
 
 __all__ = ["prepared"]
 

@@ -183,7 +183,7 @@ def _read(path: Path) -> list[str]:
 def _hub(row: Corpus, split: str, files: str | None) -> Sequence[str]:
     import datasets
 
-    from sparse_ft.tasks.definitions import quiet
+    from sparse_ft.tasks.finding import quiet
 
     try:
         with quiet():

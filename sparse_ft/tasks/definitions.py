@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import logging
-import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import cache
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import datasets
-import lm_eval.tasks
 import yaml
 from lm_eval.api.task import ConfigurableTask, Task
-from lm_eval.tasks import TaskManager
 from lm_eval.tasks._factory import TaskFactory
 from lm_eval.tasks._index import Entry, Kind
 from lm_eval.tasks._yaml_loader import load_yaml
@@ -23,29 +17,22 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from sparse_ft.errors import UserError
 from sparse_ft.files import write_text
 from sparse_ft.progress import SILENT, Progress
+from sparse_ft.tasks.finding import quiet, task_file
 from sparse_ft.tasks.packaged import PACKAGED, PACKAGED_TASKS, packaged_data_dir
 from sparse_ft.tasks.sources import ADAPTED, adapt_row, line_number, local_rows, write_rows
 
 __all__ = [
-    "LM_EVAL_TASKS",
     "definition_of",
     "eval_split",
-    "find_task",
     "gold_index",
     "has_training_split",
     "load_definition",
     "load_task",
     "local_source",
-    "quiet",
     "set_fewshot",
-    "task_index",
     "task_protocol",
     "write_lm_eval_task",
 ]
-
-LM_EVAL_TASKS = Path(lm_eval.tasks.__file__).parent
-# Where lm-eval keeps the tasks that are used all the time, so that nothing need be searched for them.
-_FOLDERS = {"boolq": "super_glue/boolq", "hellaswag": "hellaswag", "gsm8k": "gsm8k"}
 
 
 def load_task(
@@ -75,7 +62,7 @@ def load_task(
         UserError: the name is unknown or stands for several tasks, rows are missing or malformed, or the
             hub cannot be reached.
     """
-    return load_definition(name, _definition(name, include_path), data_dir, num_fewshot, progress)
+    return load_definition(name, task_file(name, include_path), data_dir, num_fewshot, progress)
 
 
 def load_definition(
@@ -176,7 +163,7 @@ def write_lm_eval_task(name: str, data_dir: str | Path, folder: str | Path) -> P
     Raises:
         UserError: as :func:`load_task`.
     """
-    path = _definition(name)
+    path = task_file(name)
     config = load_yaml(path, resolve_func=False)
     source = packaged_data_dir(name) if str(data_dir) == PACKAGED else Path(data_dir)
     files = {}
@@ -189,93 +176,6 @@ def write_lm_eval_task(name: str, data_dir: str | Path, folder: str | Path) -> P
     target = Path(folder) / f"{name}.yaml"
     write_text(target, yaml.safe_dump(override, sort_keys=False))
     return target
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keeps the warnings of lm-eval and the bars of ``datasets`` off the terminal; errors still show."""
-    logger = logging.getLogger("lm_eval")
-    level, bars = logger.level, not datasets.are_progress_bars_disabled()
-    logger.setLevel(logging.ERROR)
-    if bars:
-        datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        if bars:
-            datasets.enable_progress_bars()
-
-
-def _definition(name: str, include_path: str | Path | None = None) -> Path:
-    """The YAML file of the task, in ``include_path`` or in lm-eval."""
-    entry = _found(name, include_path)
-    if not entry.kind.name.endswith("TASK") or entry.yaml_path is None:
-        raise UserError(f"{name!r} is a {entry.kind.name.lower()} of lm-eval tasks; name one of its tasks")
-    return entry.yaml_path
-
-
-def find_task(name: str, include_path: str | Path | None = None) -> Path | None:
-    """The YAML file of the task, in ``include_path`` or in lm-eval; None where the name stands for several tasks.
-
-    Raises:
-        UserError: there is nothing of that name.
-    """
-    entry = _found(name, include_path)
-    return entry.yaml_path if entry.kind.name.endswith("TASK") else None
-
-
-def _found(name: str, include_path: str | Path | None) -> Entry:
-    if include_path is not None and not Path(include_path).is_dir():
-        raise UserError(f"include_path {include_path} is not a folder; it should hold the YAML file of a task")
-    entry = None if include_path is None else _entry(name, Path(include_path))
-    if entry is None:
-        entry = _entry(name, LM_EVAL_TASKS / _FOLDERS[name] if name in _FOLDERS else _folder(name, LM_EVAL_TASKS))
-    if entry is None:
-        where = "" if include_path is None else f", nor has {include_path}"
-        raise UserError(f"lm-eval {version('lm_eval')} has no task {name!r}{where}; see 'lm_eval ls tasks'")
-    return entry
-
-
-def _entry(name: str, folder: Path) -> Entry | None:
-    """What lm-eval found under the name in the YAML files of a folder; None: nothing."""
-    return task_index(folder).get(name)
-
-
-def task_index(folder: Path) -> dict[str, Entry]:
-    """What lm-eval finds in the YAML files of a folder, by name; its own are read once."""
-    folder = folder.absolute()
-    return _own_index(folder) if folder.is_relative_to(LM_EVAL_TASKS) else _index(folder)
-
-
-@cache
-def _own_index(folder: Path) -> dict[str, Entry]:
-    return _index(folder)
-
-
-def _index(folder: Path) -> dict[str, Entry]:
-    with quiet():
-        return TaskManager(include_path=folder, include_defaults=False).task_index
-
-
-def _folder(name: str, root: Path) -> Path:
-    """The folder whose files name the task; ``root`` if none does.
-
-    lm-eval finds a name by parsing its thousands of files, which takes ten seconds; to look for the lines
-    takes one, and is done once.
-    """
-    return _named(root).get(name, root)
-
-
-@cache
-def _named(root: Path) -> dict[str, Path]:
-    """The folder of every name that stands in a line of its own."""
-    line = re.compile(r"""^["']?(?:task|group)["']?: *["']?([^"'#\n]+?)["']? *$""", re.MULTILINE)
-    found: dict[str, Path] = {}
-    for path in sorted(root.rglob("*.yaml")):
-        for name in line.findall(path.read_text(encoding="utf-8")):
-            found.setdefault(name, path.parent)
-    return found
 
 
 def _from_hub(name: str, path: Path, changes: Mapping[str, Any] | None) -> Task:

@@ -11,7 +11,8 @@ from typing import Any
 from lm_eval.api.task import Task
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from sparse_ft.tasks.definitions import LM_EVAL_TASKS, definition_of, eval_split, quiet
+from sparse_ft.tasks.definitions import definition_of, eval_split
+from sparse_ft.tasks.finding import LM_EVAL_TASKS, quiet
 
 __all__ = ["data_digests", "definition_digest", "scored_digests"]
 

@@ -14,7 +14,8 @@ from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedTokenizerBase
 
 from sparse_ft.errors import UserError
-from sparse_ft.tasks.definitions import gold_index, has_training_split, quiet
+from sparse_ft.tasks.definitions import gold_index, has_training_split
+from sparse_ft.tasks.finding import quiet
 
 __all__ = [
     "Example",

@@ -113,7 +113,7 @@ def _files(path: Path) -> Rows:
 def _hub(source: str, repository: str, configuration: str | None, revision: str | None) -> Rows:
     import datasets
 
-    from sparse_ft.tasks.definitions import quiet
+    from sparse_ft.tasks.finding import quiet
 
     try:
         with quiet():

@@ -17,8 +17,9 @@ from lm_eval.tasks._index import Entry, Kind
 from sparse_ft.errors import UserError
 from sparse_ft.progress import SILENT, Progress
 from sparse_ft.settings.scoring import with_shots
-from sparse_ft.tasks.definitions import LM_EVAL_TASKS, find_task, load_definition, quiet, task_index
+from sparse_ft.tasks.definitions import load_definition
 from sparse_ft.tasks.digests import definition_digest, scored_digests
+from sparse_ft.tasks.finding import LM_EVAL_TASKS, find_task, quiet, task_index
 from sparse_ft.tasks.packaged import PACKAGED, PACKAGED_TASKS
 
 __all__ = ["ScoredTask", "load_suite", "suite_digest"]

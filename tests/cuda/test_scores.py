@@ -9,7 +9,8 @@ from lm_eval.tasks import TaskManager
 
 from sparse_ft.evaluation import ScoringSettings, evaluate
 from sparse_ft.models.loading import load_model, load_tokenizer
-from sparse_ft.tasks.definitions import load_task, quiet, write_lm_eval_task
+from sparse_ft.tasks.definitions import load_task, write_lm_eval_task
+from sparse_ft.tasks.finding import quiet
 from sparse_ft.tasks.made import made_data_dir
 
 SMALL = ScoringSettings(eval_limit=12, eval_batch_size=4, perplexity_tokens=0, keep_samples=True)

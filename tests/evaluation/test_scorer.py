@@ -9,7 +9,7 @@ from sparse_ft.errors import UserError
 from sparse_ft.evaluation.batches import rows_that_fit
 from sparse_ft.evaluation.scorer import Scorer, _in_whole_tiles
 from sparse_ft.models.loading import load_model, load_tokenizer
-from sparse_ft.tasks.definitions import quiet
+from sparse_ft.tasks.finding import quiet
 
 PAIRS = [
     ("The water of the river", " is cold"),

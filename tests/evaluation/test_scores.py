@@ -17,8 +17,9 @@ from sparse_ft.evaluation import ScoringSettings, evaluate
 from sparse_ft.evaluation.standard_errors import ratio_standard_error
 from sparse_ft.models.loading import load_model, load_tokenizer
 from sparse_ft.progress import Progress
-from sparse_ft.tasks.definitions import load_task, quiet, write_lm_eval_task
+from sparse_ft.tasks.definitions import load_task, write_lm_eval_task
 from sparse_ft.tasks.examples import gold_continuation, training_examples
+from sparse_ft.tasks.finding import quiet
 from sparse_ft.tasks.made import made_data_dir
 
 SMALL = ScoringSettings(eval_limit=12, eval_batch_size=4, perplexity_tokens=0, keep_samples=True)

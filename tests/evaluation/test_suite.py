@@ -12,7 +12,8 @@ from suite import NAMES, SUBJECTS, write_group, write_suite
 from sparse_ft.errors import UserError
 from sparse_ft.evaluation import ScoringSettings, evaluate
 from sparse_ft.models.loading import load_model, load_tokenizer
-from sparse_ft.tasks.definitions import load_task, quiet, write_lm_eval_task
+from sparse_ft.tasks.definitions import load_task, write_lm_eval_task
+from sparse_ft.tasks.finding import quiet
 from sparse_ft.tasks.made import made_data_dir
 from sparse_ft.tasks.suite import load_suite
 

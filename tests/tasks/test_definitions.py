@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import datasets
-import lm_eval.tasks
 import pytest
 from lm_eval.tasks import TaskManager
 
@@ -159,10 +158,3 @@ def test_local_rows_need_neither_hub_nor_its_cache(data_dir, tmp_path):
     )
     assert done.stdout.strip() == "3", done.stderr
     assert not (tmp_path / "hf").exists()
-
-
-def test_known_folders_hold_the_tasks():
-    from sparse_ft.tasks import definitions
-
-    root = Path(lm_eval.tasks.__file__).parent
-    assert all((root / folder).is_dir() for folder in definitions._FOLDERS.values())

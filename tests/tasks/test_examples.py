@@ -5,7 +5,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 from sparse_ft.errors import UserError
-from sparse_ft.tasks.definitions import load_task, quiet
+from sparse_ft.tasks.definitions import load_task
 from sparse_ft.tasks.examples import (
     calibration_texts,
     calibration_tokens,
@@ -15,6 +15,7 @@ from sparse_ft.tasks.examples import (
     token_stream,
     training_examples,
 )
+from sparse_ft.tasks.finding import quiet
 
 
 class Recorder(HFLM):
