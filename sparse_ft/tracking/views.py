@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from urllib.parse import urlsplit
 
 from sparse_ft.tracking.record import Kind, Tag
 from sparse_ft.tracking.runs import Tracker
@@ -36,5 +37,11 @@ def study_view(tracker: Tracker, parent_run_id: str, columns: Sequence[str] = ()
         "selectedColumns": shown,
     }
     tracker.client.set_experiment_tag(experiment, f"{_SHARED}{parent_run_id}", json.dumps(state))
-    server = tracker.uri.rstrip("/") if tracker.uri.startswith("http") else _LOCAL
+    server = _without_login(tracker.uri.rstrip("/")) if tracker.uri.startswith("http") else _LOCAL
     return f"{server}/#/experiments/{experiment}/runs?{_KEY}={parent_run_id}"
+
+
+def _without_login(address: str) -> str:
+    """A server's address without ``user:password@``: the browser asks for them, and the address is printed."""
+    parts = urlsplit(address)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
