@@ -181,6 +181,7 @@ RUN_HERE = [
     command
     for command in COMMANDS
     if command.page == "docs/getting_started.md" and command.block and command.words[0] in ("mlflow", "sparse-ft")
+    if "GIT_URL" not in command.words  # what MLflow fetches
 ]
 
 
