@@ -171,14 +171,15 @@ def _data(cell: CellConfig, protocol: Mapping[str, str]) -> Mapping[str, Any] | 
 def _recovery(cell: CellConfig) -> Mapping[str, Any] | str:
     if not cell.recovered:
         return "None: it was not trained on running text after pruning."
-    values = plain_values(cell)
-    return {name.removeprefix("recover_"): values[name] for name in defaults(RecoverySettings) if name in values
-            and name.startswith("recover_")}  # fmt: skip
+    return _settings(cell, "recover_")
 
 
 def _teacher(cell: CellConfig) -> Mapping[str, Any] | str:
-    if not cell.has_teacher:
-        return "None."
+    return _settings(cell, "teacher") if cell.has_teacher else "None."
+
+
+def _settings(cell: CellConfig, prefix: str) -> dict[str, Any]:
+    """The fields of recovery whose names begin so, without that."""
     values = plain_values(cell)
-    return {name.removeprefix("teacher_"): values[name] for name in defaults(RecoverySettings) if name in values
-            and name.startswith("teacher")}  # fmt: skip
+    names = (name for name in defaults(RecoverySettings) if name in values and name.startswith(prefix))
+    return {name.removeprefix(f"{prefix.rstrip('_')}_"): values[name] for name in names}

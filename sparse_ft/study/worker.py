@@ -30,7 +30,8 @@ __all__ = ["Worker", "WorkerSetup", "beyond_work", "close_lost"]
 
 _LONG = 10.0  # seconds from which on a job's use of the machine is logged
 _PAUSE = 5.0  # seconds that a store or a network gets to come back before the next try
-_WORK = ("time/train_", "time/eval_")  # stages of any name that begins so; the rest of a cell's time is overhead
+# Stages of any name that begins so are a cell's work; the rest of its time is overhead.
+_WORK = ("time/train_", "time/eval_", "time/recover_", "time/measure_")
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,7 @@ def close_lost(tracker: Tracker, parent: str, job: Job, run_id: str, failure: Fa
 
 
 def beyond_work(seconds: float, metrics: Mapping[str, float]) -> float:
-    """What a cell of so many seconds took beyond training and scoring, by the times of its stages."""
+    """What a cell of so many seconds took beyond training, scoring and measuring, by the times of its stages."""
     return seconds - sum(value for name, value in metrics.items() if name.startswith(_WORK))
 
 
