@@ -63,8 +63,6 @@ def comes_back(folder: Path, tracker: Tracker, monkeypatch) -> str:
     logged = log_model(tracker, tracker.start("cell"), folder, "model")
     register_model(tracker, logged, "any", alias="sparse50", said=lambda _: None)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", tracker.uri)
-    mlflow.set_tracking_uri(tracker.uri)
-    mlflow.set_registry_uri(tracker.uri)
     parts = mlflow.transformers.load_model("models:/any@sparse50", return_type="components")
     truth = load_model(folder, "float32", "cpu")
     ids = torch.tensor([[1, 5, 9, 200]])

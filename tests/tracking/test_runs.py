@@ -208,6 +208,15 @@ def test_a_run_that_somebody_has_around_our_code_is_his_and_ours(tracker: Tracke
     assert Tracker(tracker.uri, "study").start("another") != mine.info.run_id
 
 
+def test_a_run_around_our_code_that_is_of_another_store(tracker: Tracker, tmp_path: Path, monkeypatch):
+    import mlflow
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracker.uri)
+    with mlflow.start_run(experiment_id=tracker.experiment_id) as mine:
+        with pytest.raises(UserError, match=rf"the run {mine.info.run_id} of mlflow.start_run\(\) is not in sqlite"):
+            Tracker(f"sqlite:///{tmp_path / 'other.db'}").start("masks")
+
+
 # -- logging
 
 
