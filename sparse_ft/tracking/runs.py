@@ -335,12 +335,12 @@ class Tracker(Reader):
             except MlflowException as error:
                 if os.environ.get("MLFLOW_RUN_ID"):
                     raise UserError(
-                        f"MLFLOW_RUN_ID names the run {run_id}, which is not in {self.uri}; give mlflow run an absolute "
-                        "MLFLOW_TRACKING_URI, or unset MLFLOW_RUN_ID"
+                        f"MLFLOW_RUN_ID names the run {run_id}, which is not in {self.uri}; give mlflow run an "
+                        "absolute MLFLOW_TRACKING_URI, or unset MLFLOW_RUN_ID"
                     ) from error
                 raise UserError(
-                    f"the run {run_id} of mlflow.start_run() is not in {self.uri}; set MLFLOW_TRACKING_URI, so that both "
-                    "are of one store"
+                    f"the run {run_id} of mlflow.start_run() is not in {self.uri}; set MLFLOW_TRACKING_URI, so that "
+                    "both are of one store"
                 ) from error
             self._given[run_id], self._said[run_id] = set(run.data.params), set(run.data.tags)
             self._experiments[run_id] = run.info.experiment_id

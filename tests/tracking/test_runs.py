@@ -212,9 +212,12 @@ def test_a_run_around_our_code_that_is_of_another_store(tracker: Tracker, tmp_pa
     import mlflow
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", tracker.uri)
-    with mlflow.start_run(experiment_id=tracker.experiment_id) as mine:
-        with pytest.raises(UserError, match=rf"the run {mine.info.run_id} of mlflow.start_run\(\) is not in sqlite"):
-            Tracker(f"sqlite:///{tmp_path / 'other.db'}").start("masks")
+    other = Tracker(f"sqlite:///{tmp_path / 'other.db'}", "study")
+    with (
+        mlflow.start_run(experiment_id=tracker.experiment_id) as mine,
+        pytest.raises(UserError, match=rf"the run {mine.info.run_id} of mlflow.start_run\(\) is not in sqlite"),
+    ):
+        other.start("masks")
 
 
 # -- logging
