@@ -20,7 +20,6 @@ from sparse_ft.models.mixtures import refitted
 from sparse_ft.models.opening import open_checkpoint
 from sparse_ft.pruning.generator import MaskGenerator
 from sparse_ft.pruning.output import MaskFile
-from sparse_ft.pruning.structure import check_heads, families
 from sparse_ft.settings.cell import CellConfig
 from sparse_ft.settings.commands import MaskConfig
 from sparse_ft.settings.corpora import TASK
@@ -124,7 +123,7 @@ def foreign_masks(file: MaskFile, start: Checkpoint, base: Checkpoint) -> str | 
     return None
 
 
-def check_shrink(config: MaskConfig, bench: Workbench) -> None:
+def check_shrink(config: MaskConfig) -> None:
     """Raises UserError (one line) where no plain checkpoint can be made of the masks that are asked for."""
     if config.method not in ("structured", EXPERTS) or config.scope != "layer":
         raise UserError(
@@ -133,9 +132,6 @@ def check_shrink(config: MaskConfig, bench: Workbench) -> None:
         )
     if 1.0 in config.levels:
         raise UserError("shrink: sparsities holds 1, which leaves no model. Leave that level out.")
-    if config.method == "structured":
-        checkpoint = bench.checkpoint(config.model)
-        check_heads(checkpoint.config, families(checkpoint.config, checkpoint.prunable_shapes()), config.levels)
 
 
 def shrink(config: MaskConfig, files: Sequence[MaskFile], bench: Workbench) -> list[Path]:

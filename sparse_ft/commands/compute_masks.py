@@ -24,7 +24,7 @@ def compute_masks(config: MaskConfig) -> int:
     """
     bench = Workbench(shown_progress())
     if config.shrink:
-        check_shrink(config, bench)
+        check_shrink(config)
     check_mask_set(config, bench)  # an unknown model, or too little text to look at, makes no run
     from sparse_ft.tracking.runs import Tracker  # mlflow takes seconds to import: wrong input is answered before
 
