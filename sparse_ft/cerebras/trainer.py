@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from sparse_ft.cell.trainer import Trained, Training, Watch
+from sparse_ft.cell.training import Trained, Training, Watch
 from sparse_ft.cerebras.checkpoint import LoraPlan, merge_checkpoint, write_start_checkpoint
 from sparse_ft.cerebras.config import Cluster, TrainerPlan, create_sparse_config, write_config
 from sparse_ft.cerebras.convert import to_hugging_face, to_modelzoo

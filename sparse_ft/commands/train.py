@@ -53,7 +53,7 @@ def _run(config: TrainConfig, given: GivenMasks | None, bench: Workbench) -> int
     from sparse_ft.cell.register import register_cell
     from sparse_ft.cell.run import run_cell
     from sparse_ft.cell.teacher import check_teacher
-    from sparse_ft.cell.trainer import Watch
+    from sparse_ft.cell.training import Watch
     from sparse_ft.models.devices import check_device
     from sparse_ft.study.checks.preflight import check_examples
     from sparse_ft.study.trainers import make_trainer

@@ -5,14 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from sparse_ft.analysis.note import study_note
-from sparse_ft.analysis.terminal import print_tables, scores_tables, table_text, terminal_table
-from sparse_ft.analysis.write import write_analysis
 from sparse_ft.files import write_text
 from sparse_ft.levels import level_label
 from sparse_ft.settings.commands import SweepConfig
 from sparse_ft.study.display import Display
-from sparse_ft.study.keep import keep_models
 from sparse_ft.study.perplexity import with_perplexity
 from sparse_ft.study.plan import make_plan
 from sparse_ft.study.queue import RunningExecutor
@@ -61,6 +57,12 @@ class Grid(Session):
         self.phases.run_cells(executor, display)
 
     def finish(self) -> None:
+        # Late: a dry run draws nothing and rebuilds no model.
+        from sparse_ft.analysis.note import study_note
+        from sparse_ft.analysis.terminal import print_tables, scores_tables, table_text, terminal_table
+        from sparse_ft.analysis.write import write_analysis
+        from sparse_ft.study.keep import keep_models
+
         study, tracker, parent, progress = self.plan.study, self.tracker, self.start.parent, self.bench.progress
         folder = self.start.folder
         if study.kept in ("pareto", "all"):

@@ -103,7 +103,11 @@ class Session(ABC):
                 cannot hold it; or the run to resume is no study, or is still going on.
             KeyboardInterrupt: Ctrl-C or SIGTERM, after workers were stopped and runs closed.
         """
-        problems = [*check_plan(self.plan, self.bench, self.trainer), *executor_problems(self.config, self.plan)]
+        repeat = not self.config.dry_run  # of which a start makes all checks
+        problems = [
+            *check_plan(self.plan, self.bench, self.trainer, repeat),
+            *executor_problems(self.config, self.plan),
+        ]
         if self.config.dry_run:
             self._print("\n".join([*self.described(), *self._prospects(problems)]))
             return 1 if problems else 0

@@ -16,8 +16,8 @@ from sparse_ft.cell.inputs import cell_inputs, mask_inputs
 from sparse_ft.cell.masks import make_masks, write_manifest
 from sparse_ft.cell.note import cell_note
 from sparse_ft.cell.record import cell_command, device_tags, log_cell_result, log_failure, log_masks
-from sparse_ft.cell.run import run_cell
-from sparse_ft.cell.trainer import LOCAL, Trainer, Watch
+from sparse_ft.cell.trainer import LOCAL
+from sparse_ft.cell.training import Trainer, Watch
 from sparse_ft.cell.workbench import Workbench
 from sparse_ft.memory import release_memory
 from sparse_ft.processes import process_name
@@ -112,6 +112,8 @@ class Worker:
             progress.stop()
 
     def _cell(self, job: CellJob, run_id: str, began: float) -> Outcome:
+        from sparse_ft.cell.run import run_cell  # not by the driver, which imports what a worker is begun with
+
         identity, tags = job.identity, {}
         try:
             if not isinstance(job.masks, Failure):
