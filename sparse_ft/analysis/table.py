@@ -6,6 +6,7 @@ import math
 import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -68,12 +69,8 @@ EVALUATION_PROTOCOL = (
 )  # fmt: skip
 # Parameters of runs that no result depends on.
 _INCIDENTAL = named(CellConfig, result=False)
-# Names that say nothing by themselves: a run that says what was behind them (``identity/...``) is told by that.
-_BEHIND = {
-    "data_dir": "scored_data", "device": "device", "dtype": "dtype", "masks": "versions", "num_fewshot": "num_fewshot",
-    "perplexity_corpus": "versions", "include_path": "versions", "train_data": "train_data",
-    "mix": "mixed_data",
-}  # fmt: skip
+# Names that say nothing where a run says what was behind them (``identity/...``).
+_BEHIND = {entry.name: entry.metadata["behind"] for entry in fields(CellConfig) if entry.metadata["behind"]}
 
 
 def cell_table(runs: Iterable[Run]) -> pd.DataFrame:

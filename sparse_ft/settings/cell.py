@@ -48,6 +48,7 @@ class SparsitySettings(Settings):
         path=(),
         needed=True,
         named=True,
+        behind="versions",
         time=False,
     )
     sparsity: float = setting(
