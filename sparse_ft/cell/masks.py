@@ -1,4 +1,4 @@
-"""Makes the masks that a mask configuration asks for: finds model and text, then opens the one door."""
+"""Makes the masks that a mask configuration asks for: finds model and text, then runs the pruning engine."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def check_mask_set(config: MaskConfig, bench: Workbench) -> None:
     """Whether the masks are possible at all: settings, shapes, device, text to look at. Makes none.
 
     Raises:
-        UserError: they are not; all that is wrong with the parameters is said at once, before the model is looked for.
+        UserError: they are not; what is wrong with the parameters is reported at once, before the model is looked for.
     """
     problems = list(config.problems())
     try:

@@ -35,7 +35,7 @@ def train(config: TrainConfig) -> int:
 
 
 def _run(config: TrainConfig, given: GivenMasks | None, bench: Workbench) -> int:
-    # What trains, scores and logs takes seconds to import: what is wrong with the model or the masks is said before.
+    # What trains, scores and logs takes seconds to import: a wrong model or wrong masks are reported before.
     from sparse_ft.analysis.terminal import print_tables
     from sparse_ft.cell.identity import cell_identity, cell_key
     from sparse_ft.cell.inputs import cell_inputs

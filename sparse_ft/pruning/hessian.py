@@ -70,9 +70,9 @@ def normalise(hessian: torch.Tensor, damping: float = DAMPING) -> Normalised:
 
 
 def normalised(inputs: Inputs) -> Normalised:
-    """`normalise` of inputs that some token came to, damped as many or as few of them ask for, which is said. For
+    """`normalise` of inputs that some token reached, damped more where few did, which is noted. For
     `Inputs.once`: matrices that share inputs share it."""
     damping = damping_for(inputs.tokens, inputs.columns)
     if damping > DAMPING:
-        inputs.note(f"{inputs.tokens} tokens came to its {inputs.columns} inputs; damped with {damping:.3g}")
+        inputs.note(f"{inputs.tokens} tokens reached its {inputs.columns} inputs; damped with {damping:.3g}")
     return normalise(inputs.hessian, damping)

@@ -164,7 +164,7 @@ class Session(ABC):
                 executor.close()
 
     def _finish(self) -> bool:
-        """Whether all went well and nothing could still be run. What goes wrong here is said, and the study can be
+        """Whether all went well and nothing could still be run. What goes wrong here is reported, and the study can be
         resumed for it: the cells are safe."""
         try:
             self.view = self._view()

@@ -46,7 +46,7 @@ class Checks:
             self.problems[str(error)] = None
 
     def once(self, about: Iterable[Any], places: Iterable[str | Path], check: Callable[..., Any], *args: Any) -> None:
-        """Makes a check, and takes note in the project's cache that it has passed.
+        """Makes a check, and records in the project's cache that it has passed.
 
         Args:
             about: what is checked, and the values that it depends on: JSON, but for what str() tells apart.
