@@ -80,7 +80,7 @@ def device_tags(device: str) -> dict[str, str]:
 
 
 def log_cell_result(tracker: Tracker, run_id: str, result: CellResult, note: str | None = None) -> None:
-    """All that a cell measured, with its note, in one batch, then its files."""
+    """All that a cell measured, with its note, in one batch, then its files and tables."""
     tracker.log(
         run_id,
         params=flatten_config(result.protocol, "protocol"),
@@ -93,6 +93,13 @@ def log_cell_result(tracker: Tracker, run_id: str, result: CellResult, note: str
             tracker.log_folder(run_id, path, folder)
         else:
             tracker.log_file(run_id, path, folder)
+    if result.tables:
+        import pandas as pd
+
+        from sparse_ft.tracking.tables import log_table
+
+        for name, rows in result.tables.items():
+            log_table(tracker, run_id, pd.DataFrame(rows), name)
 
 
 def log_failure(tracker: Tracker, run_id: str, failure: Failure) -> None:

@@ -182,6 +182,7 @@ def _run(
     else:
         shutil.rmtree(training.target)
     result.artifacts += scores.written
+    result.tables |= scores.tables
     result.metrics.update(clock.metrics())
     return result
 

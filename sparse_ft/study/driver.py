@@ -15,6 +15,7 @@ from sparse_ft.study.queue import RunningExecutor
 from sparse_ft.study.session import Session
 from sparse_ft.study.study_file import load_study
 from sparse_ft.tracking.curves import write_curve_runs
+from sparse_ft.tracking.tables import SUMMARY, log_table
 
 __all__ = ["sweep"]
 
@@ -78,6 +79,7 @@ class Grid(Session):
         )  # fmt: skip
         write_text(folder / "report" / "table.txt", table_text(terminal_table(runs), *scores_tables(runs)))
         tracker.log_folder(parent, folder / "report", "report")
+        log_table(tracker, parent, report.cells, SUMMARY)
         write_curve_runs(tracker, parent, report.curves)
         tracker.note(parent, study_note(report.sentences, report.cells, report.figures, self.command))
         if self.total <= _SHOWN:
