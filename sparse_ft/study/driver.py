@@ -82,8 +82,11 @@ class Grid(Session):
         log_table(tracker, parent, report.cells, SUMMARY)
         write_curve_runs(tracker, parent, report.curves)
         tracker.note(parent, study_note(report.sentences, report.cells, report.figures, self.command))
-        if self.total <= _SHOWN:
-            print_tables(self.console, runs)
         for figure in report.figures.values():
             self._print(f"figure: {figure}")
         self._print(f"tables: {folder / 'report'}")
+        if self.total <= _SHOWN:
+            print_tables(self.console, runs)
+            for signal in report.signals:
+                self._print(str(signal))
+            self.answer = report.answer

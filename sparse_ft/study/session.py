@@ -48,6 +48,7 @@ class Session(ABC):
         total: how many of them the study has.
         tracker, start, phases: the store, the study's run and what has come out; once it has been started.
         view: the address of its cells in a browser; empty before its end.
+        answer: the study in a sentence, which its last line is; empty where it has none.
     """
 
     unit: ClassVar[str] = "cells"
@@ -55,6 +56,7 @@ class Session(ABC):
     start: Start
     phases: Phases
     view: str = ""
+    answer: str = ""
 
     def __init__(self, config: SweepConfig, plan: Plan):
         self.config, self.plan, self.total = config, plan, len(plan.cells)
@@ -197,6 +199,8 @@ class Session(ABC):
             )
         if phases.stopped:
             self._print(f"the study was stopped: {phases.stopped}; the rest was not run: {again}", style="red")
+        if self.answer:
+            self._print(f"answer: {self.answer}", style="bold")
 
     def _view(self) -> str:
         varied = ("model", "task", "seed")
