@@ -156,17 +156,19 @@ def _training(row: pd.Series, cells: pd.DataFrame, level: float) -> str:
 
 
 def _accuracy(points: pd.DataFrame, best: pd.Series, task: str) -> str:
-    """Accuracy of the cell beside that of the dense fine-tuned model."""
+    """Accuracy of the cell beside that of the dense fine-tuned model, or of the dense one as it is."""
     own = points[points["task"] == task]
     same = own[
         (own["series"] == best["series"]) & (own["mode"] == best["mode"]) & (own["sparsity"] == best["sparsity"])
     ]
-    dense = _dense(points, best["model"], task, "accuracy", tuned=True)
+    dense, name = _dense(points, best["model"], task, "accuracy", tuned=True), f"{DENSE.label} fine-tuned"
+    if math.isnan(dense.value):
+        dense, name = _dense(points, best["model"], task, "accuracy", tuned=False), f"of the {DENSE.label} model"
     if same.empty or math.isnan(dense.value):
         return ""
     here = Score(same["accuracy"].iloc[0], same["accuracy_error"].iloc[0])
-    far, name = here.apart(dense), TASK_NAMES.get(task, task)
-    said = f"accuracy on {name} is {_text(here, '.3f')} against {_text(dense, '.3f')} {DENSE.label} fine-tuned"
+    far = here.apart(dense)
+    said = f"accuracy on {TASK_NAMES.get(task, task)} is {_text(here, '.3f')} against {_text(dense, '.3f')} {name}"
     if abs(far) <= _CLEAR:
         return f"{said}, which is no difference ({abs(far):.1f} standard errors)"
     return f"{said}, {abs(far):.1f} standard errors {'more' if far > 0 else 'less'}"

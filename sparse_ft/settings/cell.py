@@ -107,7 +107,7 @@ class CellConfig(
     def unpruned(self) -> bool:
         """Whether it is the dense model as it is: nothing pruned, no rule asked for, nothing trained."""
         recipe = defaults(RecipeSettings)
-        plain = {name: getattr(self, name) for name in recipe} == recipe
+        plain = all(getattr(self, name) == recipe[name] for name in ("method", "importance", *STEPS))
         return self.sparsity == 0 and self.masks is None and plain and not MODES[self.mode].trains
 
     @property

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from sparse_ft.files import write_text
 from sparse_ft.levels import level_label
+from sparse_ft.models.devices import resolve_device
 from sparse_ft.settings.commands import SweepConfig
 from sparse_ft.study.display import Display
 from sparse_ft.study.perplexity import with_perplexity
@@ -29,7 +30,7 @@ def sweep(config: SweepConfig) -> int:
         UserError: it cannot start, see `sparse_ft.study.session.Session.run`.
         KeyboardInterrupt: Ctrl-C or SIGTERM, after workers were stopped and runs closed.
     """
-    study = load_study(config.config)
+    study = load_study(config.config, gpu=resolve_device().type == "cuda")
     if config.trainer is not None:
         study = replace(study, trainer=config.trainer)
     if study.search is None:

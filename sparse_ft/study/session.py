@@ -110,6 +110,8 @@ class Session(ABC):
             *check_plan(self.plan, self.bench, self.trainer, repeat),
             *executor_problems(self.config, self.plan),
         ]
+        if self.plan.study.enlarged:
+            self._print(f"a GPU is here: {self.total} {self.unit}, as on_gpu in {self.config.config} says")
         if self.config.dry_run:
             self._print("\n".join([*self.described(), *self._prospects(problems)]))
             return 1 if problems else 0

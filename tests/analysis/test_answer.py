@@ -42,6 +42,12 @@ def test_standard_errors_are_respected(number, metrics, text):
     assert text in said(runs)
 
 
+def test_without_a_dense_fine_tuned_model_it_is_beside_the_dense_one():
+    _, *runs = demo_scored()
+    assert "accuracy on PIQA is 0.627 ± 0.028 against 0.627 ± 0.028 of the dense model, which is no" in said(runs)
+    assert "(dense 22.6 ± 2.4)" in said(runs)
+
+
 def test_nothing_is_said_of_several_models_or_of_nothing_pruned():
     assert said(study(levels=(0.5,))) == "" and said([cell(sparsity=0.0, mode="dense")]) == ""
 
