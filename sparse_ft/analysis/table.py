@@ -68,6 +68,8 @@ EVALUATION_PROTOCOL = (
     "accuracy_metric", "fewshot_seed", "chat_template", "lm_eval_version",
     "perplexity_corpus", "perplexity_seq_len", "perplexity_tokens",
 )  # fmt: skip
+# Metrics that are no columns: of the machine and of the masks' making; and of curves whose last point says nothing.
+_NOT_THE_CELLS, _ONLY_CURVES = ("system/", "prune/"), ("/learning_rate", "/grad_norm", "/tokens_per_second_curve")
 # Parameters of runs that no result depends on.
 _INCIDENTAL = named(CellConfig, result=False)
 # Names that say nothing where a run says what was behind them (``identity/...``).
@@ -223,7 +225,7 @@ def _record(run: Run) -> dict[str, Any]:
             # A task's name is kept as it is: protocol_score/piqa.
             record[f"{group}_{name if name.startswith('score') else name.replace('/', '_')}"] = _value(value)
     for key, value in run.metrics.items():
-        if not key.startswith("system/"):  # of the machine, not of the cell
+        if not (key.startswith(_NOT_THE_CELLS) or key.endswith(_ONLY_CURVES)):
             record[_metric_name(key)] = _number(value)
     record["measured_tokens_per_second"] = max(_measured(run, "/decoding_tokens_per_second_batch_8"), default=math.nan)
     record["measured_bytes"] = min(_measured(run, "/disk_bytes"), default=math.nan)

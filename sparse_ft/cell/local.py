@@ -6,8 +6,9 @@ import shutil
 
 import torch
 
+from sparse_ft.cell.live import named
 from sparse_ft.cell.result import CellResult
-from sparse_ft.cell.rungs import Rungs
+from sparse_ft.cell.rungs import RUNG_LOSS, Rungs
 from sparse_ft.cell.teaching import teaching
 from sparse_ft.cell.training import Trained, Training
 from sparse_ft.lora.merge import merge_all_lora_weights
@@ -27,12 +28,12 @@ def train_here(training: Training) -> Trained:
         NonFiniteLossError: training diverged.
     """
     cell, masks, mode = training.cell, training.masks, MODES[training.cell.mode]
-    clock, scores, result = training.clock, training.scores, training.result
+    clock, scores, result, progress = training.clock, training.scores, training.result, training.progress
     with clock("train"):
         torch.manual_seed(cell.seed)
         adapted = apply_sparse_lora(training.model, cell, cell.mode, masks, cell.seed)
         judge = training.watch.judge
-        rungs = Rungs(judge, adapted, scores, clock) if judge is not None and judge.rungs else None
+        rungs = Rungs(judge, adapted, scores, clock, progress) if judge is not None and judge.rungs else None
         with teaching(cell, training.teacher, training.start, adapted, masks) as guide:
             trained = train(
                 adapted,
@@ -40,17 +41,15 @@ def train_here(training: Training) -> Trained:
                 cell,
                 training.folder / "trainer",
                 training.tokenizer.pad_token_id,
-                progress=training.progress,
+                progress=progress,
                 callbacks=[rungs] if rungs else [],
                 distillation=guide,
+                report=lambda step, values: progress.measured(step, named("train", values)),
             )
     shutil.rmtree(training.folder / "trainer", ignore_errors=True)
     _log(result, trained, timed=rungs is None)
-    if guide is not None:
-        parts = guide.curves(cell.gradient_accumulation)
-        result.series.update({f"train/{part}": points for part, points in parts.items()})
     if rungs is not None:
-        result.series["eval/loss_while_training"] = rungs.losses
+        result.series[RUNG_LOSS] = rungs.losses
     if cell.keep != "none" and mode.lora:
         adapted.save_pretrained(training.folder / "adapter")
         result.artifacts.append((training.folder / "adapter", "adapter"))
@@ -74,6 +73,6 @@ def _log(result: CellResult, trained: TrainingResult, timed: bool) -> None:
         measured["train/tokens_per_second"] = trained.tokens_per_second
         measured["train/samples_per_second"] = trained.samples_per_second
     result.metrics.update({name: value for name, value in measured.items() if value is not None})
-    result.series["train/loss_curve"] = trained.loss_curve
+    result.series |= named("train", {"loss": trained.loss_curve, **trained.parts})
     result.protocol.update({f"train_{name}": value for name, value in trained.protocol.items()})
     result.protocol["train_untimed_steps"] = trained.warmup_steps_untimed

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 __all__ = ["UNWATCHED", "Trained", "Trainer", "Training", "Watch"]
 
-Curves = Mapping[str, list[tuple[int, float]]]
-
 
 @dataclass(frozen=True)
 class Watch:
@@ -32,13 +30,11 @@ class Watch:
 
     Attributes:
         run_id: of the run that the cell is logged to; a cluster's job is labelled with it.
-        log: takes curves as they come, metric -> [(step, value)].
         judge: of a search: decides at some steps whether training goes on, from the loss on the task's answers.
         reduced: the try before this one ran out of memory, and the cell's batch is smaller since.
     """
 
     run_id: str = ""
-    log: Callable[[Curves], None] = lambda curves: None
     judge: Judge | None = None
     reduced: bool = False
 
@@ -62,7 +58,7 @@ class Training:
         scores: scores the model midway.
         clock: told the stages convert, train, merge and save.
         result: gets what the trainer measures.
-        progress: told how far it is.
+        progress: told how far it is, and what is measured on the way.
         watch: see `Watch`.
         whole: the masks as they were made, of experts too that are gone from ``start``; None: as ``masks``.
         teacher: the weights that it learns from beside the examples; None: from these alone.

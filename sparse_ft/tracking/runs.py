@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +193,9 @@ class Tracker(Reader):
             done = isinstance(error, SystemExit) and error.code in (None, 0)
             killed = isinstance(error, KeyboardInterrupt)
             if not unless():
-                self.finish(run_id, "FINISHED" if done else "KILLED" if killed else "FAILED")
+                with suppress(Exception):  # a store that is away must not hide the error
+                    reachable(self.uri)
+                    self.finish(run_id, "FINISHED" if done else "KILLED" if killed else "FAILED")
             raise
         if not unless():
             self.finish(run_id)

@@ -16,9 +16,12 @@ from pathlib import Path
 
 
 @contextmanager
-def mlflow_server(folder: Path, store: str, *options: str, environment: dict[str, str] | None = None) -> Iterator[str]:
-    """The address of a server that hands out and takes artifacts itself, by default in ``folder``."""
-    port = _free_port()
+def mlflow_server(
+    folder: Path, store: str, *options: str, environment: dict[str, str] | None = None, port: int | None = None
+) -> Iterator[str]:
+    """The address of a server that hands out and takes artifacts itself, by default in ``folder``; it is killed at the
+    end, and can be started again at its old ``port``."""
+    port = port or _free_port()
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", store, "--artifacts-destination", f"{folder}/artifacts", *options]
     address = f"http://127.0.0.1:{port}"
