@@ -1,6 +1,7 @@
 """How much perplexity each pruning method costs a real model, beside the papers' own reference code.
 
-    python -m benchmarks.quality --data-dir DIR [--wanda CLONE --sparsegpt CLONE] [--model smollm2-135m] [--only wanda]
+    python -m benchmarks.quality --data-dir DIR [--wanda CLONE --sparsegpt CLONE] [--model smollm2-135m] [--samples 64]
+        [--only wanda]
 
 Calibration: 64 x 256 tokens of BoolQ train passages; perplexity: 64 x 256 tokens of other, dev passages;
 fp32; block-sequential. DIR holds boolq/train.jsonl and boolq/validation.jsonl with a column ``passage``.
@@ -111,15 +112,17 @@ def main() -> None:
     parser.add_argument("--wanda", type=Path, help="a clone of github.com/locuslab/wanda")
     parser.add_argument("--sparsegpt", type=Path, help="a clone of github.com/IST-DASLab/sparsegpt")
     parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="of calibration and of test")
     parser.add_argument("--only", default="", help="rows whose name contains this, or one of these with ; between")
     options = parser.parse_args()
     folder = locate(options.model)
     checkpoint, tokenizer = Checkpoint(folder), load_tokenizer(folder)
-    train = tokens(options.data_dir / "boolq" / "train.jsonl", tokenizer)
-    test = tokens(options.data_dir / "boolq" / "validation.jsonl", tokenizer)
-    calibration = Calibration(train, {"task": "boolq", "split": "train", "samples": SAMPLES, "length": LENGTH})
+    samples = options.samples
+    train = tokens(options.data_dir / "boolq" / "train.jsonl", tokenizer, samples)
+    test = tokens(options.data_dir / "boolq" / "validation.jsonl", tokenizer, samples)
+    calibration = Calibration(train, {"task": "boolq", "split": "train", "samples": samples, "length": LENGTH})
     model = load_model(folder, "float32", "cpu")
-    print(f"{options.model}, fp32, calibration and test {SAMPLES} x {LENGTH} tokens; torch {torch.__version__}\n")
+    print(f"{options.model}, fp32, calibration and test {samples} x {LENGTH} tokens; torch {torch.__version__}\n")
     print("| method | sparsity | perplexity | / dense | papers' code | ours / papers' | minutes, ours | papers' |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|")
     dense = perplexity(model, test)

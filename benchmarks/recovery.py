@@ -35,24 +35,26 @@ from sparse_ft.models.checkpoint import Checkpoint
 from sparse_ft.models.loading import apply_masks, load_model
 from sparse_ft.progress import shown_progress
 from sparse_ft.pruning.output import MaskFile
+from sparse_ft.settings import modes
 from sparse_ft.settings.cell import CellConfig, mask_set_of
+from sparse_ft.settings.modes import DENSE, FULL, SPARSE_TO_SPARSE
 
 SAMPLES, LENGTH, BATCH = 32, 256, 8
 GOALS = {50: 1.25, 70: 2.0}
 SCOPES = {"wanda": "row"}  # of the others: layer
-PRUNED = "pruned"
+PRUNED = modes.PRUNED.name
 # Name -> mode, teacher, and whether it is run unless it is asked for.
 ROWS = {
-    "lora": ("sparse_to_sparse", "none", True),
-    "lora + teacher": ("sparse_to_sparse", "dense", True),
-    "full": ("full", "none", False),
-    "full + teacher": ("full", "dense", True),
+    "lora": (SPARSE_TO_SPARSE, "none", True),
+    "lora + teacher": (SPARSE_TO_SPARSE, DENSE.name, True),
+    "full": (FULL, "none", False),
+    "full + teacher": (FULL, DENSE.name, True),
 }
 
 
 def cell_of(options: argparse.Namespace, row: str, level: int) -> CellConfig:
     """The cell whose recovery a row is."""
-    mode, teacher, _ = ROWS.get(row, ("pruned", "none", True))
+    mode, teacher, _ = ROWS.get(row, (modes.PRUNED, "none", True))
     return CellConfig(
         model=options.model,
         task="boolq",
@@ -63,13 +65,13 @@ def cell_of(options: argparse.Namespace, row: str, level: int) -> CellConfig:
         sparsity=level / 100,
         calibration_samples=64,
         calibration_seq_len=LENGTH,
-        mode=mode,
+        mode=mode.name,
         lora_r=options.rank,
         lora_alpha=2.0 * options.rank,
         recover_steps=0 if row == PRUNED else options.steps,
         recover_seq_len=LENGTH,
         recover_batch_size=BATCH,
-        recover_learning_rate=options.full_rate if mode == "full" else options.lora_rate,
+        recover_learning_rate=options.full_rate if mode is FULL else options.lora_rate,
         teacher=teacher,
         teacher_ce=options.ce,
         teacher_kl=options.kl,
@@ -116,7 +118,7 @@ def settings_of(cell: CellConfig) -> dict[str, Any]:
     """What a measurement is told by, beside its row and level."""
     names = ["model", "importance", "dtype"]
     if cell.recovers:
-        names += ["recover_steps", "recover_learning_rate"] + ([] if cell.mode == "full" else ["lora_r"])
+        names += ["recover_steps", "recover_learning_rate"] + ([] if cell.mode == FULL.name else ["lora_r"])
         names += ["teacher_ce", "teacher_kl", "teacher_squarehead"] if cell.has_teacher else []
     return {name: getattr(cell, name) for name in names}
 

@@ -27,6 +27,7 @@ from sparse_ft.masks.mask_set import MaskSet
 from sparse_ft.models.catalog import locate
 from sparse_ft.models.checkpoint import Checkpoint
 from sparse_ft.models.loading import load_model, load_tokenizer
+from sparse_ft.settings.modes import FULL, SPARSE_TO_SPARSE
 from sparse_ft.settings.training import TrainingSettings
 from sparse_ft.tasks.definitions import load_task
 from sparse_ft.tasks.examples import training_examples
@@ -49,7 +50,7 @@ def magnitude_masks(checkpoint: Checkpoint, sparsity: float) -> MaskSet:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mode", default="sparse_to_sparse", choices=("sparse_to_sparse", "full"))
+    parser.add_argument("--mode", default=SPARSE_TO_SPARSE.name, choices=(SPARSE_TO_SPARSE.name, FULL.name))
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--data_dir", default="packaged")
     parser.add_argument("--steps", default="12,48", help="one set of trainings for each")
@@ -95,12 +96,12 @@ def main() -> None:
     def sparse_to_sparse(dtype: torch.dtype, rounding: str, count: int) -> Weights:
         torch.manual_seed(0)
         lora = LoraSettings(lora_r=16, lora_alpha=32, rounding=rounding)
-        model = fitted(apply_sparse_lora(base(dtype), lora, "sparse_to_sparse", masks), count, rounding)
+        model = fitted(apply_sparse_lora(base(dtype), lora, SPARSE_TO_SPARSE.name, masks), count, rounding)
         return {name: layer.effective_weight("default") for name, layer in adapted_layers(model)}
 
     def full(dtype: torch.dtype, seen: torch.dtype, rounding: str, count: int) -> Weights:
         """``seen``: the dtype in which a forward pass sees the weights."""
-        model = apply_sparse_lora(base(dtype), LoraSettings(), "full", masks)
+        model = apply_sparse_lora(base(dtype), LoraSettings(), FULL.name, masks)
         for name in checkpoint.prunable:
             layer = model.get_submodule(name.removesuffix(".weight"))
             layer.forward = lambda x, layer=layer: F.linear(x, layer.weight.to(seen).float(), layer.bias)
@@ -108,7 +109,7 @@ def main() -> None:
         return {name: model.get_parameter(name).detach() for name in checkpoint.prunable}
 
     for count in steps:
-        if args.mode == "full":
+        if args.mode == FULL.name:
             f32, bf16 = torch.float32, torch.bfloat16
             score("float32", count, full(f32, f32, "nearest", count))
             merged = {n: w.bfloat16() for n, w in full(f32, bf16, "nearest", count).items()}

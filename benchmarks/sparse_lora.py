@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from sparse_ft.lora import LoraSettings, SparseLoRAConfig, SparseLoRALayer, apply_sparse_lora
 from sparse_ft.masks.mask_set import MaskSet, pack_bits
 from sparse_ft.models.names import role
+from sparse_ft.settings.modes import DENSE, SPARSE_TO_SPARSE
 
 SPARSITY = 0.5
 SCALING = 2.0  # alpha / r
@@ -187,12 +188,11 @@ def model_steps(
         rounding = "nearest" if kind == NEAREST else "dithered"
         model, settings = make(), LoraSettings(lora_r=rank, lora_alpha=SCALING * rank, rounding=rounding)
         if kind == "plain LoRA":
-            model = apply_sparse_lora(model, settings, "dense")
+            model = apply_sparse_lora(model, settings, DENSE.name)
         elif kind == "naive, unstructured":
             model = with_naive_layers(model, rank, masks(model, "unstructured"))
         else:
-            mode = "sparse_to_sparse"
-            model = apply_sparse_lora(model, settings, mode, masks(model, kind.split(", ")[1]))
+            model = apply_sparse_lora(model, settings, SPARSE_TO_SPARSE.name, masks(model, kind.split(", ")[1]))
         if checkpointing:
             model.enable_input_require_grads()
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

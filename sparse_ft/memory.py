@@ -8,8 +8,10 @@ import resource
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["peak_bytes", "release_memory", "reset_peak", "trim_heap"]
 
@@ -23,6 +25,8 @@ def reset_peak(device: torch.device | str = "cpu") -> bool:
     On Linux the process's high-water mark is reset; where the system does not allow that (another system, a
     container whose ``/proc`` is closed), the peak counts from the start of the process.
     """
+    import torch
+
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return True
@@ -35,6 +39,8 @@ def reset_peak(device: torch.device | str = "cpu") -> bool:
 
 def peak_bytes(device: torch.device | str = "cpu") -> int:
     """Bytes at the peak since `reset_peak`: allocated on a CUDA device, else resident in this process."""
+    import torch
+
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     with suppress(OSError):
@@ -47,6 +53,8 @@ def peak_bytes(device: torch.device | str = "cpu") -> int:
 
 def release_memory() -> None:
     """Collects garbage, and gives what nobody uses back: the heap's pages, and a CUDA device's blocks."""
+    import torch
+
     gc.collect()
     trim_heap()
     if torch.cuda.is_initialized():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
@@ -39,6 +40,9 @@ class Progress:
 
     def say(self, text: str) -> None:
         """A line of its own, between stages."""
+
+    def measured(self, step: int, values: Mapping[str, float]) -> None:
+        """What was measured at a step, by the names of metrics: points of the run's curves."""
 
 
 SILENT = Progress()

@@ -33,6 +33,7 @@ RUN = {
     r"\. \.venv/bin/activate": CLEAN,
     r"conda env create --file conda(\.cerebras)?\.yaml": CONDA,
     r"conda activate sparse_ft": CONDA,
+    r"pip install git\+GIT_URL": BY_HAND + "of this package, from a clone's git+file address, without its dependencies",
     r"pip install \.": "tests/test_cli.py::test_an_install_into_an_empty_environment_gives_the_command",
     r"sparse-ft --help": "tests/test_cli.py::test_help_lists_every_command",
     r"pip install 'sparse_ft\[.*\]'": CLEAN,
@@ -54,6 +55,7 @@ RUN = {
     r"mlflow run \. -e compute_masks .* -P model=smollm2-135m .* -P scope=global": BY_HAND + "for docs/pruning.md",
     r"mlflow run \. -e validate .*": STEPS + "validate_says_0_for_a_good_pair_1_for_a_broken_one_2_for_none",
     r"mlflow run( \.)?( --env-manager local)?": PROJECT,
+    r"mlflow run --env-manager uv": BY_HAND + "uv 0.13.9",
     r"sparse-ft \w+ --help": "tests/test_cli.py::test_a_commands_own_help",
     r"sparse-ft sweep --config configs/full.yaml --dry-run": HUB,
     r"sparse-ft sweep --config configs/full.yaml --executor ray .*": SLURM,
@@ -74,7 +76,7 @@ RUN = {
     r"sparse-ft cerebras_configs --config configs/full.yaml .*": HUB.split("::")[0]
     + "::test_the_full_studys_configurations_for_a_cerebras",
     r"sparse-ft (NAME|train|validate|analyze|sweep|compute_masks)": STARTED,
-    r"python benchmarks/(rounding|sparse_lora)\.py .*": BY_HAND + "its table stands beside it",
+    r"python benchmarks/(live|rounding|sparse_lora)\.py .*": BY_HAND + "its table stands beside it",
     r"python -m benchmarks\.\w+ .*": BY_HAND + "its table stands beside it",
     r"python -m lm_eval run": BY_HAND + "its scores were ours; what it calls is compared in tests/evaluation",
     r"python -m sparse_ft\.cerebras\.modelzoo\.cszoo fit FIT.yaml --target_device CSX --validate_only": WAFER

@@ -14,6 +14,8 @@ from sparse_ft.cli import COMMANDS
 from sparse_ft.masks.files import save_masks
 from sparse_ft.masks.mask_set import MaskSet
 from sparse_ft.models.checkpoint import Checkpoint
+from sparse_ft.settings.commands import SweepConfig
+from sparse_ft.study.driver import sweep
 
 HEAVY = ("torch", "transformers", "peft", "lm_eval", "datasets", "mlflow", "pandas", "matplotlib", "numba")
 COUNTED = f"import json, sys\n%s\nprint(json.dumps([name for name in {HEAVY!r} if name in sys.modules]))"
@@ -79,6 +81,17 @@ def test_validating_needs_no_torch(model, tmp_path):
     assert after_command(0, "validate", checkpoint=model, masks=masks)[0] == {"mlflow", "pandas"}
 
 
+def test_a_dry_run_needs_nothing_that_trains_or_scores(model, tmp_path):
+    study = tmp_path / "study.yaml"
+    study.write_text(
+        f"grid: {{model: [{model}], sparsity: [0.5], importance: [magnitude, wanda]}}\n"
+        "cell: {data_dir: made, device: cpu, dtype: float32, calibration_samples: 2, calibration_seq_len: 32}\n"
+    )
+    config = SweepConfig(config=str(study), dry_run=True)
+    assert sweep(config) == 0  # tokenizer, task and rows have been read once
+    assert after_command(0, "sweep", config=study, dry_run=True)[0] == {"mlflow", "pandas", "numba"}
+
+
 def modules(*folders):
     """The modules of packages, or modules by their own name."""
     for name in folders:
@@ -101,6 +114,7 @@ def modules(*folders):
         (["sparse_ft.analysis"], {"pandas", "matplotlib"}),
         (["sparse_ft.tracking"], {"mlflow", "pandas"}),
         (["sparse_ft.validation", "sparse_ft.models.opening", "sparse_ft.models.catalog"], set()),
+        (["sparse_ft.study.driver", "sparse_ft.study.worker"], {"mlflow", "pandas", "numba"}),
         (["sparse_ft.pruning.generator", "sparse_ft.cell.masks", "sparse_ft.cell.record"], {"numba"}),
     ],
 )

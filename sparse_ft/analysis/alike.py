@@ -9,16 +9,26 @@ from typing import Any
 import pandas as pd
 
 from sparse_ft.analysis.table import EVALUATION_PROTOCOL, GROUP
+from sparse_ft.settings.field import defaults, named
+from sparse_ft.settings.lora import LoraSettings
 from sparse_ft.settings.modes import FULL, is_tuned
+from sparse_ft.settings.training import TrainingSettings
+from sparse_ft.settings.training_data import TrainingDataSettings
 
 __all__ = ["Ways", "ways_of_points", "why_not_comparable"]
 
 # What makes two trainings the same but for the sparsity: how, on which weights and rows, in which precision and code.
-_LORA = ("lora_r", "lora_alpha", "rslora", "lora_dropout", "target_modules", "rounding")
+_LORA = tuple(defaults(LoraSettings))
+_NO_MATTER = ("seed", "gradient_checkpointing")  # averaged over; of memory and time
 _TRAINING = (
-    "learning_rate", "max_steps", "batch_size", "gradient_accumulation", "warmup_fraction", "weight_decay",
-    "max_seq_len", "loss_on", "packing", "mix_weight", "num_epochs", "schedule",
-)  # fmt: skip
+    "max_seq_len",
+    *(
+        name
+        for kind in (TrainingSettings, TrainingDataSettings)
+        for name in named(kind, named=False, flag=True)  # what names stand for is compared instead
+        if name not in (*_LORA, *_NO_MATTER)
+    ),
+)
 _BEHIND = (
     "weights", "model_config", "tokenizer", "training_data", "train_data", "mixed_data", "chat_template",
     "dtype", "device", "versions",

@@ -84,7 +84,7 @@ def curve_figure(chart: Chart, cells: pd.DataFrame, table: pd.DataFrame, title: 
     ``cells`` gives the chance level, ``table`` is the performance table: lines are its means.
     """
     column = pd.to_numeric(table[chart.column], errors="coerce")
-    usable = np.isfinite(column) & (table["mode"] != modes.DENSE.name)
+    usable = np.isfinite(column) & (table["series"] != modes.DENSE.label)
     usable &= (column > 0) if chart.log else True
     if not usable.any():
         return None

@@ -31,7 +31,7 @@ def heatmap_figure(table: pd.DataFrame, title: str = "") -> Figure | None:
 
     The maps of a task share their colours; a cell without a score is crossed out.
     """
-    known = table[(table["mode"] != DENSE.name) & table["accuracy"].notna() & (table["variant"] == "")]
+    known = table[(table["series"] != DENSE.label) & table["accuracy"].notna() & (table["variant"] == "")]
     if known.empty:
         return None
     # Methods and levels as the study has them, so that maps line up and holes are seen.

@@ -8,6 +8,7 @@ import pandas as pd
 
 from sparse_ft.analysis.numbers import shown, shown_with_error
 from sparse_ft.analysis.sentences import Sentence
+from sparse_ft.analysis.table import row_label
 from sparse_ft.settings.modes import mode_label
 from sparse_ft.tracking.notes import command_block, markdown_table
 
@@ -49,7 +50,7 @@ def _table(cells: pd.DataFrame, room: int) -> str:
         scores = [shown_with_error(cell[name], cell[f"{name}_stderr"], form) for name, form in _SCORES.items()]
         if cell["status"] != "FINISHED":
             scores[0] = cell["failure_class"] or str(cell["status"]).lower()
-        words = [str(cell[name]) for name in named] + [cell["series"], mode_label(cell["mode"])]
+        words = [str(cell[name]) for name in named] + [row_label(cell), mode_label(cell["mode"], cell["sparsity"])]
         rows.append([*words, shown(100 * cell["sparsity"], ".4g"), *scores])
     count = len(rows)
     while rows and len(text := markdown_table(heads, rows, len(named) + 2)) > room:

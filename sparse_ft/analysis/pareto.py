@@ -53,9 +53,12 @@ def pareto_figure(
         if here.empty:
             return False
         for key, points in here.groupby(["series", "variant", "mode"], sort=False):
-            if points["mode"].iloc[0] == modes.DENSE.name:
+            if points["series"].iloc[0] == modes.DENSE.label:
+                tuned = modes.is_tuned(points["mode"].iloc[0])
+                name = f"{modes.DENSE.label}, {'fine-tuned' if tuned else modes.NOT_TUNED}"
                 style = {"color": DENSE, "marker": "*", "markersize": 10, "linestyle": "none"}
-                extra["dense, fine-tuned"] = line_handle("dense, fine-tuned", **style)
+                style |= {} if tuned else {"markerfacecolor": "white"}
+                extra[name] = line_handle(name, **style)
             else:
                 used[key] = all_looks[key]
                 style = all_looks[key].style | {"linestyle": "none"}

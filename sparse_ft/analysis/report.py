@@ -17,7 +17,7 @@ from markupsafe import Markup
 from sparse_ft.analysis.beside import wide_points
 from sparse_ft.analysis.columns import Column, Table, number, percent, plus_minus, text
 from sparse_ft.analysis.panels import short_names
-from sparse_ft.analysis.sentences import Sentence
+from sparse_ft.analysis.table import row_label
 from sparse_ft.settings.modes import mode_label
 
 __all__ = ["ReportFigure", "ReportParts", "report_html"]
@@ -55,7 +55,7 @@ class ReportParts:
     points: pd.DataFrame
     holes: pd.DataFrame
     protocol: Mapping[str, Any]
-    sentences: Sequence[Sentence]
+    sentences: Sequence[str]
     figures: Sequence[ReportFigure]
     skipped: Mapping[str, str] = field(default_factory=dict)
     baseline: Mapping[str, pd.DataFrame] | None = None
@@ -78,7 +78,7 @@ def report_html(parts: ReportParts) -> str:
         question=_question(parts.cells),
         counts=_counts(parts.cells),
         notice=_notice(parts),
-        answers=[sentence.text for sentence in parts.sentences] if len(parts.cells) else [],
+        answers=parts.sentences if len(parts.cells) else [],
         protocol=_protocol(parts.protocol),
         figures=parts.figures,
         skipped=parts.skipped,
@@ -151,14 +151,14 @@ def _protocol(protocol: Mapping[str, Any]) -> Table | None:
 
 def _identity(frame: pd.DataFrame) -> list[Column]:
     columns = [Column("model", text("model"), choices=True), Column("task", text("task"), choices=True),
-               Column("method", text("series"), choices=True), Column("mode", _mode, choices=True)]  # fmt: skip
+               Column("method", row_label, choices=True), Column("mode", _mode, choices=True)]  # fmt: skip
     if "variant" in frame and frame["variant"].fillna("").ne("").any():
         columns.append(Column("variant", text("variant"), choices=True))
     return [*columns, Column("sparsity %", percent("sparsity"), _value("sparsity"), choices=True)]
 
 
 def _mode(row: dict[str, Any]) -> str:
-    return mode_label(row["mode"])
+    return mode_label(row["mode"], row.get("sparsity"))
 
 
 def _value(name: str) -> Any:

@@ -85,7 +85,7 @@ def looks(table: pd.DataFrame) -> Mapping[tuple[str, str, str], Look]:
     With few variants each has its own colour; a search over many shows them as points in the colour of
     their series.
     """
-    pruned = table[table["mode"] != modes.DENSE.name]
+    pruned = table[table["series"] != modes.DENSE.label]
     names = pruned[["series", "variant"]].drop_duplicates()
     many = names["variant"].nunique() > 4
     order = names["series"].drop_duplicates().tolist() if many else list(names.itertuples(index=False, name=None))

@@ -6,6 +6,7 @@ import math
 import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import pandas as pd
 from sparse_ft.errors import UserError
 from sparse_ft.settings.cell import CellConfig
 from sparse_ft.settings.field import named
-from sparse_ft.settings.modes import DENSE
+from sparse_ft.settings.modes import DENSE, is_tuned
 from sparse_ft.settings.rules import METHODS, STEPS, rule_label
 from sparse_ft.tracking.record import Kind, Run, Tag
 
@@ -29,6 +30,7 @@ __all__ = [
     "SCORED_AFTER",
     "cell_table",
     "grouped_table",
+    "row_label",
     "scored_names",
     "series_label",
 ]
@@ -66,14 +68,12 @@ EVALUATION_PROTOCOL = (
     "accuracy_metric", "fewshot_seed", "chat_template", "lm_eval_version",
     "perplexity_corpus", "perplexity_seq_len", "perplexity_tokens",
 )  # fmt: skip
+# Metrics that are no columns: of the machine and of the masks' making; and of curves whose last point says nothing.
+_NOT_THE_CELLS, _ONLY_CURVES = ("system/", "prune/"), ("/learning_rate", "/grad_norm", "/tokens_per_second_curve")
 # Parameters of runs that no result depends on.
 _INCIDENTAL = named(CellConfig, result=False)
-# Names that say nothing by themselves: a run that says what was behind them (``identity/...``) is told by that.
-_BEHIND = {
-    "data_dir": "scored_data", "device": "device", "dtype": "dtype", "masks": "versions", "num_fewshot": "num_fewshot",
-    "perplexity_corpus": "versions", "include_path": "versions", "train_data": "train_data",
-    "mix": "mixed_data",
-}  # fmt: skip
+# Names that say nothing where a run says what was behind them (``identity/...``).
+_BEHIND = {entry.name: entry.metadata["behind"] for entry in fields(CellConfig) if entry.metadata["behind"]}
 
 
 def cell_table(runs: Iterable[Run]) -> pd.DataFrame:
@@ -137,6 +137,14 @@ def scored_names(cells: pd.DataFrame) -> list[str]:
     ends = {f"accuracy{after}" for after in SCORED_AFTER}
     parts = (str(column).rpartition("/") for column in cells.columns if not str(column).startswith("protocol_"))
     return sorted({name for name, _, end in parts if name and end in ends})
+
+
+def row_label(row: Mapping[str, Any]) -> str:
+    """What stands for a cell or point in a table: its line's label, and of what is neither pruned nor tuned that it is
+    the dense model, though it may be the first point of a rule's line. A cell that is only recorded there (``same_as``)
+    has its line's."""
+    unpruned = row["sparsity"] == 0 and not is_tuned(row["mode"]) and _missing(row.get("same_as"))
+    return DENSE.label if unpruned else row["series"]
 
 
 def series_label(method: str, importance: str | None) -> str:
@@ -217,7 +225,7 @@ def _record(run: Run) -> dict[str, Any]:
             # A task's name is kept as it is: protocol_score/piqa.
             record[f"{group}_{name if name.startswith('score') else name.replace('/', '_')}"] = _value(value)
     for key, value in run.metrics.items():
-        if not key.startswith("system/"):  # of the machine, not of the cell
+        if not (key.startswith(_NOT_THE_CELLS) or key.endswith(_ONLY_CURVES)):
             record[_metric_name(key)] = _number(value)
     record["measured_tokens_per_second"] = max(_measured(run, "/decoding_tokens_per_second_batch_8"), default=math.nan)
     record["measured_bytes"] = min(_measured(run, "/disk_bytes"), default=math.nan)
@@ -308,7 +316,8 @@ def _whole(value: Any) -> int | None:
 
 
 def _series(table: pd.DataFrame) -> pd.Series:
-    """Label of the line a cell belongs to: the scope is named only where a method comes with several."""
+    """Label of the line a cell belongs to: the scope is named only where a method comes with several. What is neither
+    pruned nor tuned belongs to its rule's line where that has other levels, and is else the dense model itself."""
     if table.empty:
         return pd.Series(dtype=object)
     scopes = table.groupby(["method", "importance"])["scope"].transform("nunique")
@@ -316,7 +325,9 @@ def _series(table: pd.DataFrame) -> pd.Series:
     named = [
         f"{label} {scope}" if n > 1 else label for label, scope, n in zip(labels, table["scope"], scopes, strict=True)
     ]
-    return pd.Series(named, index=table.index, dtype=object)
+    alone = table.groupby(["model", "task", "method", "importance", "scope"])["sparsity"].transform("max") == 0
+    dense = alone & ~table["mode"].map(is_tuned)
+    return pd.Series(named, index=table.index, dtype=object).mask(dense, DENSE.label)
 
 
 def _variants(table: pd.DataFrame) -> pd.Series:
@@ -367,7 +378,7 @@ def _sorted(table: pd.DataFrame) -> pd.DataFrame:
     """By model and task, the dense baseline first, then method, mode, level, seed."""
     if table.empty:
         return table.reset_index(drop=True)
-    ranks = {"_pruned": table["mode"] != DENSE.name, "_method": table["method"].map(_method_rank)}
+    ranks = {"_pruned": table.apply(row_label, axis=1) != DENSE.label, "_method": table["method"].map(_method_rank)}
     keys = ["model", "task", "_pruned", "_method", "series", "mode", "sparsity", "variant"]
     keys += ["seed"] if "seed" in table else []
     ranked = pd.DataFrame({name: ranks.get(name, table.get(name)) for name in keys})

@@ -7,13 +7,14 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+import pandas as pd
 from rich.box import ASCII_DOUBLE_HEAD, SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from sparse_ft.analysis.numbers import shown, shown_with_error
-from sparse_ft.analysis.table import MEAN, SCORED_AFTER, cell_table, scored_names
+from sparse_ft.analysis.table import MEAN, SCORED_AFTER, cell_table, row_label, scored_names
 from sparse_ft.settings.modes import DENSE, is_tuned, mode_label
 from sparse_ft.tracking.record import Run
 
@@ -23,55 +24,64 @@ _ABREAST = 8  # tasks beside each other
 
 
 def terminal_table(runs: Iterable[Run]) -> Table:
-    """One row a cell, two lines each: what was asked and what came out, before and after tuning; failures say why.
+    """One row a cell, a line in it for each time it was scored: what came out, then what was asked; failures say why.
 
-    Model and task stand in the title where the study has one of each. ``±`` is one standard error; a dash is
-    what was not measured.
+    Model, task and method stand in the title where the study has one of each. Accuracy is that on the cell's own task;
+    beside it that on the task scored beside it, or the mean of several. Sparsity is that asked for, and that of the
+    merged model where it is another one. ``±`` is one standard error; a dash is what was not measured. Everything else
+    that was measured is in the report's tables.
     """
     cells = cell_table(runs)
-    models, tasks = cells["model"].dropna().unique(), cells["task"].dropna().unique()
-    shared = [str(values[0]) for values in (models, tasks) if len(values) == 1]
-    title = " · ".join([*shared, f"{len(cells)} cell" + ("" if len(cells) == 1 else "s")])
+    one = {
+        name: values.iloc[0] for name in ("model", "task") if len(values := cells[name].dropna().drop_duplicates()) == 1
+    }
+    methods = dict.fromkeys(cell["method"] for cell in cells.to_dict("records") if row_label(cell) != DENSE.label)
+    method = str(*methods) if len(methods) == 1 else ""
+    counted = f"{len(cells)} cell" + ("" if len(cells) == 1 else "s")
+    title = " · ".join([*map(str, one.values()), *([method] if method else []), counted])
     table = Table(
         title=title, title_justify="left", caption_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
     )
-    named = [name for name, values in (("model", models), ("task", tasks)) if len(values) > 1]
+    named = [name for name in ("model", "task") if name not in one and cells[name].notna().any()]
     named += [name for name in ("seed", "variant") if cells[name].nunique() > 1]
     for name in named:
         table.add_column(name, overflow="fold")
     table.add_column("cell", min_width=16, overflow="fold")
-    heads = ("asked\n%", "", "perple-\nxity", "accuracy", "loss")  # what answers the question comes first
-    heads += ("achieved\n%", "after\nmerge %", "vio-\nlations", "tokens\n/s", "min-\nutes")
-    for name in heads:
+    scores = _scores(cells, one.get("task", ""))
+    for name in ("", *(heading for heading, _, _ in scores), "sparsity\n%", "vio-\nlations", "min-\nutes"):
         table.add_column(name, justify="right", no_wrap=True)
     for cell in cells.to_dict("records"):
-        values = [
+        stages = _stages(cell)
+        table.add_row(
             *(str(cell[name] if cell[name] is not None else "") for name in named),
-            _name(cell),
-            _percent(cell["sparsity"]),
-            _stacked(*_stages(cell).values()),
-            *(
-                _stacked(
-                    *(shown_with_error(cell[f"{name}{s}"], cell[f"{name}_stderr{s}"], form) for s in _stages(cell))
-                )
-                for name, form in (("perplexity", ",.4g"), ("accuracy", ".3f"), ("loss", ".3f"))
-            ),
-            _percent(cell["sparsity_achieved"]),
-            _percent(cell["sparsity_after_merge"]),
+            _name(cell, method),
+            _stacked(*stages.values()),
+            *(_stacked(*(_score(cell, column, after, form) for after in stages)) for _, column, form in scores),
+            _levels(cell),
             _violations(cell),
-            shown(cell["train_tokens_per_second"], ",.0f"),
             shown(cell["minutes"], ".1f"),
-        ]
-        table.add_row(*values)
+        )
     return table
 
 
+def _scores(cells: pd.DataFrame, task: str) -> list[tuple[str, str, str]]:
+    """Heading, column and form of what a row shows."""
+    beside, own = scored_names(cells), f"\n{task}" if task else ""
+    result = [("perple-\nxity", "perplexity", ",.4g"), (f"accuracy{own}", "accuracy", ".3f")]
+    if len(beside) == 1:
+        result.append((f"accuracy\n{beside[0]}", f"{beside[0]}/accuracy", ".3f"))
+    elif beside:
+        result.append((f"accuracy\nmean of {len(beside)}", "mean_accuracy", ".3f"))
+    return result
+
+
 def scores_tables(runs: Iterable[Run]) -> list[Table]:
-    """Of the tasks scored beside the cells' own: one row a cell, a column a task, the mean first; before tuning above,
-    after tuning below. Of very many tasks several tables; none where nothing was scored beside."""
+    """Of several tasks scored beside the cells' own: one row a cell, a column a task, the mean first; before tuning
+    above, after tuning below. Of very many tasks several tables; none where no more than one was scored beside, which
+    stands in the cells' own table."""
     cells = cell_table(runs)
     names = scored_names(cells)
-    columns = [(MEAN, "mean_accuracy"), *((name, f"{name}/accuracy") for name in names)] if names else []
+    columns = [(MEAN, "mean_accuracy"), *((name, f"{name}/accuracy") for name in names)] if len(names) > 1 else []
     columns = [(name, column) for name, column in columns if any(f"{column}{s}" in cells for s in SCORED_AFTER)]
     tables = []
     for start in range(0, len(columns), _ABREAST):
@@ -84,15 +94,16 @@ def scores_tables(runs: Iterable[Run]) -> list[Table]:
         for name in several:
             table.add_column("trained" if name == "task" else name, overflow="fold")
         table.add_column("cell", min_width=16, overflow="fold")
-        table.add_column("asked\n%", justify="right", no_wrap=True)
         for name, _ in shown_here:
             table.add_column(name, justify="right", overflow="fold")
         for cell in cells.to_dict("records"):
             table.add_row(
                 *(str(cell[name] if cell[name] is not None else "") for name in several),
                 _name(cell),
-                _percent(cell["sparsity"]),
-                *(_stacked(*(_score(cell, column, after) for after in _stages(cell))) for _, column in shown_here),
+                *(
+                    _stacked(*(_score(cell, column, after, ".3f") for after in _stages(cell)))
+                    for _, column in shown_here
+                ),
             )
         tables.append(table)
     return tables
@@ -127,13 +138,17 @@ def table_text(*tables: Table) -> str:
     return console.file.getvalue()
 
 
-def _score(cell: dict[str, Any], column: str, after: str) -> str:
-    name, error = f"{column}{after}", f"{column}_stderr{after}"
-    return shown_with_error(cell.get(name), cell.get(error), ".3f")
+def _score(cell: dict[str, Any], column: str, after: str, form: str) -> str:
+    return shown_with_error(cell.get(f"{column}{after}"), cell.get(f"{column}_stderr{after}"), form)
 
 
-def _name(cell: dict[str, Any]) -> Text:
-    name = Text(DENSE.label) if cell["mode"] == DENSE.name else Text(f"{cell['series']}\n{mode_label(cell['mode'])}")
+def _name(cell: dict[str, Any], method: str = "") -> Text:
+    """``method``: what the title says, for all."""
+    mode, series = mode_label(cell["mode"], cell["sparsity"]), row_label(cell)
+    if series == DENSE.label:
+        name = Text(series if is_tuned(cell["mode"]) else f"{series}, {mode}")
+    else:
+        name = Text(f"{_percent(cell['sparsity'])} % {series.removeprefix(f'{method} ')}\n{mode}")
     if cell["status"] != "FINISHED":
         said = cell["failure_class"] or str(cell["status"]).lower()
         name.append(f"\n{said}", style="bold red")
@@ -165,6 +180,12 @@ def _percent(value: float) -> str:
         return "–"
     text = f"{100 * value:.3f}".rstrip("0").rstrip(".")
     return text
+
+
+def _levels(cell: dict[str, Any]) -> str:
+    """The sparsity asked for; beside it that of the merged model, where it is another."""
+    asked, merged = _percent(cell["sparsity"]), _percent(cell["sparsity_after_merge"])
+    return asked if merged in (asked, "–") else f"{asked} → {merged}"
 
 
 def _violations(cell: dict[str, Any]) -> Text:

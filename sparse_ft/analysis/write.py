@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
+from sparse_ft.analysis.answer import ENOUGH, Signal, one_sentence, signals
 from sparse_ft.analysis.baselines import compare_baseline, load_baseline
 from sparse_ft.analysis.beside import beside_cells, beside_points, compared_beside
 from sparse_ft.analysis.figures import CHARTS, Chart, curve_figure
@@ -62,6 +63,8 @@ class AnalysisResult:
         figures: the PNGs among them, by name.
         skipped: figures that were not drawn, and why.
         sentences: the answers, one a model and task.
+        answer: the study in one sentence; empty where it is of several models or tasks.
+        signals: how far the dense model stands above guessing, task by task.
         cells: the table behind ``summary.csv``.
         points: the table behind ``sparsity_vs_performance.csv``.
         holes: the table behind ``holes.csv``.
@@ -75,6 +78,8 @@ class AnalysisResult:
     figures: dict[str, Path] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     sentences: list[Sentence] = field(default_factory=list)
+    answer: str = ""
+    signals: list[Signal] = field(default_factory=list)
     cells: pd.DataFrame = field(default_factory=pd.DataFrame)
     points: pd.DataFrame = field(default_factory=pd.DataFrame)
     beside: pd.DataFrame = field(default_factory=pd.DataFrame)
@@ -119,6 +124,11 @@ def write_analysis(
     result.sentences = answers(cells, points)
     if len(beside):
         result.sentences += answers(others[others["scored"] == MEAN], beside[beside["scored"] == MEAN])
+    alone = others[others["scored"] != MEAN]
+    result.signals = [*signals(cells, points), *signals(alone, beside)]
+    told_apart = {signal.task for signal in result.signals if signal.errors >= ENOUGH}
+    scored = pd.concat([points, beside]) if len(beside) else points
+    result.answer = one_sentence(cells, points, scored[scored["task"].isin(told_apart)])
     protocol = protocols(cells)
     tables = {"summary": cells, "grouped_summary": grouped, "sparsity_vs_performance": points, "holes": result.holes}
     if len(beside):
@@ -140,8 +150,10 @@ def write_analysis(
         if picture is not None:
             pictures.append(ReportFigure(picture, heading, _CAPTIONS[name]))
         progress.advance(note=name)
+    said = [*([result.answer] if result.answer else []), *(sentence.text for sentence in result.sentences)]
+    said += map(str, result.signals)
     page = ReportParts(
-        title, cells, points, result.holes, protocol, result.sentences, pictures,
+        title, cells, points, result.holes, protocol, said, pictures,
         {drawn[name][0]: why for name, why in result.skipped.items()}, result.baseline, beside,
     )  # fmt: skip
     result.report = write_text(folder / "report.html", report_html(page))

@@ -87,7 +87,8 @@ _INFRASTRUCTURE = {
     *(("urllib3", name) for name in ("TimeoutError", "ProtocolError", "MaxRetryError", "NewConnectionError")),
     *(("sqlalchemy", name) for name in ("OperationalError", "TimeoutError")),
     *(("psycopg2", "OperationalError"), ("psycopg", "OperationalError"), ("pymysql", "OperationalError")),
-    *(("httpx", "TransportError"), ("botocore", "HTTPClientError"), ("filelock", "Timeout")),
+    *(("httpx", "TransportError"), ("httpx2", "TransportError")),  # of the hub's clients, by their versions
+    *(("botocore", "HTTPClientError"), ("filelock", "Timeout")),
     ("http", "IncompleteRead"),
 }
 _CODES = (  # of MLflow's own errors

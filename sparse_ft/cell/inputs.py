@@ -19,9 +19,9 @@ from sparse_ft.tracking.record import DataInput
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
 
-__all__ = ["EVALUATION", "PERPLEXITY", "cell_inputs", "mask_inputs"]
+__all__ = ["EVALUATION", "PERPLEXITY", "SCORED_BESIDE", "cell_inputs", "mask_inputs"]
 
-EVALUATION, PERPLEXITY = "evaluation", "perplexity"
+EVALUATION, PERPLEXITY, SCORED_BESIDE = "evaluation", "perplexity", "scored beside"
 _TEXT = {"text": "string"}
 
 
@@ -50,7 +50,7 @@ def cell_inputs(cell: CellConfig, identity: Mapping[str, str], bench: Workbench)
         shown = task.config.fewshot_split or training or scored
         found.append(_split(task, shown, identity["fewshot_data"], "few-shot"))
     for other in (other for item in bench.suite(cell) for other in item.tasks.values()):
-        found.append(_split(other, eval_split(other), scored_digests(other).get("scored_data"), "scored beside"))
+        found.append(_split(other, eval_split(other), scored_digests(other).get("scored_data"), SCORED_BESIDE))
     if cell.pruned and cell.needs_calibration and cell.masks is None:
         rows = identity.get("training_data")
         found.append(_training_text(task, cell.calibration_corpus, cell.data_dir, rows, bench, "calibration"))

@@ -1,4 +1,4 @@
-"""Makes the masks that a mask configuration asks for: finds model and text, then opens the one door."""
+"""Makes the masks that a mask configuration asks for: finds model and text, then runs the pruning engine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from sparse_ft.models.mixtures import refitted
 from sparse_ft.models.opening import open_checkpoint
 from sparse_ft.pruning.generator import MaskGenerator
 from sparse_ft.pruning.output import MaskFile
-from sparse_ft.pruning.structure import check_heads, families
 from sparse_ft.settings.cell import CellConfig
 from sparse_ft.settings.commands import MaskConfig
 from sparse_ft.settings.corpora import TASK
@@ -64,7 +63,7 @@ def check_mask_set(config: MaskConfig, bench: Workbench) -> None:
     """Whether the masks are possible at all: settings, shapes, device, text to look at. Makes none.
 
     Raises:
-        UserError: they are not; all that is wrong with the parameters is said at once, before the model is looked for.
+        UserError: they are not; what is wrong with the parameters is reported at once, before the model is looked for.
     """
     problems = list(config.problems())
     try:
@@ -124,7 +123,7 @@ def foreign_masks(file: MaskFile, start: Checkpoint, base: Checkpoint) -> str | 
     return None
 
 
-def check_shrink(config: MaskConfig, bench: Workbench) -> None:
+def check_shrink(config: MaskConfig) -> None:
     """Raises UserError (one line) where no plain checkpoint can be made of the masks that are asked for."""
     if config.method not in ("structured", EXPERTS) or config.scope != "layer":
         raise UserError(
@@ -133,9 +132,6 @@ def check_shrink(config: MaskConfig, bench: Workbench) -> None:
         )
     if 1.0 in config.levels:
         raise UserError("shrink: sparsities holds 1, which leaves no model. Leave that level out.")
-    if config.method == "structured":
-        checkpoint = bench.checkpoint(config.model)
-        check_heads(checkpoint.config, families(checkpoint.config, checkpoint.prunable_shapes()), config.levels)
 
 
 def shrink(config: MaskConfig, files: Sequence[MaskFile], bench: Workbench) -> list[Path]:

@@ -48,6 +48,6 @@ def _reads(model: str, tokens: int) -> bool:
 
 def _is_cpu(device: str) -> bool:
     try:
-        return resolve_device(device).type == "cpu"
+        return device == "cpu" or resolve_device(device).type == "cpu"
     except UserError:  # complained of elsewhere
         return False

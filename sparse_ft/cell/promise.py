@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sparse_ft.cell.failures import ValidationFailedError
-from sparse_ft.cell.trainer import Trained, Training
+from sparse_ft.cell.training import Trained, Training
 from sparse_ft.files import write_json
 from sparse_ft.masks.mask_set import MaskSet
 from sparse_ft.settings.modes import MODES

@@ -39,7 +39,7 @@ def rebuild(tracker: Tracker, run_id: str, target: Path, bench: Workbench) -> Pa
     from the packed one that was kept.
 
     The result is compared with the fingerprint that the run holds: on another kind of device the last bit of a
-    matrix product may differ, and then it is said instead of passed over.
+    matrix product may differ, and then that is reported.
 
     Args:
         tracker: where the run is.

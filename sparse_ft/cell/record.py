@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ from sparse_ft.cell.result import CellResult
 from sparse_ft.levels import level_steps
 from sparse_ft.masks.statistics import block_sparsities
 from sparse_ft.models.devices import device_name, resolve_device
-from sparse_ft.pruning.output import MaskFile
+from sparse_ft.pruning.output import MaskFile, error_points
 from sparse_ft.settings.cell import CellConfig
 from sparse_ft.settings.command_line import command_line
 from sparse_ft.settings.commands import MaskConfig
@@ -21,8 +21,10 @@ from sparse_ft.settings.field import defaults, plain_values
 from sparse_ft.settings.pruning import RecipeSettings
 from sparse_ft.tracking.parameters import flatten_config
 from sparse_ft.tracking.record import Tag, level_tag, version_tag
+from sparse_ft.tracking.stores import reachable
 
 if TYPE_CHECKING:
+    from sparse_ft.tracking.live import LivePoints
     from sparse_ft.tracking.runs import Tracker
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "log_mask_files",
     "log_mask_inputs",
     "log_masks",
+    "log_what_can_be",
     "mask_tags",
     "recorded",
 ]
@@ -80,7 +83,7 @@ def device_tags(device: str) -> dict[str, str]:
 
 
 def log_cell_result(tracker: Tracker, run_id: str, result: CellResult, note: str | None = None) -> None:
-    """All that a cell measured, with its note, in one batch, then its files."""
+    """All that a cell measured, with its note, in one batch, then its files and tables."""
     tracker.log(
         run_id,
         params=flatten_config(result.protocol, "protocol"),
@@ -93,6 +96,13 @@ def log_cell_result(tracker: Tracker, run_id: str, result: CellResult, note: str
             tracker.log_folder(run_id, path, folder)
         else:
             tracker.log_file(run_id, path, folder)
+    if result.tables:
+        import pandas as pd
+
+        from sparse_ft.tracking.tables import log_table
+
+        for name, rows in result.tables.items():
+            log_table(tracker, run_id, pd.DataFrame(rows), name)
 
 
 def log_failure(tracker: Tracker, run_id: str, failure: Failure) -> None:
@@ -103,6 +113,14 @@ def log_failure(tracker: Tracker, run_id: str, failure: Failure) -> None:
     tracker.log_text(run_id, failure.traceback, "traceback.txt")
 
 
+def log_what_can_be(tracker: Tracker, run_id: str, failure: Failure) -> None:
+    """Logs a failure where that is possible: a full disk or a store that is away must neither hide it nor take mlflow's
+    minutes of trying."""
+    with suppress(Exception):
+        reachable(tracker.uri)
+        log_failure(tracker, run_id, failure)
+
+
 @contextmanager
 def recorded(tracker: Tracker, run_id: str) -> Iterator[None]:
     """Ends the run as its block ends; a failure's class, message and traceback stay with it."""
@@ -110,7 +128,7 @@ def recorded(tracker: Tracker, run_id: str) -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            log_failure(tracker, run_id, classify(error))
+            log_what_can_be(tracker, run_id, classify(error))
             raise
 
 
@@ -124,14 +142,19 @@ def log_mask_inputs(tracker: Tracker, run_id: str, config: MaskConfig, tags: Map
     tracker.log_dict(run_id, values, "config.yaml")
 
 
-def log_masks(tracker: Tracker, run_id: str, files: Sequence[MaskFile]) -> None:
-    """Masks, statistics and pictures as artifacts; sparsity as metrics, whose steps are the levels."""
+def log_masks(tracker: Tracker, run_id: str, files: Sequence[MaskFile], points: LivePoints) -> None:
+    """Masks, statistics and pictures as artifacts; sparsity as metrics, whose steps are the levels; and what ``points``
+    have not taken of the blocks' errors, whose steps are the blocks."""
     step, steps = level_steps(file.sparsity for file in files)
     curves = {
         "sparsity/target": [(step(file.sparsity), file.sparsity) for file in files],
         "sparsity/achieved": [(step(file.sparsity), file.achieved) for file in files],
     }
-    tracker.log(run_id, curves=curves, tags={**mask_tags(files), Tag.STEPS: steps})
+    for file in files:
+        for number, errors in enumerate(file.metadata.get("reconstruction", {"blocks": []})["blocks"], 1):
+            for name, value in error_points(file.sparsity, errors["before"], errors["after"]).items():
+                curves.setdefault(name, []).append((number, value))
+    tracker.log(run_id, curves=points.rest(curves), tags={**mask_tags(files), Tag.STEPS: steps})
     log_mask_files(tracker, run_id, files)
 
 

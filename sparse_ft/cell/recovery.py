@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from sparse_ft.cell.clock import Clock
 from sparse_ft.cell.identity import cell_identity, digest, recovery_parts
+from sparse_ft.cell.live import named
 from sparse_ft.cell.result import CellResult
 from sparse_ft.cell.start import Start
 from sparse_ft.cell.teaching import teaching
@@ -145,10 +146,11 @@ def _train(
     examples, pad = recovery_examples(cell, bench), bench.tokenizer(cell.model).pad_token_id
     scratch = place.with_suffix(".trainer")
     with teaching(cell, teacher, start.checkpoint, adapted, start.masks) as guide:
-        trained = train(adapted, examples, settings, scratch, pad, bench.progress, distillation=guide)
+        trained = train(
+            adapted, examples, settings, scratch, pad, bench.progress, distillation=guide,
+            report=lambda step, values: bench.progress.measured(step, named("recover", values)),
+        )  # fmt: skip
     shutil.rmtree(scratch, ignore_errors=True)
-    series = {"recover/loss": trained.loss_curve}
-    series |= {f"recover/{part}": points for part, points in (guide.curves() if guide else {}).items()}
     merged = merge_all_lora_weights(adapted, cell.rounding, cell.seed)
     save_model(merged, saved_tokenizer(base.folder), place)
-    return series
+    return named("recover", {"loss": trained.loss_curve, **trained.parts})

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sparse_ft.cell.inputs import EVALUATION, PERPLEXITY
+from sparse_ft.cell.inputs import EVALUATION, PERPLEXITY, SCORED_BESIDE
 from sparse_ft.cell.result import CellResult
 from sparse_ft.levels import level_label
 from sparse_ft.models.catalog import without_revision
@@ -74,12 +74,13 @@ def _is_final(metric: str) -> bool:
     return metric.startswith(("eval/", "sparsity/")) and not metric.endswith(_OTHER_STAGES)
 
 
-def _measured_on(metric: str) -> str | None:
-    if not metric.startswith("eval/") or metric.count("/") > 1:
-        return None  # counted in the weights; or on the rows of another task, which its name says
-    if metric.count("/") > 1 or metric.startswith("eval/mean_"):
-        return None  # of other tasks, whose protocol names their rows
-    return PERPLEXITY if metric.startswith("eval/perplexity") else EVALUATION
+def _measured_on(metric: str) -> tuple[str, ...]:
+    kind, *task, _ = metric.split("/")
+    if kind != "eval" or metric.startswith("eval/mean_"):
+        return ()  # counted in the weights; or of several tasks
+    if task:
+        return SCORED_BESIDE, "/".join(task)
+    return (PERPLEXITY if metric.startswith("eval/perplexity") else EVALUATION,)
 
 
 def _cut(card: str) -> str:

@@ -22,6 +22,7 @@ class CellResult:
         series: metric -> [(step, value)].
         tags: what identifies the inputs, and warnings.
         artifacts: (file or folder, folder among the run's artifacts).
+        tables: name among the run's artifacts -> rows, each column -> value.
         merged: the merged checkpoint, where it was kept.
     """
 
@@ -30,6 +31,7 @@ class CellResult:
     series: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
     artifacts: list[tuple[Path, str]] = field(default_factory=list)
+    tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     merged: Path | None = None
 
     def add_scores(self, scores: Mapping[str, float], suffix: str = "") -> None:

@@ -18,7 +18,8 @@ from sparse_ft.cell.result import CellResult
 from sparse_ft.cell.scores import Scores
 from sparse_ft.cell.start import Start, starting
 from sparse_ft.cell.teacher import find_teacher
-from sparse_ft.cell.trainer import LOCAL, UNTRAINED, UNWATCHED, Trained, Trainer, Training, Watch
+from sparse_ft.cell.trainer import LOCAL, UNTRAINED
+from sparse_ft.cell.training import UNWATCHED, Trained, Trainer, Training, Watch
 from sparse_ft.cell.training_set import training_set
 from sparse_ft.cell.workbench import Workbench
 from sparse_ft.errors import UserError
@@ -181,6 +182,7 @@ def _run(
     else:
         shutil.rmtree(training.target)
     result.artifacts += scores.written
+    result.tables |= scores.tables
     result.metrics.update(clock.metrics())
     return result
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from sparse_ft.cell.identity import cell_identity, untuned_key
 from sparse_ft.cell.workbench import Workbench
 from sparse_ft.evaluation import Evaluation, answer_loss, evaluate
+from sparse_ft.evaluation.records import answer_row, first_filter
 from sparse_ft.files import write_json, write_text
 from sparse_ft.models.checkpoint import Checkpoint
 from sparse_ft.progress import Progress
@@ -38,6 +39,7 @@ class Scores:
         protocol: how the latest model was scored; empty until one was, by this cell.
         written: the files of both, each with the folder of the run's artifacts that it goes into; the cell's folder may
             hold an earlier cell's.
+        tables: the answers as rows to read, by the name of the table among the run's artifacts.
         name: of the cell's run.
     """
 
@@ -47,6 +49,7 @@ class Scores:
         self._folder = folder
         self.protocol: dict[str, Any] = {}
         self.written: list[tuple[Path, str]] = []
+        self.tables: dict[str, list[dict[str, Any]]] = {}
 
     def __call__(self, model: torch.nn.Module, stage: str, beside: bool = True, **changes: Any) -> Evaluation:
         """All scores of a model; ``stage`` names it in the progress and in the file of its answers. Without ``beside``
@@ -73,6 +76,7 @@ class Scores:
             lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
             file = write_text(self._folder / "samples" / f"{name}.jsonl", "".join(lines))
             self.written.append((file, "samples"))
+            self.tables[f"samples/{name}.json"] = [answer_row(sample) for sample in first_filter(samples)]
 
     def answers(self, model: torch.nn.Module) -> dict[str, float]:
         """The loss on the right answers alone."""

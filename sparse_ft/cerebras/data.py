@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -13,7 +13,7 @@ from sparse_ft.files import atomic_folder
 from sparse_ft.models.cerebras.mdl import hdf5
 from sparse_ft.progress import SILENT, Progress
 
-__all__ = ["TokenExample", "read_examples", "write_examples"]
+__all__ = ["TokenExample", "write_examples"]
 
 _PART = 4096  # examples in a file
 
@@ -62,15 +62,6 @@ def write_examples(
             progress.advance(len(rows))
     progress.stop()
     return len(examples)
-
-
-def read_examples(folder: str | Path) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """``(input ids, loss mask, labels)`` of every row, int32 ``[seq_len]`` each, in the order of writing."""
-    h5py = hdf5()
-    for path in sorted(Path(folder).glob("*.h5")):
-        with h5py.File(path) as file:
-            for row in file["data"]:
-                yield row[0], row[1], row[2]
 
 
 def _row(example: TokenExample, seq_len: int, pad_token_id: int) -> np.ndarray:

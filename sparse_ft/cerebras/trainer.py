@@ -12,7 +12,8 @@ from typing import Any
 
 import yaml
 
-from sparse_ft.cell.trainer import Trained, Training, Watch
+from sparse_ft.cell.live import named
+from sparse_ft.cell.training import Trained, Training, Watch
 from sparse_ft.cerebras.checkpoint import LoraPlan, merge_checkpoint, write_start_checkpoint
 from sparse_ft.cerebras.config import Cluster, TrainerPlan, create_sparse_config, write_config
 from sparse_ft.cerebras.convert import to_hugging_face, to_modelzoo
@@ -203,10 +204,12 @@ def _labels(settings: CerebrasSettings, training: Training) -> tuple[str, ...]:
 
 
 def _follow(training: Training, step: Step) -> None:
-    """Shows a line of progress, and sends its numbers to the run."""
+    """Shows a line of progress, and hands its numbers on to the run."""
     training.progress.advance(1, f"loss {step.loss:.3f}")
     values = {"cerebras/loss": step.loss, "cerebras/samples_per_second": step.rate}
-    training.watch.log({name: [(step.number, value)] for name, value in values.items() if value is not None})
+    if step.kind == "Train":
+        values |= named("train", {"loss": step.loss})
+    training.progress.measured(step.number, {name: value for name, value in values.items() if value is not None})
 
 
 def _prepare(training: Training, plan: TrainerPlan, settings: CerebrasSettings, folder: Path) -> Path:

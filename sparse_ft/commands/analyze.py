@@ -16,6 +16,7 @@ from sparse_ft.tracking.curves import write_curve_runs
 from sparse_ft.tracking.parameters import flatten_config
 from sparse_ft.tracking.record import Kind, Tag
 from sparse_ft.tracking.runs import Tracker
+from sparse_ft.tracking.tables import SUMMARY, log_table
 
 __all__ = ["analyze"]
 
@@ -43,6 +44,7 @@ def analyze(config: AnalyzeConfig) -> int:
         write_curve_runs(tracker, parent, result.curves)
         for told in filter(None, (run_id, parent)):
             command = tracker.run(told).tags.get(Tag.COMMAND)
+            log_table(tracker, told, result.cells, SUMMARY)
             tracker.note(told, study_note(result.sentences, result.cells, result.figures, command))
     console = wide_console()
     print_tables(console, runs)

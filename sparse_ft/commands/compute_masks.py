@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sparse_ft.cell.inputs import mask_inputs
+from sparse_ft.cell.live import live
 from sparse_ft.cell.masks import check_mask_set, check_shrink, make_masks, shrink
 from sparse_ft.cell.record import device_tags, log_mask_inputs, log_masks, recorded
 from sparse_ft.cell.workbench import Workbench
@@ -24,7 +25,7 @@ def compute_masks(config: MaskConfig) -> int:
     """
     bench = Workbench(shown_progress())
     if config.shrink:
-        check_shrink(config, bench)
+        check_shrink(config)
     check_mask_set(config, bench)  # an unknown model, or too little text to look at, makes no run
     from sparse_ft.tracking.runs import Tracker  # mlflow takes seconds to import: wrong input is answered before
 
@@ -34,8 +35,9 @@ def compute_masks(config: MaskConfig) -> int:
         here = device_tags(config.device) if config.needs_calibration else {}
         log_mask_inputs(tracker, run_id, config, here)
         tracker.log_inputs(run_id, mask_inputs(config, bench))
-        files = make_masks(config, bench)
-        log_masks(tracker, run_id, files)
+        with live(tracker, run_id, bench, Path(config.output_dir)) as points:
+            files = make_masks(config, bench)
+        log_masks(tracker, run_id, files, points)
         smaller = shrink(config, files, bench) if config.shrink else []
     for file in files:
         print(f"{level_label(file.sparsity)} %: {file.pruned} of {file.weights} weights pruned, {file.path}")

@@ -27,7 +27,7 @@ def measure(config: MeasureConfig) -> int:
     masks = load_masks(config.masks)
     Checkpoint(config.checkpoint)
     check_device(config.device)
-    # What loads models and logs takes seconds to import: what is wrong with the files is said before.
+    # What loads models and logs takes seconds to import: what is wrong with the files is reported before.
     from sparse_ft.cell.measure import lines, measure_forms
     from sparse_ft.cell.record import recorded
     from sparse_ft.settings.field import plain_values

@@ -35,10 +35,11 @@ def train(config: TrainConfig) -> int:
 
 
 def _run(config: TrainConfig, given: GivenMasks | None, bench: Workbench) -> int:
-    # What trains, scores and logs takes seconds to import: what is wrong with the model or the masks is said before.
+    # What trains, scores and logs takes seconds to import: a wrong model or wrong masks are reported before.
     from sparse_ft.analysis.terminal import print_tables
     from sparse_ft.cell.identity import cell_identity, cell_key
     from sparse_ft.cell.inputs import cell_inputs
+    from sparse_ft.cell.live import live
     from sparse_ft.cell.note import cell_note
     from sparse_ft.cell.perplexity import usual_perplexity
     from sparse_ft.cell.record import (
@@ -53,7 +54,7 @@ def _run(config: TrainConfig, given: GivenMasks | None, bench: Workbench) -> int
     from sparse_ft.cell.register import register_cell
     from sparse_ft.cell.run import run_cell
     from sparse_ft.cell.teacher import check_teacher
-    from sparse_ft.cell.trainer import Watch
+    from sparse_ft.cell.training import Watch
     from sparse_ft.models.devices import check_device
     from sparse_ft.study.checks.preflight import check_examples
     from sparse_ft.study.trainers import make_trainer
@@ -82,13 +83,14 @@ def _run(config: TrainConfig, given: GivenMasks | None, bench: Workbench) -> int
         log_cell_inputs(tracker, run_id, config, identity, tags=device_tags(config.device))
         tracker.log_inputs(run_id, cell_inputs(config, identity, bench))
         masks = given.file if given else None
-        if kind is not None:
-            (masks,) = make_masks(kind, bench, folder / "masks")
-            log_mask_files(tracker, run_id, [masks])
-            tracker.log(run_id, tags=mask_tags([masks]))
-        tracker.log(run_id, tags={Tag.CELL_KEY: cell_key(config, identity, masks.checksum if masks else "")})
-        watch = Watch(run_id, lambda curves: tracker.log(run_id, curves=curves))
-        result = run_cell(config, masks, bench, folder, trainer, watch, warn_foreign=True)
+        with live(tracker, run_id, bench, folder) as points:
+            if kind is not None:
+                (masks,) = make_masks(kind, bench, folder / "masks")
+                log_mask_files(tracker, run_id, [masks])
+                tracker.log(run_id, tags=mask_tags([masks]))
+            tracker.log(run_id, tags={Tag.CELL_KEY: cell_key(config, identity, masks.checksum if masks else "")})
+            result = run_cell(config, masks, bench, folder, trainer, Watch(run_id), warn_foreign=True)
+        result.series = points.rest(result.series)
         log_cell_result(tracker, run_id, result, cell_note(config, result, cell_command(config, identity)))
         address = None
         if config.register_as is not None:

@@ -24,7 +24,7 @@ def validate(config: ValidateConfig) -> int:
     masks = load_masks(config.masks)
     if not is_model_uri(config.checkpoint):
         open_checkpoint(config.checkpoint)
-    # mlflow takes seconds to import: what is wrong with the files is said before.
+    # mlflow takes seconds to import: what is wrong with the files is reported before.
     from sparse_ft.tracking.runs import Tracker
 
     tracker = Tracker()

@@ -13,7 +13,10 @@ from lm_eval.api.task import Task
 
 from sparse_ft.tasks.examples import gold_index
 
-__all__ = ["chance", "first_filter", "headline", "majority", "plain_metrics", "questions_digest"]
+__all__ = ["answer_row", "chance", "first_filter", "headline", "majority", "plain_metrics", "questions_digest"]
+
+
+_PROMPT = 500  # characters of it in a table: its end, where the question is
 
 
 def plain_metrics(results: Mapping[str, Any]) -> dict[str, float]:
@@ -44,6 +47,19 @@ def headline(metrics: dict[str, float], names: Iterable[str]) -> str | None:
 def first_filter(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """One record a question: lm-eval has one a filter, and each filter sees the same answers."""
     return [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
+
+
+def answer_row(sample: Mapping[str, Any]) -> dict[str, Any]:
+    """A record of lm-eval as a row to read: the end of the prompt, what was right, what the model answered, and each of
+    its metrics. Of choices the answer is the likeliest one, as accuracy takes it."""
+    arguments, given = sample["arguments"], sample["filtered_resps"]
+    prompt, right, told = str(arguments[0][0]), sample["target"], given[0] if given else None
+    if isinstance(told, (list, tuple)):  # (log-likelihood, whether it is the greedy one), a choice each
+        told = arguments[max(range(len(given)), key=lambda number: given[number][0])][1]
+        right = arguments[right][1] if isinstance(right, int) and len(arguments) > 1 else right
+    shown = prompt if len(prompt) <= _PROMPT else f"…{prompt[-_PROMPT:]}"
+    row = {"question": sample["doc_id"], "prompt": shown, "right": str(right).strip(), "answer": str(told).strip()}
+    return row | {name: sample[name] for name in sample["metrics"] if isinstance(sample[name], (int, float))}
 
 
 def questions_digest(samples: Iterable[Mapping[str, Any]]) -> str:

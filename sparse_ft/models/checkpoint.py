@@ -26,7 +26,7 @@ from sparse_ft.models.skeleton import Skeleton, build_skeleton, config_values
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Checkpoint"]
+__all__ = ["Checkpoint", "reading_from"]
 
 _PLAIN = ("float64", "float32", "float16", "bfloat16")
 # What quantised weights have beside them; scales of activations and of the key/value cache are none of these.
@@ -335,3 +335,14 @@ class Checkpoint:
             return self._stored[name] if name in self._stored else self._entries[name]
         except KeyError:
             raise UserError(f"Checkpoint {self.folder} has no tensor {name}.") from None
+
+
+@contextmanager
+def reading_from(raw: np.ndarray) -> Iterator[Callable[[np.ndarray, int], None]]:
+    """`Checkpoint.reading` of bytes that are in memory."""
+
+    def read(buffer: np.ndarray, begin: int) -> None:
+        view = buffer.reshape(-1).view(np.uint8)
+        view[:] = raw[begin : begin + view.size]
+
+    yield read

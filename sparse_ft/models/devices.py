@@ -10,9 +10,9 @@ from sparse_ft.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["check_device", "device_name", "resolve_device", "resolve_dtype"]
+__all__ = ["check_device", "device_name", "itemsize", "resolve_device", "resolve_dtype"]
 
-_DTYPES = ("float32", "bfloat16", "float16")
+_DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes
 _EVERYWHERE = ("auto", "cpu")
 
 
@@ -59,6 +59,17 @@ def device_name(device: torch.device) -> str:
             return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):  # not Linux, or an ARM
         return platform.processor() or platform.machine()
+
+
+def itemsize(dtype: str, device: str) -> int:
+    """Bytes of a weight in that precision there; takes no torch for a precision that does not depend on the device.
+
+    Raises:
+        UserError: as `resolve_dtype`.
+    """
+    if dtype in _DTYPES:
+        return _DTYPES[dtype]
+    return resolve_dtype(dtype, resolve_device(device)).itemsize
 
 
 def resolve_dtype(dtype: str, device: torch.device | str) -> torch.dtype:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ import numpy as np
 from sparse_ft.errors import UserError
 from sparse_ft.masks.mask_set import MaskSet, count_kept, packed_shape
 from sparse_ft.masks.packed import restored
-from sparse_ft.models.checkpoint import Checkpoint
+from sparse_ft.models.checkpoint import Checkpoint, reading_from
 from sparse_ft.models.entries import Entry, read_entries, read_header
 from sparse_ft.models.families import text_name
 from sparse_ft.models.folder import PACKED, PACKED_PREFIX, WeightFiles, read_json
@@ -134,15 +134,8 @@ class PackedCheckpoint(Checkpoint):
     def offset(self, name: str) -> int:
         raise UserError(f"Checkpoint {self.folder} is packed: its tensors are no plain runs of bytes; unpack it first.")
 
-    @contextmanager
-    def reading(self, name: str) -> Iterator[Callable[[np.ndarray, int], None]]:
-        raw = self.raw(name)
-
-        def read(buffer: np.ndarray, begin: int) -> None:
-            view = buffer.reshape(-1).view(np.uint8)
-            view[:] = raw[begin : begin + view.size]
-
-        yield read
+    def reading(self, name: str) -> AbstractContextManager[Callable[[np.ndarray, int], None]]:
+        return reading_from(self.raw(name))
 
     def _bytes(self, entry: Entry) -> np.ndarray:
         size = entry.end - entry.begin

@@ -20,6 +20,7 @@ from sparse_ft.progress import SILENT, Progress
 from sparse_ft.pruning.blockstate import BlockState
 from sparse_ft.pruning.blocktuning import tune_block
 from sparse_ft.pruning.importance import Importance, Statistics, score, wanda, with_floor
+from sparse_ft.pruning.output import error_points
 from sparse_ft.pruning.passes import Results, Visit, run_blocks
 from sparse_ft.pruning.patterns import group_mask, layer_mask, row_mask
 from sparse_ft.pruning.reconstruct import samples_taken
@@ -219,6 +220,7 @@ class BlockPruner:
         settings = self.settings
         how = settings.reconstruct_epochs, settings.reconstruct_batch, settings.reconstruct_learning_rate
         tuned, done = tune_block(self.model, visit, weights, masks, *how, settings.seed)
+        visit.measured(error_points(settings.levels[visit.stream], done.before, done.after))
         return tuned, torch.tensor([done.before, done.after, done.epoch], dtype=torch.float64)
 
     def _weight(self, name: str) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The one door of the pruning engine: a checkpoint in, mask files of every level out."""
+"""The entry of the pruning engine: a checkpoint in, mask files of every level out."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ import torch
 if TYPE_CHECKING:
     from sparse_ft.pruning.rules import Inputs
 
-__all__ = ["DAMPING", "Normalised", "damping_for", "normalise", "normalised", "output_error"]
+__all__ = ["DAMPING", "Normalised", "damping_for", "normalise", "normalised"]
 
 DAMPING = 0.01  # of the mean diagonal, as in SparseGPT and ALPS
 
@@ -70,20 +70,9 @@ def normalise(hessian: torch.Tensor, damping: float = DAMPING) -> Normalised:
 
 
 def normalised(inputs: Inputs) -> Normalised:
-    """`normalise` of inputs that some token came to, damped as many or as few of them ask for, which is said. For
+    """`normalise` of inputs that some token reached, damped more where few did, which is noted. For
     `Inputs.once`: matrices that share inputs share it."""
     damping = damping_for(inputs.tokens, inputs.columns)
     if damping > DAMPING:
-        inputs.note(f"{inputs.tokens} tokens came to its {inputs.columns} inputs; damped with {damping:.3g}")
+        inputs.note(f"{inputs.tokens} tokens reached its {inputs.columns} inputs; damped with {damping:.3g}")
     return normalise(inputs.hessian, damping)
-
-
-def output_error(weight: torch.Tensor, original: torch.Tensor, hessian: Normalised) -> float:
-    """tr((W - W0) H (W - W0)^T), H the damped Hessian: what pruning is to keep small.
-
-    Args:
-        weight: pruned and perhaps updated, ``[..., R, C]``.
-        original: what it was before, of that shape.
-    """
-    change = (weight - original) * hessian.scale[..., None, :]
-    return float(((change @ hessian.matrix) * change).sum(dtype=torch.float64))

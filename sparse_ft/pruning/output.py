@@ -13,13 +13,13 @@ import numpy as np
 
 from sparse_ft.errors import UserError
 from sparse_ft.files import write_json
-from sparse_ft.levels import LevelPaths
+from sparse_ft.levels import LevelPaths, level_label
 from sparse_ft.masks.files import MaskFileWriter, load_masks, save_masks
 from sparse_ft.masks.mask_set import MaskSet, count_kept
 from sparse_ft.masks.statistics import statistics_of_counts
 from sparse_ft.settings.commands import FORMATS
 
-__all__ = ["LevelFiles", "MaskFile"]
+__all__ = ["LevelFiles", "MaskFile", "error_points"]
 
 
 @dataclass(frozen=True)
@@ -179,3 +179,9 @@ class LevelFiles:
         """Other formats cannot be written row by row: they are converted from a safetensors file."""
         hidden = "" if self._format == "safetensors" else ".converting-"
         return paths.masks.with_name(f"{hidden}{paths.masks.stem}.safetensors")
+
+
+def error_points(sparsity: float, before: float, after: float) -> dict[str, float]:
+    """A block's errors around its reconstruction at a level, by the names of metrics: ``prune/error_before_70``."""
+    label = level_label(sparsity)
+    return {f"prune/error_before_{label}": before, f"prune/error_after_{label}": after}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -31,6 +31,7 @@ class Visit:
         targets: the hidden states that leave the dense model's block; None where that does not run beside.
         before: the results of the stream before.
         advance: takes the number of samples that were worked on.
+        measured: takes what was measured of the block, by the names of metrics.
     """
 
     block: int
@@ -41,6 +42,7 @@ class Visit:
     targets: HiddenStates | None
     before: Results
     advance: Callable[[int], None]
+    measured: Callable[[Mapping[str, float]], None]
 
 
 def run_blocks(
@@ -85,7 +87,7 @@ def run_blocks(
         model.prepare(token_ids)
     for block in range(state.done, model.count):
         advance = partial(_advance, progress, f"block {block + 1} of {model.count}")
-        results: Results = {}
+        measured, results = partial(progress.measured, block + 1), {}
         if dense:
             model.load(block)
             model.run(block, states(block, UNPRUNED), states(block + 1, UNPRUNED), advance=advance)
@@ -94,7 +96,7 @@ def run_blocks(
             seen = watch(model, block) if watch else InputWatch(model, model.names(block), hessians)
             inputs, targets = states(block, stream), states(block + 1, UNPRUNED) if dense else None
             model.run(block, inputs, watch=seen, advance=advance)
-            results = visitor(Visit(block, stream, module, seen, inputs, targets, results, advance))
+            results = visitor(Visit(block, stream, module, seen, inputs, targets, results, advance, measured))
             state.save(block, stream, results)
             if block + 1 < model.count:
                 model.run(block, inputs, states(block + 1, stream))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,9 @@ def shrink_checkpoint(
     ``num_key_value_heads``, the same ``head_dim``; and fewer experts, which the router does not know any more either.
     Its logits are those of the masked model, where the experts that are gone have router logits of -inf. Biases and
     norms with weights for every head lose those that go; a norm over all heads has its weights divided by the root of
-    the share that stays, since its mean is over fewer. Memory holds one file of the checkpoint.
+    the share that stays, since its mean is over fewer. Where transformers has no model of that few heads, the next
+    larger number that it has is written, and those beyond what the masks keep are zeros. Memory holds one file of the
+    checkpoint.
 
     Args:
         masks: structured, with the same number of heads and channels left in every block (scope ``layer``), or of
@@ -57,13 +60,20 @@ def shrink_checkpoint(
     new_name = partial(name_without, checkpoint.config, kept=left)
     members = [family for family in families(checkpoint.config, shapes) if new_name(family.parts[0].name) is not None]
     kept = [kept_units(family, masks) for family in members]
-    sizes = _sizes(checkpoint.config, members, kept) | _expert_sizes(checkpoint, left)
+    sizes = _sizes(members, kept)
+    for family, units in zip(members, kept, strict=True):
+        _check_masked(family, units, masks)
+    groups, zeroed = _groups_taken(checkpoint, sizes["num_key_value_heads"]), set()
+    if groups > sizes["num_key_value_heads"]:
+        zeroed = {part.name for family in members for part in family.parts if family.kind == "attention"}
+        progress.say(_of_zeros(checkpoint.config, sizes["num_key_value_heads"], groups))
+    sizes |= _head_sizes(checkpoint.config, groups) | _expert_sizes(checkpoint, left)
     selections: dict[str, list[tuple[Part, torch.Tensor]]] = {}
     for family, units in zip(members, kept, strict=True):
+        units = _filled_up(units, groups) if family.kind == "attention" else units
         for part in family.parts:
             indices = units.nonzero()[:, 0, None] * part.width + torch.arange(part.width) + part.start
             selections.setdefault(part.name, []).append((part, indices.flatten()))
-        _check_masked(family, units, masks)
     norms = _norms(checkpoint, selections)
     progress.start("write smaller checkpoint", sum(checkpoint.nbytes(name) for name in checkpoint.names), "B")
     with atomic_folder(target) as folder:
@@ -79,6 +89,8 @@ def shrink_checkpoint(
                 tensor = checkpoint.tensor(name)
                 progress.advance(checkpoint.nbytes(name))
                 if name not in carried:
+                    if name in zeroed:
+                        tensor = tensor.masked_fill(~masks[name], 0)
                     tensor = _select(tensor, selections.get(name) or _bias_selection(name, selections))
                     tensor = _routed(checkpoint.config, name, tensor, left)
                 if name in norms:
@@ -128,9 +140,8 @@ def _check_masked(family: Family, units: torch.Tensor, masks: Mapping[str, torch
             )
 
 
-def _sizes(config: Mapping[str, Any], members: list[Family], kept: list[torch.Tensor]) -> dict[str, int]:
-    """The fields of ``config.json`` that say how many units are left."""
-    heads = config["num_attention_heads"]
+def _sizes(members: list[Family], kept: list[torch.Tensor]) -> dict[str, int]:
+    """The fields of ``config.json`` that say how many units masks keep."""
     left: dict[str, set[int]] = {}
     kinds = {family.field: "key/value heads" if family.kind == "attention" else "MLP channels" for family in members}
     for family, units in zip(members, kept, strict=True):
@@ -150,17 +161,49 @@ def _sizes(config: Mapping[str, Any], members: list[Family], kept: list[torch.Te
             )
         if counts == {0}:
             raise UserError(f"The masks leave no {what} ({field}); there is no smaller model of that shape.")
-    sizes = {field: counts.pop() for field, counts in left.items()}
-    old_groups, groups = config.get("num_key_value_heads") or heads, sizes["num_key_value_heads"]
-    row = architecture_of(config)
-    if row.head_dim:
-        sizes["head_dim"] = config.get("head_dim") or config["hidden_size"] // heads
-    elif groups < old_groups:
-        raise UserError(
-            f"There is no smaller checkpoint for these masks: a {row.model_type} model has as many heads as fill its"
-            f" hidden size, and cannot have {groups} of {old_groups} key/value heads."
-        )
-    return {"num_attention_heads": heads // old_groups * groups} | sizes
+    return {field: counts.pop() for field, counts in left.items()}
+
+
+def _head_sizes(config: Mapping[str, Any], groups: int) -> dict[str, int]:
+    """The fields of ``config.json`` of a model with so many key/value heads, each of as many query heads and as large
+    as before."""
+    heads, row = config["num_attention_heads"], architecture_of(config)
+    sizes = {"num_attention_heads": heads // _groups(config) * groups, "num_key_value_heads": groups}
+    return sizes | ({"head_dim": config.get("head_dim") or config["hidden_size"] // heads} if row.head_dim else {})
+
+
+def _groups(config: Mapping[str, Any]) -> int:
+    return config.get("num_key_value_heads") or config["num_attention_heads"]
+
+
+def _groups_taken(checkpoint: Checkpoint, least: int) -> int:
+    """The smallest number of key/value heads, ``least`` or more, with which transformers has the model."""
+    config, row = checkpoint.config, architecture_of(checkpoint.config)
+    # Biases are not masked: in a norm over all heads those of heads that go count still.
+    counted = [f"{map_.path}.bias" for map_ in row.projections if map_.mean_of_all]
+    if not row.head_dim or any(name.endswith(tuple(counted)) for name in checkpoint.names if counted):
+        return _groups(config)
+    for groups in range(least, _groups(config)):
+        with suppress(UserError):
+            build_skeleton(config | _head_sizes(config, groups))
+            return groups
+    return _groups(config)
+
+
+def _of_zeros(config: Mapping[str, Any], left: int, groups: int) -> str:
+    """What a run says of heads that are written and not kept."""
+    all_, kept, written = (_head_sizes(config, n)["num_attention_heads"] for n in (_groups(config), left, groups))
+    return (
+        f"shrink: {kept} of {all_} heads are kept, and transformers has no {config['model_type']} model of that many;"
+        f" {written} are written, of which {written - kept} are zeros"
+    )
+
+
+def _filled_up(units: torch.Tensor, count: int) -> torch.Tensor:
+    """The units, and of the others the first ones, so that there are ``count``."""
+    filled = units.clone()
+    filled[(~units).nonzero()[: count - int(units.sum()), 0]] = True
+    return filled
 
 
 def _expert_sizes(checkpoint: Checkpoint, left: Mapping[int, list[int]]) -> dict[str, int]:
@@ -207,12 +250,6 @@ def _norms(
         for norm in own & {f"{module}.weight", f"{module}.bias"} if projection.norm else ():
             lines, (_, kept) = checkpoint.shape(name)[0], selection[0]
             found[norm] = kept, math.sqrt(lines / len(kept)) if projection.mean_of_all else 1.0
-            bias = name.removesuffix("weight") + "bias"
-            if projection.mean_of_all and len(kept) < lines and bias in own:
-                raise UserError(
-                    f"There is no smaller checkpoint for these masks: {bias} is not masked and counts in the norm over"
-                    " all heads that follows it, which would say something else without the heads that go."
-                )
     return found
 
 

@@ -15,10 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from sparse_ft.errors import UserError
 from sparse_ft.models.families import CHANNELS, GROUPS, HEADS, architecture_of
 from sparse_ft.models.names import role
-from sparse_ft.models.skeleton import build_skeleton
 from sparse_ft.progress import SILENT, Progress
 from sparse_ft.pruning.kernels import add_column_sums
 from sparse_ft.pruning.sources import KeySource, row_parts
@@ -29,7 +27,6 @@ __all__ = [
     "Family",
     "Part",
     "block_counts",
-    "check_heads",
     "choose_units",
     "families",
     "family_scores",
@@ -198,39 +195,6 @@ def choose_units(
             ]
         )
     return kept
-
-
-def check_heads(config: Mapping[str, Any], members: Sequence[Family], levels: Sequence[float]) -> None:
-    """Refuses levels of scope ``layer`` at which so many heads go that transformers has no such plain model.
-
-    Args:
-        config: with transformers' defaults.
-
-    Raises:
-        UserError: naming the first such level.
-    """
-    row, heads = architecture_of(config), config["num_attention_heads"]
-    block = [family for family in members if family.block == members[0].block]
-    attention = next(family for family in block if family.kind == "attention")
-    for level in sorted(levels):
-        gone = _gone(level, block)[attention.field]
-        if gone and not row.head_dim:
-            raise UserError(
-                f"shrink: a model of type {row.model_type} has as many heads as fill its hidden size, and at sparsity"
-                f" {level:g} heads go. Leave shrink out, or take lower levels."
-            )
-        if gone:
-            left = heads // attention.units * (attention.units - gone)
-            sizes = {"num_attention_heads": left, attention.field: attention.units - gone}
-            sizes["head_dim"] = config.get("head_dim") or config["hidden_size"] // heads
-            try:
-                build_skeleton({**config, **sizes})
-            except UserError as error:
-                reason = str(error).partition(": ")[2]
-                raise UserError(
-                    f"shrink: at sparsity {level:g} {left} of {heads} heads are left, and transformers refuses such a"
-                    f" model: {reason} Leave shrink out, or take other levels."
-                ) from None
 
 
 def _gone(level: float, block: Sequence[Family]) -> dict[str, int]:

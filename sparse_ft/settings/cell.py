@@ -14,7 +14,7 @@ from sparse_ft.settings.corpora import TASK
 from sparse_ft.settings.field import Settings, defaults, named, part_of, plain_values, setting, unsaid
 from sparse_ft.settings.lora import LoraSettings
 from sparse_ft.settings.model import DataSettings, ModelSettings
-from sparse_ft.settings.modes import DENSE, MODES, SPARSE_TO_SPARSE
+from sparse_ft.settings.modes import DENSE, MODES, NOT_TUNED, SPARSE_TO_SPARSE
 from sparse_ft.settings.pruning import CALIBRATION, TUNING, RecipeSettings
 from sparse_ft.settings.recovery import TUNED, RecoverySettings
 from sparse_ft.settings.rules import AUTO, EXPERTS, RANDOM, STEPS
@@ -48,6 +48,7 @@ class SparsitySettings(Settings):
         path=(),
         needed=True,
         named=True,
+        behind="versions",
         time=False,
     )
     sparsity: float = setting(
@@ -101,6 +102,13 @@ class CellConfig(
     def pruned(self) -> bool:
         """Whether masks are applied at all."""
         return MODES[self.mode].masked_base
+
+    @property
+    def unpruned(self) -> bool:
+        """Whether it is the dense model as it is: nothing pruned, no rule asked for, nothing trained."""
+        recipe = defaults(RecipeSettings)
+        plain = all(getattr(self, name) == recipe[name] for name in ("method", "importance", *STEPS))
+        return self.sparsity == 0 and self.masks is None and plain and not MODES[self.mode].trains
 
     @property
     def recovered(self) -> bool:
@@ -176,8 +184,9 @@ class CellConfig(
         """A short name for people. What tells a study's cells apart comes first: MLflow's table of runs cuts
         names after a dozen letters."""
         model = self.model.rstrip("/").split("/")[-1]
-        if not self.pruned:
-            return f"dense · {self.task} · {model}"
+        if not self.pruned or self.unpruned:
+            name = f"{DENSE.label}, {NOT_TUNED}" if self.pruned else DENSE.label
+            return f"{name} · {self.task} · {model}"
         kind = self.method if self.rule is RANDOM else f"{self.method} {self.rule.name}"
         kind += "".join(f"+{step}" for step in self.steps.values())
         return f"{level_label(self.sparsity)} % {MODES[self.mode].short} {kind} · {self.task} · {model}"

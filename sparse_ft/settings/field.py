@@ -39,6 +39,7 @@ def setting(
     masks: bool = False,
     needed: bool = False,
     named: bool = False,
+    behind: str = "",
     time: bool = True,
     later: bool = False,
 ) -> Any:
@@ -59,6 +60,7 @@ def setting(
         masks: whether it tells mask sets apart.
         needed: whether it decides which model, data or masks a cell needs.
         named: whether it is a name, and a cell's identity holds what it stands for.
+        behind: a value of that identity; a run that has it is told from others by it, and not by the name.
         time: whether it changes how long a cell takes.
         later: whether keys were made before it was there: at its default it stands in none.
     """

@@ -41,6 +41,7 @@ class DataSettings(Settings):
         path=("made", "packaged"),
         needed=True,
         named=True,
+        behind="scored_data",
     )
     include_path: str | None = setting(
         None,
@@ -48,5 +49,6 @@ class DataSettings(Settings):
         path=(),
         needed=True,
         named=True,
+        behind="versions",
         later=True,
     )

@@ -9,6 +9,7 @@ __all__ = [
     "DENSE",
     "FULL",
     "MODES",
+    "NOT_TUNED",
     "PRUNED",
     "SPARSE_MODES",
     "SPARSE_TO_DENSE",
@@ -114,12 +115,16 @@ PRUNED = Mode(
     trains=False,
 )
 MODES = {mode.name: mode for mode in (DENSE, SPARSE_TO_DENSE, SPARSE_TO_SPARSE, FULL, PRUNED)}
+NOT_TUNED = "not tuned"  # the label of the dense model as it is
 TRAINED_MODES = tuple(name for name, mode in MODES.items() if mode.trains)
 SPARSE_MODES = tuple(name for name, mode in MODES.items() if mode.lora and mode.masked_base)
 
 
-def mode_label(name: str) -> str:
-    """A mode's label; of a name that is none, the name (published numbers, runs of other versions)."""
+def mode_label(name: str, sparsity: float | None = None) -> str:
+    """A mode's label; of a name that is none, the name (published numbers, runs of other versions). At a ``sparsity``
+    of 0 what trains nothing is not pruned either."""
+    if sparsity == 0 and not is_tuned(name):
+        return NOT_TUNED
     return MODES[name].label if name in MODES else str(name)
 
 

@@ -73,7 +73,7 @@ class ScoringSettings(Settings):
     )
     eval_batch_size: int | Literal["auto"] = setting("auto", "sequences scored at a time, or auto.", least=1)
     num_fewshot: int | None = setting(
-        None, "examples in the prompt, or none for the task's own number.", least=0, named=True
+        None, "examples in the prompt, or none for the task's own number.", least=0, named=True, behind="num_fewshot"
     )
     perplexity_seq_len: int | Literal["auto"] = setting(
         AUTO, "tokens of each window of held-out text; auto is 256, or the papers' 2048.", least=2
@@ -90,6 +90,7 @@ class ScoringSettings(Settings):
         " auto is wikitext2 as the papers read it where it can be had and neither of the others is given, else task.",
         path=(AUTO, *corpus_words()),
         named=True,
+        behind="versions",
     )
     share_contexts: bool = setting(
         False,

@@ -11,7 +11,7 @@ __all__ = ["DTYPES", "ROUNDINGS", "device", "dtype", "rounding", "seed"]
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ROUNDINGS = ("dithered", "nearest")
 
-device = partial(setting, "auto", "auto, cpu, cuda, cuda:1, ...", needed=True, named=True)
+device = partial(setting, "auto", "auto, cpu, cuda, cuda:1, ...", needed=True, named=True, behind="device")
 dtype = partial(
     setting,
     "auto",
@@ -19,6 +19,7 @@ dtype = partial(
     choices=DTYPES,
     needed=True,
     named=True,
+    behind="dtype",
 )
 rounding = partial(
     setting,

@@ -33,6 +33,7 @@ class TrainingDataSettings(Settings):
         path=corpus_words(),
         needed=True,
         named=True,
+        behind="train_data",
     )
     loss_on: str = _later(
         "answer",
@@ -53,6 +54,7 @@ class TrainingDataSettings(Settings):
         path=corpus_words(),
         needed=True,
         named=True,
+        behind="mixed_data",
     )
     mix_weight: float = _later(0.2, "part of the sequences that come from the second source.", time=False)
 

@@ -28,7 +28,7 @@ _LONG = 60  # seconds after which a stage is worth a line of its own where nothi
 
 @dataclass
 class _WorkerState:
-    """What one worker is at."""
+    """What one worker is doing."""
 
     job: Job
     stage: str = ""

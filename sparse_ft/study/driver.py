@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from sparse_ft.analysis.note import study_note
-from sparse_ft.analysis.terminal import print_tables, scores_tables, table_text, terminal_table
-from sparse_ft.analysis.write import write_analysis
 from sparse_ft.files import write_text
 from sparse_ft.levels import level_label
+from sparse_ft.models.devices import resolve_device
 from sparse_ft.settings.commands import SweepConfig
 from sparse_ft.study.display import Display
-from sparse_ft.study.keep import keep_models
 from sparse_ft.study.perplexity import with_perplexity
 from sparse_ft.study.plan import make_plan
 from sparse_ft.study.queue import RunningExecutor
 from sparse_ft.study.session import Session
 from sparse_ft.study.study_file import load_study
 from sparse_ft.tracking.curves import write_curve_runs
+from sparse_ft.tracking.tables import SUMMARY, log_table
 
 __all__ = ["sweep"]
 
@@ -32,7 +30,7 @@ def sweep(config: SweepConfig) -> int:
         UserError: it cannot start, see `sparse_ft.study.session.Session.run`.
         KeyboardInterrupt: Ctrl-C or SIGTERM, after workers were stopped and runs closed.
     """
-    study = load_study(config.config)
+    study = load_study(config.config, gpu=resolve_device().type == "cuda")
     if config.trainer is not None:
         study = replace(study, trainer=config.trainer)
     if study.search is None:
@@ -61,6 +59,12 @@ class Grid(Session):
         self.phases.run_cells(executor, display)
 
     def finish(self) -> None:
+        # Late: a dry run draws nothing and rebuilds no model.
+        from sparse_ft.analysis.note import study_note
+        from sparse_ft.analysis.terminal import print_tables, scores_tables, table_text, terminal_table
+        from sparse_ft.analysis.write import write_analysis
+        from sparse_ft.study.keep import keep_models
+
         study, tracker, parent, progress = self.plan.study, self.tracker, self.start.parent, self.bench.progress
         folder = self.start.folder
         if study.kept in ("pareto", "all"):
@@ -76,10 +80,14 @@ class Grid(Session):
         )  # fmt: skip
         write_text(folder / "report" / "table.txt", table_text(terminal_table(runs), *scores_tables(runs)))
         tracker.log_folder(parent, folder / "report", "report")
+        log_table(tracker, parent, report.cells, SUMMARY)
         write_curve_runs(tracker, parent, report.curves)
         tracker.note(parent, study_note(report.sentences, report.cells, report.figures, self.command))
-        if self.total <= _SHOWN:
-            print_tables(self.console, runs)
         for figure in report.figures.values():
             self._print(f"figure: {figure}")
         self._print(f"tables: {folder / 'report'}")
+        if self.total <= _SHOWN:
+            print_tables(self.console, runs)
+            for signal in report.signals:
+                self._print(str(signal))
+            self.answer = report.answer

@@ -94,7 +94,7 @@ def driving(tracker: Tracker, parent: str, driver: str) -> Iterator[Callable[[],
 
 
 def _interrupt() -> None:
-    """Ends what the main thread is at, as SIGTERM would: a signal wakes it up where it waits for its workers."""
+    """Ends what the main thread is doing, as SIGTERM would: a signal wakes it up where it waits for its workers."""
     if callable(signal.getsignal(signal.SIGTERM)):  # that of `interruptible`, whose absence would end the process
         signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
 

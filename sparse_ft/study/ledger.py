@@ -26,7 +26,7 @@ class Ledger:
         failed: cell key -> its FAILED runs, oldest first, where none is FINISHED.
         masks: mask key -> its FINISHED run.
         asked: failure classes that whoever resumes wants tried again, whatever they are.
-        closed: runs that nobody worked at any more and that were set KILLED.
+        closed: open runs without a worker, which were set KILLED.
         cells: every run of a cell that has ended.
     """
 
@@ -58,7 +58,7 @@ class Ledger:
 
 
 def read_ledger(tracker: Tracker, parent: str) -> Ledger:
-    """Reads the runs of a study, and sets those KILLED that nobody works at any more.
+    """Reads the runs of a study, and sets open ones without a worker KILLED.
 
     Raises:
         UserError: one of its workers still lives.

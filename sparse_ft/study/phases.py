@@ -128,7 +128,7 @@ class Phases:
         self._record_same(jobs, same_as, display)
 
     def _tune_teachers(self, executor: RunningExecutor, display: Display) -> None:
-        """Runs the dense cells whose models teach others, and takes note of their runs."""
+        """Runs the dense cells whose models teach others, and records their runs."""
         ledger = self.start.ledger
         numbers = sorted({cell.teacher for cell in self.plan.cells if cell.teacher is not None})
         jobs = {number: self._job(self.plan.cells[number]) for number in numbers}
@@ -150,7 +150,7 @@ class Phases:
                 self.teachers[number] = _of_teacher(job, Failure(hole.kind, hole.message, ""))
 
     def run_jobs(self, executor: RunningExecutor, jobs: Iterable[Job]) -> None:
-        """Runs jobs, and takes note of how they ended."""
+        """Runs jobs, and records how they ended."""
         queue = Queue(jobs, self.max_retries)
         try:
             executor.run(queue)

@@ -48,6 +48,7 @@ class Session(ABC):
         total: how many of them the study has.
         tracker, start, phases: the store, the study's run and what has come out; once it has been started.
         view: the address of its cells in a browser; empty before its end.
+        answer: the study in a sentence, which its last line is; empty where it has none.
     """
 
     unit: ClassVar[str] = "cells"
@@ -55,6 +56,7 @@ class Session(ABC):
     start: Start
     phases: Phases
     view: str = ""
+    answer: str = ""
 
     def __init__(self, config: SweepConfig, plan: Plan):
         self.config, self.plan, self.total = config, plan, len(plan.cells)
@@ -103,7 +105,13 @@ class Session(ABC):
                 cannot hold it; or the run to resume is no study, or is still going on.
             KeyboardInterrupt: Ctrl-C or SIGTERM, after workers were stopped and runs closed.
         """
-        problems = [*check_plan(self.plan, self.bench, self.trainer), *executor_problems(self.config, self.plan)]
+        repeat = not self.config.dry_run  # of which a start makes all checks
+        problems = [
+            *check_plan(self.plan, self.bench, self.trainer, repeat),
+            *executor_problems(self.config, self.plan),
+        ]
+        if self.plan.study.enlarged:
+            self._print(f"a GPU is here: {self.total} {self.unit}, as on_gpu in {self.config.config} says")
         if self.config.dry_run:
             self._print("\n".join([*self.described(), *self._prospects(problems)]))
             return 1 if problems else 0
@@ -160,7 +168,7 @@ class Session(ABC):
                 executor.close()
 
     def _finish(self) -> bool:
-        """Whether all went well and nothing could still be run. What goes wrong here is said, and the study can be
+        """Whether all went well and nothing could still be run. What goes wrong here is reported, and the study can be
         resumed for it: the cells are safe."""
         try:
             self.view = self._view()
@@ -193,6 +201,8 @@ class Session(ABC):
             )
         if phases.stopped:
             self._print(f"the study was stopped: {phases.stopped}; the rest was not run: {again}", style="red")
+        if self.answer:
+            self._print(f"answer: {self.answer}", style="bold")
 
     def _view(self) -> str:
         varied = ("model", "task", "seed")

@@ -86,7 +86,7 @@ def _resumed(
     done, total = _done(plan, ledger), len(plan.cells)
     yield f"resuming the study {plan.study.name} ({parent}): {done} of {total} cells are done"
     if ledger.closed:
-        yield f"  {len(ledger.closed)} runs were open that nobody worked at; they are now KILLED"
+        yield f"  {len(ledger.closed)} runs were open without a worker; they are now KILLED"
     for line in changes(tracker, parent, STUDY_FILE, study):
         yield f"  the configuration has changed: {line}"
     if ledger.cells and not any(name.startswith("identity/") for run in ledger.cells for name in run.params):

@@ -45,6 +45,7 @@ class Study:
         more: the further tables of the grid, each a product of its own; cells that are in several are one.
         figures: of the mask sets, as ``compute_masks`` takes it: all, summary or none; none draws none of the results
             either.
+        enlarged: the file's ``on_gpu`` holds, what is run where there is a GPU.
         left_open: fields of ``cell`` that the file does not speak of, and that were decided when the study was begun.
     """
 
@@ -60,6 +61,7 @@ class Study:
     trainer: str = "local"
     figures: str = MaskConfig.figures
     more: tuple[Mapping[str, list[Any]], ...] = ()
+    enlarged: bool = field(default=False, metadata={"own": True})
     left_open: frozenset[str] = field(default=frozenset(), metadata={"own": True})
 
     @property
@@ -94,8 +96,13 @@ class Study:
         return json.loads(json.dumps(values), object_hook=_masked)
 
 
-def load_study(path: str | Path) -> Study:
+def load_study(path: str | Path, gpu: bool = False) -> Study:
     """Reads a study's YAML.
+
+    Args:
+        path: the file.
+        gpu: whether there is one: then what stands under ``on_gpu`` holds, its ``grid`` instead of the file's, the
+            fields of its ``cell`` before the file's.
 
     Raises:
         UserError: the file is missing, not YAML, or has keys or values that no study has.
@@ -106,6 +113,7 @@ def load_study(path: str | Path) -> Study:
         content = {"grid": {}, "dense_baseline": False, **content}
     elif not isinstance(content, dict) or not all(_tables(content.get("grid")) or [None]):
         raise UserError(f"Study {path} has no 'grid:' with lists of values; configs/ holds examples.")
+    content, enlarged = _for_device(path, content, gpu)
     known = {entry.name for entry in fields(Study) if not entry.metadata} - {"more"}
     unknown = sorted(map(str, set(content) - known))
     if unknown:
@@ -121,7 +129,30 @@ def load_study(path: str | Path) -> Study:
     grid, *more = (*read,) or ({},)
     classes = content.get("retry") or "none"
     retry = parse_retry(",".join(map(str, classes)) if isinstance(classes, list) else str(classes))
-    return Study(**{**content, "grid": grid, "more": tuple(more), "cell": content.get("cell") or {}, "retry": retry})
+    said = {"grid": grid, "more": tuple(more), "cell": content.get("cell") or {}, "retry": retry}
+    return Study(**{**content, **said}, enlarged=enlarged)
+
+
+def _for_device(path: Path, content: Mapping[str, Any], gpu: bool) -> tuple[dict[str, Any], bool]:
+    """The content without ``on_gpu``, or with it where there is a GPU; and whether there it is another study.
+
+    Raises:
+        UserError: ``on_gpu`` is no table of grid and cell.
+    """
+    plain = {key: value for key, value in content.items() if key != "on_gpu"}
+    if "on_gpu" not in content:
+        return plain, False
+    larger = content["on_gpu"]
+    if not isinstance(larger, dict) or not larger or set(larger) - {"grid", "cell"}:
+        raise UserError(f"Study {path}: on_gpu is no table of grid and cell, which are what another device may change.")
+    if not gpu:
+        return plain, False
+    parts = [plain.get("cell") or {}, larger.get("cell") or {}]
+    if not all(isinstance(part, dict) for part in parts):
+        raise UserError(f"Study {path}: cell is no table of fields and values.")
+    if not all(_tables(larger.get("grid", plain.get("grid"))) or [None]):
+        raise UserError(f"Study {path}: on_gpu has no 'grid:' with lists of values.")
+    return {**plain, **larger, "cell": parts[0] | parts[1]}, True
 
 
 def _checked(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:

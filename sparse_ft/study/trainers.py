@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from sparse_ft.cell.trainer import LOCAL, Trainer
+from sparse_ft.cell.trainer import LOCAL
+from sparse_ft.cell.training import Trainer
 from sparse_ft.errors import UserError
 from sparse_ft.settings.commands import SweepConfig
 from sparse_ft.settings.executors import EXECUTORS

@@ -13,11 +13,12 @@ from sparse_ft.cell.early_stopping import StoppedEarly
 from sparse_ft.cell.failures import CellTimeoutError, Failure, classify
 from sparse_ft.cell.identity import cell_identity, check_identity
 from sparse_ft.cell.inputs import cell_inputs, mask_inputs
+from sparse_ft.cell.live import live
 from sparse_ft.cell.masks import make_masks, write_manifest
 from sparse_ft.cell.note import cell_note
-from sparse_ft.cell.record import cell_command, device_tags, log_cell_result, log_failure, log_masks
-from sparse_ft.cell.run import run_cell
-from sparse_ft.cell.trainer import LOCAL, Trainer, Watch
+from sparse_ft.cell.record import cell_command, device_tags, log_cell_result, log_masks, log_what_can_be
+from sparse_ft.cell.trainer import LOCAL
+from sparse_ft.cell.training import Trainer, Watch
 from sparse_ft.cell.workbench import Workbench
 from sparse_ft.memory import release_memory
 from sparse_ft.processes import process_name
@@ -25,6 +26,7 @@ from sparse_ft.progress import SILENT, Progress
 from sparse_ft.study.jobs import CellJob, Job, MaskJob, Outcome
 from sparse_ft.tracking.record import Kind, Tag
 from sparse_ft.tracking.runs import Tracker
+from sparse_ft.tracking.stores import reachable
 
 __all__ = ["Worker", "WorkerSetup", "beyond_work", "close_lost"]
 
@@ -69,6 +71,7 @@ class Worker:
         self._bench = bench
         bench.store = setup.tracking_uri
         self._name = process_name()
+        self._unsent = setup.shared.parent / "unsent"
 
     def run(
         self, job: Job, progress: Progress = SILENT, opened: Callable[[str], None] = lambda run_id: None
@@ -112,6 +115,8 @@ class Worker:
             progress.stop()
 
     def _cell(self, job: CellJob, run_id: str, began: float) -> Outcome:
+        from sparse_ft.cell.run import run_cell  # not by the driver, which imports what a worker is begun with
+
         identity, tags = job.identity, {}
         try:
             if not isinstance(job.masks, Failure):
@@ -123,10 +128,12 @@ class Worker:
             return self._failed(job, run_id, began, job.masks)
         check_identity(job.identity, identity, job.title)
         self._tracker.log_inputs(run_id, cell_inputs(job.cell, identity, self._bench))
-        watch = Watch(run_id, lambda curves: self._tracker.log(run_id, curves=curves), job.judge, job.is_reduced)
-        result = run_cell(
-            job.cell, job.masks, self._bench, job.folder, self._trainer, watch, job.title, tuned=job.tuned
-        )
+        watch = Watch(run_id, job.judge, job.is_reduced)
+        with live(self._tracker, run_id, self._bench, self._unsent) as points:
+            result = run_cell(
+                job.cell, job.masks, self._bench, job.folder, self._trainer, watch, job.title, tuned=job.tuned
+            )
+        result.series = points.rest(result.series)
         note = cell_note(job.cell, result, cell_command(job.cell, identity, job.tuned))
         log_cell_result(self._tracker, run_id, result, note)
         _clear(job.folder, result.merged)
@@ -140,15 +147,16 @@ class Worker:
         here = device_tags(job.config.device) if job.config.needs_calibration else {}
         job.log_inputs(self._tracker, run_id, tags=here)
         self._tracker.log_inputs(run_id, mask_inputs(job.config, self._bench))
-        files = make_masks(job.config, self._bench, job.folder)
+        with live(self._tracker, run_id, self._bench, self._unsent) as points:
+            files = make_masks(job.config, self._bench, job.folder)
         write_manifest(job.folder, files)
-        log_masks(self._tracker, run_id, files)
+        log_masks(self._tracker, run_id, files, points)
         return Outcome(job, run_id, "FINISHED", time.monotonic() - began, masks=tuple(files))
 
     def _stopped(self, job: CellJob, run_id: str, began: float, stop: StoppedEarly) -> Outcome:
         """A trial that was stopped has no scores and is no cell of any table."""
         tags = {Tag.KIND: Kind.STOPPED_TRIAL, Tag.STOPPED: stop}
-        self._tracker.log(run_id, tags=tags, curves={"eval/loss_while_training": stop.losses})
+        self._tracker.log(run_id, tags=tags)
         self._tracker.finish(run_id)
         job.discard()
         return Outcome(job, run_id, "PRUNED", time.monotonic() - began)
@@ -190,8 +198,8 @@ def _clear(folder: Path, merged: Path | None) -> None:
 
 
 def _close(tracker: Tracker, run_id: str, failure: Failure) -> None:
-    """Logs what can be logged: where the disk is full that may be nothing, and must not hide the failure."""
+    """Ends a failed run, with what can be logged."""
+    log_what_can_be(tracker, run_id, failure)
     with suppress(Exception):
-        log_failure(tracker, run_id, failure)
-    with suppress(Exception):
+        reachable(tracker.uri)
         tracker.finish(run_id, "FAILED")

@@ -9,12 +9,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-
-import torch
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from sparse_ft.errors import UserError
 from sparse_ft.settings.corpora import CORPORA, Corpus
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = [
     "CorpusRows",
@@ -27,7 +29,7 @@ __all__ = [
 ]
 
 _SUFFIXES = (".jsonl", ".txt")
-_PATIENCE = 5.0  # seconds that a hub gets to answer
+_TIMEOUT = 5.0  # seconds that a hub gets to answer
 _LONG = 10_000_000  # characters of a text without a window, after which a draw gives up
 
 
@@ -99,7 +101,7 @@ def can_be_had(corpus: str, data_dir: str | None) -> bool:
     if held_out_file(corpus, data_dir) is not None:
         return True
     try:
-        HfApi().dataset_info(CORPORA[corpus].repository, timeout=_PATIENCE)
+        HfApi().dataset_info(CORPORA[corpus].repository, timeout=_TIMEOUT)
         held_out_rows(corpus, data_dir)
     except Exception:  # there are half a dozen classes for "no network"
         return False
@@ -118,6 +120,8 @@ def drawn_windows(
     Raises:
         UserError: too little text, or no row that is long enough.
     """
+    import torch
+
     rows, dice = corpus.rows, random.Random(seed)
     if corpus.joined:
         whole = _ids(" ".join(rows), tokenizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import tempfile
@@ -18,6 +19,7 @@ from mlflow.entities import LoggedModelOutput
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.types.schema import ColSpec, Schema
+from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 from sqlalchemy.exc import SQLAlchemyError
 
 from sparse_ft.errors import UserError
@@ -218,6 +220,11 @@ def register_model(
         made = client.create_model_version(
             name, source, logged.source_run_id, texts, description=description, model_id=logged.model_id
         )
+    # As `mlflow.register_model` does: by it a model's page, and the tab *Models*, know where it is registered.
+    versions = json.loads(client.get_logged_model(logged.model_id).tags.get(MLFLOW_MODEL_VERSIONS, "[]"))
+    entry = {"name": name, "version": int(made.version)}
+    if entry not in versions:
+        client.set_logged_model_tags(logged.model_id, {MLFLOW_MODEL_VERSIONS: json.dumps([*versions, entry])})
     if alias:
         _keep_reachable(client, name, alias, texts, said)
         client.set_registered_model_alias(name, alias, made.version)
@@ -307,8 +314,9 @@ def _describe(folder: Path, weights: list[Path], target: Path, model: Model, car
     """Writes an mlflow model of the checkpoint to ``target``, complete but for the weights.
 
     mlflow writes its own format, of a model without weights, whose configuration then gives way to the
-    checkpoint's files. (Its own way to take a folder unloaded does not work with transformers 5.23, where a
-    pipeline's class is known by name only.)
+    checkpoint's files. That stand-in remains because mlflow 3.17, whose range of transformers ends at 5.17, takes a
+    folder unloaded (``save_model(str(folder))``) only there: it asks a pipeline's class for its name, and transformers
+    5.23 holds the name alone. It also copies the folder, weights and all.
     """
     import mlflow.transformers
     from huggingface_hub import ModelCard

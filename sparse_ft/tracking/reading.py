@@ -12,9 +12,9 @@ from mlflow.exceptions import MlflowException
 from sparse_ft.errors import UserError
 from sparse_ft.tracking.record import Run, Tag
 
-__all__ = ["Reader"]
+__all__ = ["NOT_THERE", "Reader"]
 
-_NOT_THERE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "BAD_REQUEST")  # the person's, not the store's
+NOT_THERE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "BAD_REQUEST")  # the person's, not the store's
 
 
 class Reader:
@@ -33,7 +33,7 @@ class Reader:
         try:
             return _record(self.client.get_run(run_id))
         except MlflowException as error:
-            if error.error_code not in _NOT_THERE:  # the store is away: no word on the run
+            if error.error_code not in NOT_THERE:  # the store is away: no word on the run
                 raise
             raise UserError(f"there is no run {run_id} in {self.uri}; is MLFLOW_TRACKING_URI right?") from error
 
@@ -61,7 +61,7 @@ class Reader:
                     page_token=token,
                 )
             except MlflowException as error:
-                if error.error_code not in _NOT_THERE:
+                if error.error_code not in NOT_THERE:
                     raise
                 raise UserError(f"cannot search runs for {query!r}: {error.message}") from error
             found += map(_record, page)

@@ -11,7 +11,7 @@ from sparse_ft.levels import level_label
 
 __all__ = ["ENDED", "DataInput", "Kind", "Run", "Tag", "best_name", "by_level", "level_tag", "version_tag"]
 
-ENDED = ("FINISHED", "FAILED", "KILLED")  # the statuses of a run that nobody works at
+ENDED = ("FINISHED", "FAILED", "KILLED")  # the statuses of a run that no worker has
 
 
 class Kind(StrEnum):
@@ -46,7 +46,7 @@ class Tag(StrEnum):
     FOLDER = "folder"
     COMPLETE = "complete"
     RESUMES = "resumes"  # the study that a run of kind `resume` went on with
-    # Which job a run is, and who worked at it.
+    # Which job a run is, and which worker ran it.
     CELL_KEY = "cell_key"
     MASK_KEY = "mask_key"
     CURVE_KEY = "curve_key"

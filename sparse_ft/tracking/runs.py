@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +193,9 @@ class Tracker(Reader):
             done = isinstance(error, SystemExit) and error.code in (None, 0)
             killed = isinstance(error, KeyboardInterrupt)
             if not unless():
-                self.finish(run_id, "FINISHED" if done else "KILLED" if killed else "FAILED")
+                with suppress(Exception):  # a store that is away must not hide the error
+                    reachable(self.uri)
+                    self.finish(run_id, "FINISHED" if done else "KILLED" if killed else "FAILED")
             raise
         if not unless():
             self.finish(run_id)
@@ -282,15 +284,17 @@ class Tracker(Reader):
     def log_inputs(self, run_id: str, inputs: Sequence[DataInput]) -> None:
         """Logs what a run looked at, in one call to the store."""
         if inputs:
-            from sparse_ft.tracking.datasets import dataset_inputs  # a part of mlflow that reading needs not
+            from sparse_ft.tracking.datasets import dataset_inputs, log_datasets  # what reading needs not of mlflow
 
-            self.client.log_inputs(run_id, dataset_inputs(list(inputs)))
+            log_datasets(self.client, run_id, dataset_inputs(list(inputs)))
 
     def copy_inputs(self, run_id: str, other: str) -> None:
         """Gives a run the inputs of another, whose result it has."""
         found = self.client.get_run(other).inputs
         if found is not None and found.dataset_inputs:
-            self.client.log_inputs(run_id, found.dataset_inputs)
+            from sparse_ft.tracking.datasets import log_datasets
+
+            log_datasets(self.client, run_id, found.dataset_inputs)
 
     def log_file(self, run_id: str, path: str | Path, folder: str | None = None) -> None:
         """Copies a file to the run's artifacts, under its own name."""

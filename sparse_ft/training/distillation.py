@@ -114,14 +114,6 @@ class Distillation:
             self.parts.setdefault(name, []).append(float(value.detach()))
         return sum(getattr(self, name) * value for name, value in losses.items())
 
-    def curves(self, batches: int = 1) -> dict[str, list[tuple[int, float]]]:
-        """Each part by name: (step, mean over the ``batches`` of the step)."""
-        found = {}
-        for name, values in self.parts.items():
-            steps = [values[first : first + batches] for first in range(0, len(values), batches)]
-            found[name] = [(step, sum(some) / len(some)) for step, some in enumerate(steps, 1)]
-        return found
-
     @contextmanager
     def _watched(self, model: Any) -> Iterator[list[Tensor]]:
         """The blocks' outputs, in their order, of the forward passes inside."""

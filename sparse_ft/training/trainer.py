@@ -24,7 +24,7 @@ from sparse_ft.settings.training import TrainingSettings
 from sparse_ft.tasks.examples import Example, check_ids
 from sparse_ft.training.collator import AnswerCollator, for_model
 from sparse_ft.training.distillation import Distillation
-from sparse_ft.training.watch import TrainingResult, Watch
+from sparse_ft.training.watch import Report, TrainingResult, Watch
 
 __all__ = ["train"]
 
@@ -41,6 +41,7 @@ def train(
     progress: Progress = SILENT,
     callbacks: Sequence[TrainerCallback] = (),
     distillation: Distillation | None = None,
+    report: Report = lambda step, values: None,
 ) -> TrainingResult:
     """Trains the parameters of ``model`` that require gradients, in place, and leaves it in eval mode.
 
@@ -57,6 +58,7 @@ def train(
         distillation: a teacher whose outputs count in the loss. Batches of one step then weigh the same, whatever their
             numbers of tokens.
         callbacks: of the Trainer, besides the ones that measure here. What they take counts as training time.
+        report: told what every step gave, as it ends; see `sparse_ft.training.watch.Watch`.
 
     Raises:
         UserError: settings that cannot train, or no examples.
@@ -72,7 +74,7 @@ def train(
     if any(len(example.documents) > 1 for example in examples) and attention not in _APART:
         raise UserError(f"packing needs attention of {' or '.join(_APART)}, this model has {attention}; leave it off.")
     device = next(model.parameters()).device
-    watch = Watch(settings, progress)
+    watch = Watch(settings, progress, report, distillation.parts if distillation else {})
     if settings.gradient_checkpointing is not None:
         model.enable_input_require_grads()  # reentrant checkpoints need an input that requires a gradient
     trainer = _Trainer(

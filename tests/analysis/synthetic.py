@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from sparse_ft.analysis.table import SCORED_AFTER
 from sparse_ft.tracking.record import Run
 
 TOLERANCE = {"unstructured": 0.75, "semi_structured": 0.6, "structured": 0.45, "random": 0.3}
@@ -92,6 +93,33 @@ def study(
 def demo() -> list[Run]:
     """The demo's shape: one model, one task, dense, and unstructured 50 % and 70 % in two modes."""
     return study(("smollm2-135m",), ("boolq",), ("unstructured",), (0.5, 0.7))
+
+
+def demo_scored() -> list[Run]:
+    """The demo itself: two rules and the dense model, untrained; one of them recovered and tuned; PIQA beside BoolQ."""
+    name, recovered = "smollm2-135m", {"eval/perplexity": 33.3, "eval/perplexity_stderr": 1.5}
+    recovered |= {
+        "eval/loss_recovered": 3.36,
+        "eval/perplexity_recovered": 33.2,
+        "eval/perplexity_stderr_recovered": 1.5,
+    }
+    before = {"eval/perplexity_untuned": 40.8, "eval/perplexity_stderr_untuned": 1.9}
+    as_it_is = {name.removesuffix("_untuned"): value for name, value in before.items()}
+    alps = {"importance": "alps", "mode": "pruned", "metrics": as_it_is}
+    runs = [
+        cell(name, sparsity=0.0, mode="dense"),
+        cell(name, sparsity=0.0, mode="pruned", metrics={"eval/perplexity": 22.6, "eval/perplexity_stderr": 2.4}),
+        cell(name, mode="pruned", metrics={"eval/perplexity": 387.0, "eval/perplexity_stderr": 58.0}),
+        cell(name, **alps),
+        cell(name, importance="alps", metrics=before | recovered),
+    ]
+    for run in runs:
+        run.params.update({"protocol/score/piqa": "split=validation; samples=300; chance=0.5"})
+        for after in SCORED_AFTER[:3] if run.params["cfg/mode"] != "pruned" else ("",):
+            value = 0.627 if after == "" else 0.6
+            run.metrics.update({f"eval/piqa/accuracy{after}": value, f"eval/piqa/accuracy_stderr{after}": 0.028})
+            run.metrics.update({f"eval/mean_accuracy{after}": value, f"eval/mean_accuracy_stderr{after}": 0.028})
+    return runs
 
 
 def _scores(task: str, method: str, sparsity: float, mode: str, rng: np.random.Generator) -> dict[str, float]:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import requests
 import torch
+from httpx2 import ConnectTimeout
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import REQUEST_LIMIT_EXCEEDED, RESOURCE_DOES_NOT_EXIST, TEMPORARILY_UNAVAILABLE
 from sqlalchemy.exc import OperationalError
@@ -56,6 +57,7 @@ def _too_much_memory():
         (OSError(errno.EIO, "Input/output error"), "infrastructure"),
         (OSError(errno.ENOTCONN, "Transport endpoint is not connected"), "infrastructure"),
         (TimeoutError("timed out"), "infrastructure"),
+        (ConnectTimeout("the hub"), "infrastructure"),
         (sqlite3.OperationalError("database is locked"), "infrastructure"),
         (OperationalError("SELECT 1", {}, Exception("server closed the connection unexpectedly")), "infrastructure"),
         (OperationalError("SELECT 1", {}, Exception("no such table: runs")), "bug"),

@@ -5,7 +5,7 @@ import h5py
 import numpy as np
 import pytest
 
-from sparse_ft.cerebras.data import read_examples, write_examples
+from sparse_ft.cerebras.data import write_examples
 from sparse_ft.errors import UserError
 
 
@@ -16,6 +16,13 @@ class Example:
 
 
 EXAMPLES = [Example([1, 10, 11, 12, 13, 2], 4), Example([1, 20, 21], 1), Example([1, 30, 31, 32, 33, 34, 35, 2], 6)]
+
+
+def read_examples(folder):
+    """``(input ids, loss mask, labels)`` of every row, in the order of writing."""
+    for path in sorted(folder.glob("*.h5")):
+        with h5py.File(path) as file:
+            yield from map(tuple, file["data"])
 
 
 def test_position_i_predicts_the_next_token_and_only_answers_count(tmp_path):

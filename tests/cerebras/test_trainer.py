@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from sparse_ft.cell.failures import classify
-from sparse_ft.cell.trainer import Watch
+from sparse_ft.cell.training import Watch
 from sparse_ft.cerebras.logs import Failure
 from sparse_ft.cerebras.runner import TrainerError
 from sparse_ft.cerebras.trainer import CerebrasSettings, check_trainable, load_settings, settings_of_try

@@ -74,11 +74,6 @@ def test_a_study_over_experts_and_its_cells_made_again(study, tmp_path):
     ("name", "values", "message"),
     [
         ("compute_masks", {"model": "tiny-llama", "sparsities": "0.5"}, "a llama model has no experts"),
-        (
-            "compute_masks",
-            {"model": "tiny-olmoe", "method": "structured", "sparsities": "0.1,0.5", "shrink": "true"},
-            "a model of type olmoe has as many heads as fill its hidden size, and at sparsity 0.5 heads go",
-        ),
         ("compute_masks", {"model": "tiny-mixtral", "sparsities": "0.5,0.75"}, "The largest level is 0.5."),
         ("train", {"model": "tiny-mixtral", "sparsity": "0.75"}, "The largest level is 0.5."),
         ("train", {"model": "tiny-mixtral", "importance": "taylor"}, "Taylor prunes unstructured"),

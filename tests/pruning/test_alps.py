@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from errors import output_error
 
 from sparse_ft.pruning.alps import alps, choose, kept_inverses
-from sparse_ft.pruning.hessian import Normalised, normalise, output_error
+from sparse_ft.pruning.hessian import Normalised, normalise
 from sparse_ft.pruning.patterns import group_mask
 from sparse_ft.pruning.rules import Inputs
 from sparse_ft.pruning.sparsegpt import inverse_factor, prune_columns

@@ -279,7 +279,7 @@ def test_an_expert_without_tokens_is_said(tiny_model, tmp_path):
         if update == "refit" or importance == "alps":  # of an expert that they reach in the first block
             assert any(
                 "layers.0.block_sparse_moe" in note
-                and note.endswith("3 tokens came to its 40 inputs; damped with 0.133")
+                and note.endswith("3 tokens reached its 40 inputs; damped with 0.133")
                 for note in generator.notes
             )
 

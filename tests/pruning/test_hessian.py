@@ -1,7 +1,8 @@
 import pytest
 import torch
+from errors import output_error
 
-from sparse_ft.pruning.hessian import damping_for, normalise, output_error
+from sparse_ft.pruning.hessian import damping_for, normalise
 
 
 def inputs(tokens=60, columns=20, seed=0):

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from errors import output_error
 from torch.func import functional_call
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-from sparse_ft.pruning.hessian import normalise, output_error
+from sparse_ft.pruning.hessian import normalise
 from sparse_ft.pruning.patterns import layer_mask
 from sparse_ft.pruning.reconstruct import reconstruct
 from sparse_ft.pruning.refit import refit

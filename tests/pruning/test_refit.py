@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from errors import output_error
 
-from sparse_ft.pruning.hessian import normalise, output_error
+from sparse_ft.pruning.hessian import normalise
 from sparse_ft.pruning.patterns import group_mask, layer_mask, row_mask
 from sparse_ft.pruning.refit import refit
 from sparse_ft.pruning.sparsegpt import inverse_factor, update_columns

@@ -3,13 +3,17 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from sparse_ft.errors import UserError
 from sparse_ft.masks.mask_set import MaskSet
 from sparse_ft.models.checkpoint import Checkpoint
-from sparse_ft.models.loading import apply_masks, load_model
+from sparse_ft.models.loading import apply_masks, load_model, save_model
+from sparse_ft.models.tiny import tiny_config
+from sparse_ft.progress import Progress
 from sparse_ft.pruning import MaskGenerator, PruningSettings
-from sparse_ft.pruning.shrink import shrink_checkpoint
+from sparse_ft.pruning.shrink import kept_units, shrink_checkpoint
+from sparse_ft.pruning.structure import families
 
 
 def structured(folder, out, *levels, **how):
@@ -36,6 +40,50 @@ def test_a_smaller_model_says_what_the_masked_one_says(tiny_model, text, tmp_pat
         assert config.intermediate_size < before["intermediate_size"]
         left = sum(int(torch.Size(shape).numel()) for shape in Checkpoint(small).prunable_shapes().values())
         assert left == masks.n_weights - masks.n_pruned
+
+
+class Told(Progress):
+    """Keeps what is said."""
+
+    def __init__(self):
+        self.lines = []
+
+    def say(self, text):
+        self.lines.append(text)
+
+
+@pytest.mark.parametrize(
+    ("family", "values", "written"),
+    [
+        # 40 is no multiple of 6 heads, and one of 4 and 8
+        ("llama", {"hidden_size": 40, "num_attention_heads": 10, "num_key_value_heads": 5}, {0.2: 8, 0.5: 8, 0.7: 4}),
+        ("gemma2", {"hidden_size": 40, "num_attention_heads": 10, "num_key_value_heads": 5}, {0.2: 8, 0.5: 8, 0.7: 4}),
+        # models that have as many heads as fill their hidden size
+        ("stablelm", {}, {0.1: 6, 0.5: 6, 0.8: 6}),
+        ("olmoe", {}, {0.1: 6, 0.5: 6, 0.8: 6}),
+    ],
+)
+def test_heads_that_transformers_cannot_do_without_stay_as_zeros(family, values, written, text, tmp_path):
+    """The next number of heads that there is, in which those that masks remove give out nothing."""
+    config = AutoConfig.for_model(**(tiny_config(f"tiny-{family}").to_dict() | values))
+    torch.manual_seed(3)
+    folder = save_model(AutoModelForCausalLM.from_config(config), None, tmp_path / "model")
+    shapes, said = Checkpoint(folder).prunable_shapes(), []
+    members = [f for f in families(Checkpoint(folder).config, shapes) if f.kind == "attention"]
+    for (level, heads), masks in zip(written.items(), structured(folder, tmp_path, *written), strict=True):
+        told = Told()
+        small = Checkpoint(shrink_checkpoint(folder, masks, tmp_path / f"small{level}", told))
+        kept = int(kept_units(members[0], masks).sum()) * (config.num_attention_heads // members[0].units)
+        assert small.config["num_attention_heads"] == heads >= kept
+        ours, theirs = logits(small.folder, text)[0], logits(folder, text, masks)[0]
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        name = "model.layers.0.self_attn.o_proj.weight"
+        by_head = small.tensor(name).view(small.shape(name)[0], heads, -1)
+        assert int(by_head.any(2).any(0).sum()) == kept
+        line = f"shrink: {kept} of {config.num_attention_heads} heads are kept, and transformers has no {family} model"
+        assert told.lines == [] if kept == heads else told.lines[0].startswith(line)
+        said += told.lines
+    assert said
 
 
 def fused(folder, target):

@@ -2,12 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from sparse_ft.errors import UserError
 from sparse_ft.models.checkpoint import Checkpoint
-from sparse_ft.models.names import prunable_names
-from sparse_ft.models.skeleton import build_skeleton
 from sparse_ft.pruning.sources import MagnitudeSource, ScoreSource
-from sparse_ft.pruning.structure import Channels, block_counts, check_heads, choose_units, families, family_scores
+from sparse_ft.pruning.structure import Channels, block_counts, choose_units, families, family_scores
 
 
 def test_units_own_every_weight_of_their_block(tiny_model):
@@ -103,13 +100,3 @@ def test_one_ranking_takes_the_lowest_units_of_the_model(tiny_model):
         if before is not None:
             assert all(not (k & ~b).any() for k, b in zip(choice, before, strict=True))
         before = choice
-
-
-def test_heads_that_transformers_does_not_take_are_refused_before_masks_are_made():
-    config = {"model_type": "llama", "hidden_size": 40, "intermediate_size": 64, "num_attention_heads": 10,
-              "num_key_value_heads": 5, "head_dim": 4, "num_hidden_layers": 1, "vocab_size": 8}  # fmt: skip
-    tensors = build_skeleton(config).tensors
-    members = families(config, {name: tensors[name] for name in prunable_names(config, tensors)})
-    check_heads(config, members, [0.1, 0.8])  # none, and 8 of them go
-    with pytest.raises(UserError, match=r"at sparsity 0.5 6 of 10 heads are left, and transformers refuses .*multiple"):
-        check_heads(config, members, [0.1, 0.5, 0.8])

@@ -28,7 +28,8 @@ SMALL = {"dtype": "float32", "eval_limit": 4, "calibration_samples": 4, "calibra
 def data(tmp_path_factory):
     """Questions, and corpora beside them: what calibration reads, and what perplexity reads."""
     folder = tmp_path_factory.mktemp("data")
-    (folder / "boolq").symlink_to(made_data_dir() / "boolq")
+    for task in ("boolq", "gsm8k", "hellaswag"):
+        (folder / task).symlink_to(made_data_dir() / task)
     (folder / "corpora").mkdir()
     lines = (made_data_dir() / "boolq" / "train.jsonl").read_text(encoding="utf-8").splitlines()
     texts = [json.loads(line)["passage"] for line in lines]
@@ -87,6 +88,35 @@ def test_the_recovery_study_at_a_tiny_size(tmp_path, data):
     assert len(runs) == 1 + 4 and len(recovered) == 2
     assert len({run.tags["recovered_fingerprint"] for run in recovered}) == 2  # with a teacher, and without
     assert {run.metrics["sparsity/violations"] for run in runs} == {0}
+
+
+def test_the_study_of_a_small_gpu_at_a_tiny_size(tmp_path, data):
+    study = yaml.safe_load((ROOT / "configs/small_gpu.yaml").read_text(encoding="utf-8"))
+    for table in study["grid"]:
+        table["sparsity"] = [0.5]
+        table |= {"recover_steps": [2]} if "recover_steps" in table else {}
+    runs = _run_small(study, tmp_path, {"model": "tiny-qwen3", "score": ["hellaswag"], "data_dir": str(data)})
+    assert len(runs) == 2 + 2 * 2 + 1 and {run.metrics["sparsity/violations"] for run in runs} == {0}
+    assert sum("eval/perplexity_recovered" in run.metrics for run in runs) == 1
+
+
+def test_the_study_of_modern_models_at_a_tiny_size(tmp_path, data):
+    study = yaml.safe_load((ROOT / "configs/modern.yaml").read_text(encoding="utf-8"))
+    study["grid"] |= {"model": ["tiny-llama", "tiny-qwen3"], "task": ["boolq"], "sparsity": [0.6]}
+    runs = _run_small(study, tmp_path, {"score": ["hellaswag"], "data_dir": str(data)})
+    assert len(runs) == 2 * (1 + 3) and {run.metrics["sparsity/violations"] for run in runs} == {0}
+    assert all("eval/hellaswag/accuracy" in run.metrics for run in runs)
+
+
+def _run_small(study, folder, cell):
+    """Runs a study of ``configs/`` with everything that takes long made small; returns its cells."""
+    small = {"max_steps": 2, "batch_size": 2, "max_seq_len": 64, "recover_seq_len": 32, "recover_batch_size": 2}
+    small = {name: value for name, value in small.items() if name in study["cell"]}
+    study["cell"] |= SMALL | small | cell | {"perplexity_seq_len": 64, "perplexity_tokens": 256, "eval_batch_size": 4}
+    study["figures"] = "none"
+    (folder / "study.yaml").write_text(yaml.safe_dump(study), encoding="utf-8")
+    assert sweep(SweepConfig(config=str(folder / "study.yaml"), output_dir=str(folder / "out"))) == 0
+    return [run for run in Tracker().search() if run.tags.get("kind") == "cell"]
 
 
 def test_the_study_on_rows_of_ones_own_at_a_tiny_size(tmp_path, data, tiny_model):

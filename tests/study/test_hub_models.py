@@ -112,7 +112,9 @@ def test_the_full_study_with_its_models_and_data_from_a_hub(published, tmp_path)
         assert "problem:" not in planned.stdout
 
         done = start("sweep", *small, address=address, token="secret", folder=tmp_path)
-        assert done.returncode == 0, done.stdout + done.stderr
+        failed = [run.tags for run in Tracker().search() if run.status == "FAILED"]
+        why = [f"{tags.get('failure_class')}: {tags.get('failure_message')}" for tags in failed]
+        assert done.returncode == 0, "\n".join([*why, done.stdout, done.stderr])
         weights = [file for file in served if file.endswith((".bin", ".safetensors", ".pth", ".parquet"))]
         assert len(weights) == len(set(weights)) > 6, "two workers fetched the same file"
         assert all("/model-0000" in file or file.endswith(".parquet") for file in weights)

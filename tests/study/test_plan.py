@@ -99,6 +99,17 @@ def test_every_shipped_study_makes_a_plan_and_says_how_to_run_it(path):
     assert f"config=configs/{path.name}" in first or path.name == "demo.yaml"
 
 
+def test_the_axis_that_stands_commented_in_the_full_study_makes_a_plan(tmp_path):
+    text = (ROOT / "configs/full.yaml").read_text(encoding="utf-8")
+    axis = "  # importance: [magnitude, taylor]"
+    assert text.count(axis) == 1
+    path = tmp_path / "full.yaml"
+    path.write_text(text.replace(axis, axis.replace("# ", "")).replace("  importance: magnitude\n", ""))
+    plan = make_plan(load_study(path))
+    assert len(plan.cells) - len(make_plan(load_study(ROOT / "configs/full.yaml")).cells) == 240
+    assert not [problem for cell in plan.configs for problem in cell.problems()]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -152,7 +152,10 @@ def hub_server(root: Path, token: str | None = None) -> Iterator[tuple[str, list
         def log_message(self, *_args) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    class Server(ThreadingHTTPServer):
+        request_queue_size = 128  # by default 5: fewer than two workers open at once, and each beyond waits a second
+
+    server = Server(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}", served

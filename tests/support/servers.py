@@ -1,6 +1,7 @@
 """Servers for tests: of MLflow, of PostgreSQL, and of what Amazon calls S3."""
 
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -10,14 +11,17 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
 @contextmanager
-def mlflow_server(folder: Path, store: str, *options: str, environment: dict[str, str] | None = None) -> Iterator[str]:
-    """The address of a server that hands out and takes artifacts itself, by default in ``folder``."""
-    port = _free_port()
+def mlflow_server(
+    folder: Path, store: str, *options: str, environment: dict[str, str] | None = None, port: int | None = None
+) -> Iterator[str]:
+    """The address of a server that hands out and takes artifacts itself, by default in ``folder``; it is killed at the
+    end, and can be started again at its old ``port``."""
+    port = port or _free_port()
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", store, "--artifacts-destination", f"{folder}/artifacts", *options]
     address = f"http://127.0.0.1:{port}"
@@ -102,13 +106,16 @@ def postgresql_server(*databases: str) -> Iterator[list[str]]:
 def _running(
     command: list[str], folder: Path, answers: Callable[[], None], environment: dict[str, str] | None = None
 ) -> Iterator[None]:
-    around = {**os.environ, **(environment or {})}
+    # As in an activated environment, in which the tests need not run: mlflow starts the server of a model by its name.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    around = {**os.environ, "PATH": path, **(environment or {})}
     with open(folder / "log.txt", "w") as log:
         process = subprocess.Popen(command, cwd=folder, env=around, stdout=log, stderr=log, start_new_session=True)
     try:
         for _ in range(240):
             try:
                 answers()
+                assert process.poll() is None, f"another server answers: {(folder / 'log.txt').read_text()}"
                 break
             except OSError:
                 assert process.poll() is None, (folder / "log.txt").read_text()
@@ -117,11 +124,15 @@ def _running(
             raise AssertionError((folder / "log.txt").read_text())
         yield
     finally:
-        os.killpg(process.pid, signal.SIGKILL)  # a group of its own: the server and its workers
+        with suppress(ProcessLookupError):  # it ended by itself, and the log says why
+            os.killpg(process.pid, signal.SIGKILL)  # a group of its own: the server and its workers
         process.wait()
 
 
 def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    """A port on which nobody listens, of those that the system gives to no connection by itself before it is used."""
+    while True:
+        port = 20_000 + secrets.randbelow(12_000)  # random's numbers are the same in each of the processes of xdist
+        with socket.socket() as free, suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port

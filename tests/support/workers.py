@@ -1,9 +1,11 @@
-"""What listens to an executor, and workers whose device is broken."""
+"""What listens to an executor or a worker, workers whose device is broken, and some that send their points at once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
+from sparse_ft.progress import Progress
 from sparse_ft.study.queue import Listener, Queue
 from sparse_ft.study.worker import WorkerSetup
+from sparse_ft.tracking import live
 
 
 class Watching(Listener):
@@ -48,3 +50,23 @@ def check_that_three_device_errors_stop_a_worker(study: tuple, executor: Callabl
     assert [outcome.failure.kind for outcome in queue.outcomes] == ["worker_lost"] * 3
     assert len({run.tags["worker"] for run in tracker.children(parent)}) == 3  # a new process for each
     assert (queue.left, "3 cells in a row failed alike" in queue.stopped) == (2, True)
+
+
+class Prompt(WorkerSetup):
+    """Real workers that send their points every tenth of a second."""
+
+    def build(self, bench=None):
+        live.EVERY_SECONDS = 0.1  # in the worker's own process
+        return super().build(bench)
+
+
+class AtStep(Progress):
+    """Calls ``then`` when a training has come to a step, from within the work; keeps the notes of all its steps."""
+
+    def __init__(self, then: Mapping[int, Callable[[], object]]):
+        self._then, self.notes = dict(then), []
+
+    def advance(self, amount=1, note=""):
+        if note.startswith("loss "):
+            self.notes.append(note)
+            self._then.pop(len(self.notes), lambda: None)()

@@ -139,6 +139,15 @@ def test_checkpoints_change_neither_the_parts_nor_the_gradients(teacher, masks, 
     assert parts == again and all(torch.equal(gradient, others[name]) for name, gradient in gradients.items())
 
 
-def test_a_curve_has_a_point_a_step_however_many_batches_a_step_has():
-    guide = Distillation(torch.nn.Identity(), "", parts={"kl": [1.0, 3.0, 5.0, 7.0]})
-    assert guide.curves(2) == {"kl": [(1, 2.0), (2, 6.0)]} and guide.curves()["kl"][-1] == (4, 7.0)
+def test_parts_have_a_point_a_step_however_many_batches_a_step_has(teacher, masks, examples, tmp_path):
+    """Of four batches an epoch a step takes three, and the last of an epoch the one that is left."""
+    settings = TrainingSettings(num_epochs=2, batch_size=1, gradient_accumulation=3)
+    student = apply_sparse_lora(copy.deepcopy(teacher).requires_grad_(True), LoraSettings(), "full", masks)
+    guide, told = Distillation(teacher, "model.layers", squarehead=0), {}
+    result = train(student, examples, settings, tmp_path, distillation=guide, report=told.__setitem__)
+    for part in ("ce", "kl"):
+        batches = guide.parts[part]
+        means = [sum(some) / len(some) for some in (batches[:3], batches[3:4], batches[4:7], batches[7:])]
+        assert len(batches) == 8 and result.parts[part] == list(enumerate(means, 1))
+        assert [values[part] for values in told.values()] == means
+    assert list(told) == [1, 2, 3, 4] and set(result.parts) == {"ce", "kl"}

@@ -62,18 +62,26 @@ def test_training_is_plain_gradient_descent_on_that_loss(folder, model, examples
     settings = TrainingSettings(
         learning_rate=1e-2, max_steps=3, batch_size=len(examples), warmup_fraction=0.0, max_grad_norm=1e9
     )
-    result = train(model, examples, settings, tmp_path)
+    told = {}
+    result = train(model, examples, settings, tmp_path, report=told.__setitem__)
     twin = AutoModelForCausalLM.from_pretrained(folder).train()
     optimizer = torch.optim.AdamW(twin.parameters(), lr=1e-2, weight_decay=0.0)
-    losses = []
+    losses, norms = [], []
     for step in range(3):
         optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / 3)
         loss = _loss_by_hand(twin, examples)
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
+        norms.append(torch.stack([p.grad.norm() for p in twin.parameters()]).norm().item())
         optimizer.step()
     assert [loss for _, loss in result.loss_curve] == pytest.approx(losses, rel=1e-4)
+    assert list(told) == [1, 2, 3] and [values["loss"] for values in told.values()] == [x for _, x in result.loss_curve]
+    assert [values["grad_norm"] for values in told.values()] == pytest.approx(norms, rel=1e-3)
+    assert [values["learning_rate"] for values in told.values()] == pytest.approx(
+        [1e-2 * (1 - k / 3) for k in range(3)]
+    )
+    assert all(values["tokens_per_second"] > result.tokens / 3 / result.seconds for values in told.values())
     for trained, expected in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(trained, expected, rtol=1e-3, atol=1e-4)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from sparse_ft.errors import UserError
 from sparse_ft.models.cerebras.mdl import MdlFile
 from sparse_ft.models.cerebras.names import Place, places, strip_prefix
-from sparse_ft.models.checkpoint import Checkpoint
+from sparse_ft.models.checkpoint import Checkpoint, reading_from
 from sparse_ft.models.entries import Entry
 from sparse_ft.models.families import architecture_of
 from sparse_ft.models.names import place
@@ -93,15 +93,8 @@ class CerebrasCheckpoint(Checkpoint):
     def offset(self, name: str) -> int:
         raise UserError(f"{self.folder} is a Cerebras checkpoint: its tensors are no plain runs of bytes.")
 
-    @contextmanager
-    def reading(self, name: str) -> Iterator[Callable[[np.ndarray, int], None]]:
-        raw = self.raw(name)
-
-        def read(buffer: np.ndarray, begin: int) -> None:
-            view = buffer.reshape(-1).view(np.uint8)
-            view[:] = raw[begin : begin + view.size]
-
-        yield read
+    def reading(self, name: str) -> AbstractContextManager[Callable[[np.ndarray, int], None]]:
+        return reading_from(self.raw(name))
 
 
 def listed_names(source: Checkpoint, names: Iterable[str]) -> list[str]:

@@ -16,7 +16,7 @@ from sparse_ft.cell.teacher import teacher_model
 from sparse_ft.cell.workbench import Workbench
 from sparse_ft.masks.files import HEADER_ROOM
 from sparse_ft.models.checkpoint import Checkpoint
-from sparse_ft.models.devices import resolve_device, resolve_dtype
+from sparse_ft.models.devices import itemsize
 from sparse_ft.models.names import role
 from sparse_ft.settings.cell import CellConfig, mask_set_of
 from sparse_ft.settings.field import part_of
@@ -141,8 +141,7 @@ def disk_problems(plan: Plan, bench: Workbench, folder: Path, artifacts: str | N
 def model_bytes(cell: CellConfig, bench: Workbench) -> int:
     """Size of the cell's whole model in its dtype."""
     checkpoint = bench.checkpoint(cell.model)
-    itemsize = resolve_dtype(cell.dtype, resolve_device(cell.device)).itemsize
-    return itemsize * sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names)
+    return itemsize(cell.dtype, cell.device) * sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names)
 
 
 def _kept_bytes(cell: CellConfig, checkpoint: Checkpoint, size: int) -> int:

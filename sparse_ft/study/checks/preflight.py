@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,45 +12,57 @@ import psutil
 
 from sparse_ft.cell.masks import check_given, check_mask_set
 from sparse_ft.cell.teacher import check_teacher, teacher_model
-from sparse_ft.cell.trainer import LOCAL, Trainer
+from sparse_ft.cell.trainer import LOCAL
+from sparse_ft.cell.training import Trainer
 from sparse_ft.cell.workbench import Workbench
 from sparse_ft.errors import UserError
 from sparse_ft.models.devices import check_device, resolve_device
 from sparse_ft.settings.cell import CellConfig
+from sparse_ft.settings.commands import MaskConfig
 from sparse_ft.settings.corpora import TASK
-from sparse_ft.settings.field import defaults
+from sparse_ft.settings.field import defaults, plain_values
 from sparse_ft.settings.modes import MODES
 from sparse_ft.settings.training_data import TrainingDataSettings
 from sparse_ft.study.checks.disk import disk_problems, gigabytes, model_bytes
+from sparse_ft.study.checks.passed import Checks
 from sparse_ft.study.plan import Plan
 
 __all__ = ["check_examples", "check_plan", "check_resources"]
 
 
-def check_plan(plan: Plan, bench: Workbench, trainer: Trainer = LOCAL) -> list[str]:
-    """What the study asks for and cannot be had: settings, masks, models, tasks, a training. One line each."""
-    problems: dict[str, None] = {}
+def check_plan(plan: Plan, bench: Workbench, trainer: Trainer = LOCAL, repeat: bool = True) -> list[str]:
+    """What the study asks for and cannot be had: settings, masks, models, tasks, a training. One line each.
+
+    Args:
+        plan: what is to be run.
+        bench: finds models and tasks.
+        trainer: of the cells.
+        repeat: read tokenizers, tasks and rows too where the same were read before and nothing was amiss.
+    """
+    checks = Checks(repeat)
     cells = plan.configs
     for cell in cells:
-        problems |= dict.fromkeys(cell.problems())
+        checks.problems |= dict.fromkeys(cell.problems())
     for device in dict.fromkeys(cell.device for cell in cells):
-        _note(problems, check_device, device)
+        checks(check_device, device)
     for cell in cells:
-        _note(problems, lambda cell=cell: trainer.check(cell, bench.checkpoint(cell.model)))
+        checks(lambda cell=cell: trainer.check(cell, bench.checkpoint(cell.model)))
     for model in dict.fromkeys(cell.model for cell in cells):
-        _note(problems, lambda model=model: (bench.checkpoint(model).prunable_shapes(), bench.tokenizer(model)))
+        checks(lambda model=model: bench.checkpoint(model).prunable_shapes())
     for cell in {(c.model, c.teacher, c.teacher_squarehead): c for c in cells if c.has_teacher}.values():
-        _note(problems, check_teacher, cell, bench)
+        checks(check_teacher, cell, bench)
     for item in plan.mask_sets:
-        _note(problems, check_mask_set, item.config, bench)
+        if item.config.needs_calibration:
+            places = _places(item.config, bench, item.config.calibration_corpus)
+            checks.once(("masks", plain_values(item.config)), places, check_mask_set, item.config, bench)
+        else:
+            checks(check_mask_set, item.config, bench)
     given = [cell for cell in cells if cell.pruned and cell.masks is not None]
     for cell in {(cell.model, cell.masks): cell for cell in given}.values():
-        _note(problems, check_given, cell, bench)
-    for cell in {(c.task, c.data_dir, c.num_fewshot, c.include_path): c for c in cells}.values():
-        _note(problems, bench.task, cell)
-    for cell in {_rows_of(cell): cell for cell in cells}.values():
-        _note(problems, check_examples, cell, bench)
-    return [*problems, *trainer.missing()]
+        checks(check_given, cell, bench)
+    for rows, cell in {_rows_of(cell): cell for cell in cells}.items():
+        checks.once(("examples", *rows), _places(cell, bench, *cell.sources), check_examples, cell, bench)
+    return [*checks.problems, *trainer.missing()]
 
 
 def check_resources(plan: Plan, bench: Workbench, folder: Path, artifacts: str | None, workers: int) -> list[str]:
@@ -68,6 +81,7 @@ def check_examples(cell: CellConfig, bench: Workbench) -> None:
     """
     from sparse_ft.cell.training_set import training_set
 
+    bench.tokenizer(cell.model)
     bench.task(cell)
     bench.suite(cell)
     if cell.chat_template:
@@ -109,8 +123,9 @@ def _memory_problem(plan: Plan, bench: Workbench, workers: int) -> str | None:
     )
 
 
-def _note(problems: dict[str, None], check, *arguments) -> None:
-    try:
-        check(*arguments)
-    except UserError as error:
-        problems[str(error)] = None
+def _places(settings: CellConfig | MaskConfig, bench: Workbench, *texts: str) -> list[str | Path]:
+    """The files and folders behind the names of a model, a task and texts."""
+    with suppress(UserError):  # the model cannot be had, which its check says
+        named = (settings.data_dir, settings.include_path, *texts)
+        return [bench.checkpoint(settings.model).folder, *(name for name in named if name is not None)]
+    return []

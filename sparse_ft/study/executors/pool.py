@@ -27,7 +27,7 @@ class WorkerHandle(ABC):
     """The driver's end of one worker.
 
     Attributes:
-        job: what it is at; None while it is idle.
+        job: what it is running; None while it is idle.
         run_id: the job's run, as soon as the worker has said which.
         began: when it was given the job, by the monotonic clock.
         deadline: when it must have ended it; None for no limit.
@@ -53,7 +53,7 @@ class WorkerHandle(ABC):
 
     @abstractmethod
     def kill(self, after: float = 0) -> None:
-        """Ends the worker, whatever it is at; one that is ending by itself has ``after`` seconds for it."""
+        """Ends the worker, whatever it is running; one that is ending by itself has ``after`` seconds for it."""
 
     @abstractmethod
     def dismiss(self) -> None:
@@ -67,7 +67,7 @@ class WorkerHandle(ABC):
 class WorkerPool(ABC):
     """Starts a worker when there is a job for it, gives each one job at a time, and replaces those that are lost.
 
-    A worker's death (or its killing, when a cell takes too long) costs the cell it was at, nothing else.
+    A worker's death (or its killing, when a cell takes too long) costs the cell it was running, nothing else.
 
     Args:
         setup: of every worker.

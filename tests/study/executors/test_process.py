@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import psutil
 import pytest
-from workers import BrokenDevice, Watching, check_that_three_device_errors_stop_a_worker
+from workers import BrokenDevice, Prompt, Watching, check_that_three_device_errors_stop_a_worker
 
 from sparse_ft.study.executors.process import ProcessExecutor, _surroundings, default_workers, visible_gpus
 from sparse_ft.study.executors.serial import SerialExecutor
@@ -114,3 +114,29 @@ def test_a_device_error_in_the_drivers_own_process_ends_the_phase(study):
     assert [outcome.failure.kind for outcome in queue.outcomes] == []
     assert (queue.left, "this process can use it no more" in queue.stopped) == (3, True)
     assert [run.tags["failure_class"] for run in tracker.children(parent)] == ["worker_lost"]
+
+
+def test_a_workers_curves_are_there_while_its_cell_runs(study, tmp_path):
+    tracker, parent, setup, jobs = study
+
+    class Following(Watching):
+        seen = 0
+
+        def advanced(self, worker, amount, note):
+            if not self.seen and note.startswith("loss"):
+                running = tracker.children(parent, "RUNNING")
+                self.seen = len(tracker.curve(running[0].run_id, "train/loss_curve")) if running else 0
+
+    listen, steps = Following(), 200
+    executor = ProcessExecutor(Prompt(**vars(setup)), listen, 1, logs=tmp_path / "logs")
+    try:
+        queue = Queue(jobs(1, max_steps=steps, perplexity_tokens=0, score_untuned=False))
+        executor.run(queue)
+    finally:
+        executor.close()
+    (outcome,) = queue.outcomes
+    assert outcome.status == "FINISHED" and 0 < listen.seen < steps
+    points = tracker.client.get_metric_history(outcome.run_id, "train/loss_curve")
+    assert [point.step for point in points] == list(range(1, steps + 1))
+    times = [point.timestamp for point in points]
+    assert times == sorted(times) and times[-1] - times[0] > 200
