@@ -11,7 +11,7 @@ DOCS_READY := $(DOCS)/.ready
 # `mlflow run` starts `python`: the one of the environment.
 RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 
-.PHONY: demo test test-slow test-all lint docs format lock smoke ui clean
+.PHONY: demo test test-slow test-all lint docs study-page format lock smoke ui clean
 
 demo: $(READY)
 	$(RUN) MLFLOW_EXPERIMENT_NAME=$${MLFLOW_EXPERIMENT_NAME:-sparse_ft} $(BIN)/mlflow run . --env-manager local
@@ -35,6 +35,10 @@ lint: $(TESTS_READY)
 # The site, in site/index.html. Its tools read the sources without importing them: an environment of its own, without torch.
 docs: $(DOCS_READY)
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
+
+# docs/answer.md and its figure, from the numbers in docs/study/ (docs/answer.py says how these are made).
+study-page: $(READY)
+	PYTHONPATH="$(CURDIR)" $(BIN)/python docs/answer.py
 
 $(DOCS_READY): requirements/docs.txt
 	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)

@@ -18,6 +18,7 @@ MEASURED = "tests/cell/test_measure.py::test_the_command_logs_a_run_and_prints_e
 PACKED = "tests/models/test_packed.py::test_the_commands_say_the_bytes_of_the_files"
 TEAM = "tests/study/test_postgresql.py::test_two_workers_fill_a_study_and_a_search"
 WAFER = "tests/cerebras/modelzoo/test_"
+ANSWER = "tests/test_answer.py::test_"
 OWN_ROWS = "tests/cell/test_training_set.py::test_the_command_of_the_page"
 CI = ".ci/run"
 BY_HAND = "by hand: "
@@ -29,6 +30,7 @@ SLURM = BY_HAND + "on a real SLURM, two of its nodes on one machine, with config
 RUN = {
     r"make (demo|ui)": CLEAN,
     r"make (test|test-slow|lint|docs|test-cerebras)": CI,
+    r"make study-page": ANSWER + "the_page_is_made_of_the_numbers_to_the_byte",
     r"make test-modelzoo MODELZOO=\S+": BY_HAND + "against ModelZoo Release_2.10.0, as docs/cerebras.md says",
     r"\. \.venv/bin/activate": CLEAN,
     r"conda env create --file conda(\.cerebras)?\.yaml": CONDA,
@@ -47,6 +49,7 @@ RUN = {
     + "tiny models under these names, one level, device: CPU",
     r"mlflow run \. -e sweep .* -P config=configs/tiny_full.yaml .*": BY_HAND + "its time stands in docs/benchmarks.md",
     r"mlflow run \. -e sweep .* -P config=configs/smoke.yaml": CI,
+    r"mlflow run \. -e sweep .* -P config=configs/smollm2.yaml": BY_HAND + "its numbers are docs/answer.md",
     r"mlflow run \. -e train .* -P num_fewshot=10 .*": BY_HAND + "its scores stand in docs/design.md",
     r"mlflow run GIT_URL -e compute_masks .*": BY_HAND + "from a clone that git daemon serves",
     r"mlflow run \. -e compute_masks --env-manager uv .*": BY_HAND + "uv 0.13.9",
