@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -96,13 +96,13 @@ class Study:
         return json.loads(json.dumps(values), object_hook=_masked)
 
 
-def load_study(path: str | Path, gpu: bool = False) -> Study:
+def load_study(path: str | Path, gpu: Callable[[], bool] = lambda: False) -> Study:
     """Reads a study's YAML.
 
     Args:
         path: the file.
-        gpu: whether there is one: then what stands under ``on_gpu`` holds, its ``grid`` instead of the file's, the
-            fields of its ``cell`` before the file's.
+        gpu: says whether there is one, and is asked only of a file with ``on_gpu``: the answer takes seconds to import.
+            Then what stands there holds, its ``grid`` instead of the file's, the fields of its ``cell`` before these.
 
     Raises:
         UserError: the file is missing, not YAML, or has keys or values that no study has.
@@ -133,7 +133,7 @@ def load_study(path: str | Path, gpu: bool = False) -> Study:
     return Study(**{**content, **said}, enlarged=enlarged)
 
 
-def _for_device(path: Path, content: Mapping[str, Any], gpu: bool) -> tuple[dict[str, Any], bool]:
+def _for_device(path: Path, content: Mapping[str, Any], gpu: Callable[[], bool]) -> tuple[dict[str, Any], bool]:
     """The content without ``on_gpu``, or with it where there is a GPU; and whether there it is another study.
 
     Raises:
@@ -145,7 +145,7 @@ def _for_device(path: Path, content: Mapping[str, Any], gpu: bool) -> tuple[dict
     larger = content["on_gpu"]
     if not isinstance(larger, dict) or not larger or set(larger) - {"grid", "cell"}:
         raise UserError(f"Study {path}: on_gpu is no table of grid and cell, which are what another device may change.")
-    if not gpu:
+    if not gpu():
         return plain, False
     parts = [plain.get("cell") or {}, larger.get("cell") or {}]
     if not all(isinstance(part, dict) for part in parts):
