@@ -146,7 +146,8 @@ def _name(cell: dict[str, Any], method: str = "") -> Text:
     """``method``: what the title says, for all."""
     mode, series = mode_label(cell["mode"], cell["sparsity"]), row_label(cell)
     if series == DENSE.label:
-        name = Text(series if is_tuned(cell["mode"]) else f"{series}, {mode}")
+        apart = "\n" if is_tuned(cell["mode"]) else ", "
+        name = Text(series if cell["mode"] == DENSE.name else f"{series}{apart}{mode}")
     else:
         name = Text(f"{_percent(cell['sparsity'])} % {series.removeprefix(f'{method} ')}\n{mode}")
     if cell["status"] != "FINISHED":
