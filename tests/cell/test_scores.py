@@ -82,7 +82,7 @@ def test_a_run_logs_what_it_wrote_and_deletes_nothing(trained, tmp_path):
     second = trained(task="hellaswag", **values)
     assert second.run_id != first.run_id
     files = Tracker().artifacts(second.run_id)
-    assert [name for name in files if name.startswith("samples/")] == ["samples/score.jsonl"]
+    assert [name for name in files if name.startswith("samples/")] == ["samples/score.json", "samples/score.jsonl"]
     assert {name for name in files if name.startswith("masks/masks")} == {
         "masks/masks_sparsity70_unstructured.safetensors"
     }

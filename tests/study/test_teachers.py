@@ -10,7 +10,6 @@ from sparse_ft.cell.workbench import Workbench
 from sparse_ft.errors import UserError
 from sparse_ft.settings.cell import CellConfig
 from sparse_ft.settings.commands import SweepConfig
-from sparse_ft.study import worker
 from sparse_ft.study.driver import sweep
 from sparse_ft.study.plan import make_plan
 from sparse_ft.study.study_file import Study
@@ -55,7 +54,7 @@ def test_cells_whose_teacher_failed_say_so(study_file, tmp_path, monkeypatch):
             raise ValueError("no such luck")
         return run_cell(cell, *arguments, **more)
 
-    monkeypatch.setattr(worker, "run_cell", fails)
+    monkeypatch.setattr("sparse_ft.cell.run.run_cell", fails)
     grid = GRID | {"teacher": ["none", "dense_tuned"]}
     config = SweepConfig(config=str(study_file(grid)), output_dir=str(tmp_path / "out"))
     assert sweep(config) == 1
@@ -64,7 +63,7 @@ def test_cells_whose_teacher_failed_say_so(study_file, tmp_path, monkeypatch):
     said = cells["sparse_to_sparse dense_tuned"].tags["failure_message"]
     assert said.startswith("its teacher, dense · boolq · tiny-llama, failed: ") and "no such luck" in said
 
-    monkeypatch.setattr(worker, "run_cell", run_cell)
+    monkeypatch.setattr("sparse_ft.cell.run.run_cell", run_cell)
     parent = cells["dense none"].parent_run_id
     assert sweep(replace(config, resume=parent, retry="bug")) == 0
 
