@@ -12,8 +12,9 @@ from sparse_ft.errors import UserError
 __all__ = ["LevelPaths", "level_label", "level_steps", "levels_text", "parse_levels"]
 
 
-def parse_levels(text: str) -> tuple[float, ...]:
-    """Sparsities from the list ``0.5,0.7`` or the range ``0:0.9:0.1`` (both ends included), ascending, no doubles.
+def parse_levels(text: str, name: str = "sparsities") -> tuple[float, ...]:
+    """Sparsities from the list ``0.5,0.7`` or the range ``0:0.9:0.1`` (both ends included), ascending, no doubles. An
+    error speaks of them as ``name``.
 
     Raises:
         UserError: text that is neither, a level outside [0, 1], or a step that is not positive.
@@ -30,9 +31,9 @@ def parse_levels(text: str) -> tuple[float, ...]:
         else:
             levels = [float(part) for part in text.split(",")]
     except (ValueError, OverflowError):
-        raise UserError(f"sparsities is '{text}'; write a list such as 0.5,0.7 or a range such as 0:0.9:0.1.") from None
+        raise UserError(f"{name} is '{text}'; write a list such as 0.5,0.7 or a range such as 0:0.9:0.1.") from None
     if not all(0 <= level <= 1 for level in levels):
-        raise UserError(f"sparsities is '{text}'; every level must lie between 0 and 1 (50 % is 0.5).")
+        raise UserError(f"{name} is '{text}'; every level must lie between 0 and 1 (50 % is 0.5).")
     return tuple(sorted(set(levels)))
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from sparse_ft.cell.failures import Failure, classify
 from sparse_ft.cell.result import CellResult
-from sparse_ft.levels import level_steps
+from sparse_ft.levels import level_steps, levels_text
 from sparse_ft.masks.statistics import block_sparsities
 from sparse_ft.models.devices import device_name, resolve_device
 from sparse_ft.pruning.output import MaskFile, error_points
@@ -52,6 +52,7 @@ def log_cell_inputs(
     planned: CellConfig | None = None,
     tags: Mapping[str, str] | None = None,
     tuned: str = "",
+    levels: Sequence[float] = (),
 ) -> None:
     """The cell's configuration, as parameters ``cfg/...`` and as ``config.yaml``, what its names stand for, as
     parameters ``identity/...`` (see `sparse_ft.cell.identity`), and the command that repeats it, with other ``tags``.
@@ -60,18 +61,25 @@ def log_cell_inputs(
     compared, and the one that ran in the file, from which it can be repeated.
     """
     names = flatten_config((planned or cell).canonical())
-    tags = {**(tags or {}), Tag.COMMAND: cell_command(cell, identity, tuned)}
+    tags = {**(tags or {}), Tag.COMMAND: cell_command(cell, identity, tuned, levels)}
     tracker.log(run_id, params=names | flatten_config(dict(identity), "identity"), tags=tags)
     tracker.log_dict(run_id, cell.canonical(), "config.yaml")
 
 
-def cell_command(cell: CellConfig, identity: Mapping[str, str], tuned: str = "") -> str | None:
-    """The command that runs a cell by itself, with the run of its ``tuned`` teacher; None: it cannot be said."""
+def cell_command(
+    cell: CellConfig, identity: Mapping[str, str], tuned: str = "", levels: Sequence[float] = ()
+) -> str | None:
+    """The command that runs a cell by itself, with the run of its ``tuned`` teacher, and with those of the ``levels``
+    of its mask set on which its masks depend; None: it cannot be said."""
     if "trainer" in identity and not hasattr(cell, "trainer"):
         return None  # one elsewhere has settings of its own, which the cell of a study does not know
     # What a mask file says of itself is read again.
     told = () if cell.masks is None else (*defaults(RecipeSettings), "sparsity")
-    return command_line("train", replace(cell, teacher=f"runs:/{tuned}") if tuned else cell, told)
+    command = command_line("train", replace(cell, teacher=f"runs:/{tuned}") if tuned else cell, told)
+    lower = [level for level in levels if 0 < level < cell.sparsity]
+    if command is None or not lower or not cell.needs_calibration or cell.masks is not None:
+        return command
+    return f"{command} --mask_levels={levels_text(lower)}"
 
 
 def device_tags(device: str) -> dict[str, str]:

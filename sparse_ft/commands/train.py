@@ -73,7 +73,7 @@ def _run(config: TrainConfig, given: GivenMasks | None, bench: Workbench) -> int
     check_examples(config, bench)
     kind = mask_set_of(config)
     if kind is not None:
-        kind = replace(kind, sparsities=(config.sparsity,))
+        kind = replace(kind, sparsities=(*config.mask_levels, config.sparsity))
         check_mask_set(kind, bench)
 
     identity = cell_identity(config, bench, trainer.name)
@@ -85,7 +85,7 @@ def _run(config: TrainConfig, given: GivenMasks | None, bench: Workbench) -> int
         masks = given.file if given else None
         with live(tracker, run_id, bench, folder) as points:
             if kind is not None:
-                (masks,) = make_masks(kind, bench, folder / "masks")
+                *_, masks = make_masks(kind, bench, folder / "masks")  # ascending: the cell's own level is the last
                 log_mask_files(tracker, run_id, [masks])
                 tracker.log(run_id, tags=mask_tags([masks]))
             tracker.log(run_id, tags={Tag.CELL_KEY: cell_key(config, identity, masks.checksum if masks else "")})

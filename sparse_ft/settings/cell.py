@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sparse_ft.levels import level_label
+from sparse_ft.levels import level_label, levels_text, parse_levels
 from sparse_ft.settings.commands import KEEP_FORMATS, TRAINERS, MaskConfig
 from sparse_ft.settings.corpora import TASK
 from sparse_ft.settings.field import Settings, defaults, named, part_of, plain_values, setting, unsaid
@@ -217,12 +217,24 @@ class TrainConfig(CellConfig):
     cerebras: str | None = setting(
         None, "YAML file that says where trainer cerebras trains (see docs/cerebras.md), or none.", path=()
     )
+    mask_levels: tuple[float, ...] = setting(
+        (),
+        "lower levels whose masks are made first, as in a study, or none: a rule that reads text prunes what they prune"
+        " and then more, so its masks depend on them.",
+        read=lambda text: () if text == "none" else parse_levels(text, "mask_levels"),
+        write=lambda levels: levels_text(levels) or "none",
+        result=False,
+    )
 
     def problems(self) -> Iterator[str]:
         """What is wrong with the values, one sentence each."""
         yield from super().problems()
         if self.has_tuned_teacher:
             yield f"teacher {TUNED} is the dense baseline of a study (sweep); give the run of one: runs:/ID."
+        if self.mask_levels and (not self.pruned or self.masks is not None):
+            yield "mask_levels is for masks that are made here: leave it out beside masks, or where nothing is pruned."
+        if self.mask_levels and max(self.mask_levels) >= self.sparsity:
+            yield f"mask_levels has {max(self.mask_levels):g}; masks at {self.sparsity:g} depend on lower levels only."
 
 
 def mask_set_of(cell: CellConfig) -> MaskConfig | None:

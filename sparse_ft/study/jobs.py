@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
@@ -137,6 +137,11 @@ class CellJob(Job):
         return self.masks.checksum if isinstance(self.masks, MaskFile) else None
 
     @property
+    def mask_levels(self) -> Sequence[float]:
+        """All levels of the mask set that its masks are of; empty where it has one."""
+        return self.masks.metadata.get("levels", ()) if isinstance(self.masks, MaskFile) else ()
+
+    @property
     def is_reduced(self) -> bool:
         """Whether its batch is smaller since a try ran out of memory."""
         return Tag.REDUCED_BATCH in self.tags
@@ -155,7 +160,7 @@ class CellJob(Job):
     ) -> None:
         """Logs the cell and what its names stand for: ``identity``, or what they stood for when it was planned."""
         identity = self.identity if identity is None else identity
-        log_cell_inputs(tracker, run_id, self.cell, identity, self.planned, tags, self.tuned)
+        log_cell_inputs(tracker, run_id, self.cell, identity, self.planned, tags, self.tuned, self.mask_levels)
 
     def halved(self) -> CellJob | None:
         """The job with half the batch and twice the accumulation (the same examples in every step); None where

@@ -134,7 +134,7 @@ class Worker:
                 job.cell, job.masks, self._bench, job.folder, self._trainer, watch, job.title, tuned=job.tuned
             )
         result.series = points.rest(result.series)
-        note = cell_note(job.cell, result, cell_command(job.cell, identity, job.tuned))
+        note = cell_note(job.cell, result, cell_command(job.cell, identity, job.tuned, job.mask_levels))
         log_cell_result(self._tracker, run_id, result, note)
         _clear(job.folder, result.merged)
         seconds = time.monotonic() - began
