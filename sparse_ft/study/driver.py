@@ -30,7 +30,7 @@ def sweep(config: SweepConfig) -> int:
         UserError: it cannot start, see `sparse_ft.study.session.Session.run`.
         KeyboardInterrupt: Ctrl-C or SIGTERM, after workers were stopped and runs closed.
     """
-    study = load_study(config.config, gpu=lambda: resolve_device().type == "cuda")
+    study = load_study(config.config, gpu=lambda device: resolve_device(device).type == "cuda")
     if config.trainer is not None:
         study = replace(study, trainer=config.trainer)
     if study.search is None:

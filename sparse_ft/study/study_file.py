@@ -13,6 +13,7 @@ from typing import Any
 from sparse_ft.cell.failures import parse_retry
 from sparse_ft.errors import UserError, masked
 from sparse_ft.levels import parse_levels
+from sparse_ft.settings.cell import CellConfig
 from sparse_ft.settings.commands import FIGURES, KEEP_FORMATS, TRAINERS, MaskConfig
 from sparse_ft.settings.yaml_file import LARGEST_STUDY, read_yaml
 
@@ -96,13 +97,14 @@ class Study:
         return json.loads(json.dumps(values), object_hook=_masked)
 
 
-def load_study(path: str | Path, gpu: Callable[[], bool] = lambda: False) -> Study:
+def load_study(path: str | Path, gpu: Callable[[str], bool] = lambda device: False) -> Study:
     """Reads a study's YAML.
 
     Args:
         path: the file.
-        gpu: says whether there is one, and is asked only of a file with ``on_gpu``: the answer takes seconds to import.
-            Then what stands there holds, its ``grid`` instead of the file's, the fields of its ``cell`` before these.
+        gpu: says whether a ``device`` of a cell is one, and is asked only of a file with ``on_gpu``: the answer takes
+            seconds to import. Then what stands there holds, its ``grid`` instead of the file's, the fields of its
+            ``cell`` before these.
 
     Raises:
         UserError: the file is missing, not YAML, or has keys or values that no study has.
@@ -133,7 +135,7 @@ def load_study(path: str | Path, gpu: Callable[[], bool] = lambda: False) -> Stu
     return Study(**{**content, **said}, enlarged=enlarged)
 
 
-def _for_device(path: Path, content: Mapping[str, Any], gpu: Callable[[], bool]) -> tuple[dict[str, Any], bool]:
+def _for_device(path: Path, content: Mapping[str, Any], gpu: Callable[[str], bool]) -> tuple[dict[str, Any], bool]:
     """The content without ``on_gpu``, or with it where there is a GPU; and whether there it is another study.
 
     Raises:
@@ -145,11 +147,11 @@ def _for_device(path: Path, content: Mapping[str, Any], gpu: Callable[[], bool])
     larger = content["on_gpu"]
     if not isinstance(larger, dict) or not larger or set(larger) - {"grid", "cell"}:
         raise UserError(f"Study {path}: on_gpu is no table of grid and cell, which are what another device may change.")
-    if not gpu():
-        return plain, False
     parts = [plain.get("cell") or {}, larger.get("cell") or {}]
     if not all(isinstance(part, dict) for part in parts):
         raise UserError(f"Study {path}: cell is no table of fields and values.")
+    if not gpu(str(parts[0].get("device", CellConfig.device))):
+        return plain, False
     if not all(_tables(larger.get("grid", plain.get("grid"))) or [None]):
         raise UserError(f"Study {path}: on_gpu has no 'grid:' with lists of values.")
     return {**plain, **larger, "cell": parts[0] | parts[1]}, True

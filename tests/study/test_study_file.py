@@ -168,15 +168,22 @@ def test_a_right_study_is_planned(plan_of):
 ON_GPU = {"grid": {"sparsity": [0.5, 0.6, 0.7]}, "cell": {"max_steps": 90}}
 
 
+def a_gpu(device):
+    """What `load_study` is told on a machine that has one."""
+    return device != "cpu"
+
+
 def test_where_there_is_a_gpu_what_stands_under_it_holds(tmp_path):
     path = tmp_path / "study.yaml"
     path.write_text(study(on_gpu=ON_GPU))
-    here, there = load_study(path), load_study(path, gpu=lambda: True)
+    here, there = load_study(path), load_study(path, gpu=a_gpu)
     assert (here.enlarged, there.enlarged) == (False, True)
     assert here.grid == {"sparsity": [0.5, 0.6]} and "max_steps" not in here.cell
     assert there.grid == ON_GPU["grid"] and there.cell == {"model": "tiny-llama", "max_steps": 90}
     path.write_text(study())
-    assert load_study(path, gpu=lambda: True) == load_study(path)
+    assert load_study(path, gpu=a_gpu) == load_study(path)
+    path.write_text(study(on_gpu=ON_GPU, cell={"model": "tiny-llama", "device": "cpu"}))
+    assert not load_study(path, gpu=a_gpu).enlarged  # there is one, and the file does not want it
 
 
 @pytest.mark.parametrize("wrong", [[], {}, {"grd": {}}, {"grid": {}}, {"cell": ["max_steps"]}, "more"])
@@ -184,12 +191,12 @@ def test_on_gpu_that_is_no_table_of_grid_and_cell(tmp_path, wrong):
     path = tmp_path / "study.yaml"
     path.write_text(study(on_gpu=wrong))
     with pytest.raises(UserError, match=r"on_gpu is no table|no 'grid:'|cell is no table"):
-        load_study(path, gpu=lambda: True)
+        load_study(path, gpu=a_gpu)
 
 
 def test_the_demo_asks_more_of_a_gpu():
     demo = ROOT / "configs/demo.yaml"
-    cpu, gpu = make_plan(load_study(demo)).configs, make_plan(load_study(demo, gpu=lambda: True)).configs
+    cpu, gpu = make_plan(load_study(demo)).configs, make_plan(load_study(demo, gpu=a_gpu)).configs
     assert len(gpu) > len(cpu) and {cell.sparsity for cell in gpu} > {cell.sparsity for cell in cpu}
     assert max(cell.max_steps for cell in gpu) > max(cell.max_steps for cell in cpu)
     assert not [problem for cell in gpu for problem in cell.problems()]
