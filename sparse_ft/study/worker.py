@@ -53,7 +53,12 @@ class WorkerSetup:
     trainer: Trainer = LOCAL
 
     def build(self, bench: Workbench | None = None) -> Worker:
-        """The worker, in the process that calls."""
+        """The worker, in the process that calls, with what cells need imported: that takes seconds, which would be the
+        first cell's, and Ctrl-C in the middle of them ends a process by the signal, though it was handled (CPython
+        notes one that an ``exec`` has seen).
+        """
+        import sparse_ft.cell.run  # noqa: F401
+
         return Worker(self, bench or Workbench(shared=self.shared))
 
 
