@@ -79,7 +79,7 @@ RUN = {
     r"sparse-ft cerebras_configs --config configs/full.yaml .*": HUB.split("::")[0]
     + "::test_the_full_studys_configurations_for_a_cerebras",
     r"sparse-ft (NAME|train|validate|analyze|sweep|compute_masks)": STARTED,
-    r"python benchmarks/(live|rounding|sparse_lora)\.py .*": BY_HAND + "its table stands beside it",
+    r"python benchmarks/(commands|live|rounding|sparse_lora)\.py .*": BY_HAND + "its table stands beside it",
     r"python -m benchmarks\.\w+ .*": BY_HAND + "its table stands beside it",
     r"python -m lm_eval run": BY_HAND + "its scores were ours; what it calls is compared in tests/evaluation",
     r"python -m sparse_ft\.cerebras\.modelzoo\.cszoo fit FIT.yaml --target_device CSX --validate_only": WAFER
