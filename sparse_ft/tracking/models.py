@@ -147,7 +147,8 @@ def log_model(
     Raises:
         UserError: the folder is no plain checkpoint; an adapter that was not merged is none.
     """
-    folder = Path(folder)
+    # Absolute: mlflow asks the hub for the licence of a model named like the folder, and out/merged is a name there.
+    folder = Path(folder).absolute()
     weights = _weights(folder)
     client, experiment_id = tracker.client, tracker.run(run_id).experiment_id
     logged = client.create_logged_model(experiment_id, name, run_id, _texts(tags), _texts(params))
@@ -346,7 +347,7 @@ def _describe(folder: Path, weights: list[Path], target: Path, model: Model, car
     for path in folder.iterdir():
         if path.is_file() and path.suffix not in _NOT_COPIED:
             shutil.copy2(path, target / _WEIGHTS / path.name)
-    # mlflow looked for a licence in a hub repository of the stand-in's name; what it wrote then misleads.
+    # mlflow looked for a licence in a hub repository of the folder's name; what it wrote then misleads.
     (target / "LICENSE.txt").unlink(missing_ok=True)
     for path in folder.glob("LICENSE*"):
         shutil.copy2(path, target / path.name)

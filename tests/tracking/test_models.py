@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import urllib.request
 from pathlib import Path
 
+import huggingface_hub
 import mlflow.transformers
 import pytest
 import torch
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 from safetensors.torch import load_file, save_file
@@ -222,6 +225,17 @@ def test_mlflows_own_way_to_take_a_folder_is_not_open_yet(merged: Path, tmp_path
     """Where this fails, mlflow has come to the transformers that is here: `_stand_in` of tracking/models.py may go."""
     with pytest.raises(AttributeError, match="__name__"):
         mlflow.transformers.save_model(str(merged), path=str(tmp_path / "model"), task="text-generation")
+
+
+def test_a_folder_named_like_a_hub_repository_is_not_looked_up(tracker: Tracker, merged: Path, tmp_path, monkeypatch):
+    shutil.copytree(merged, tmp_path / "out" / "merged")
+    monkeypatch.chdir(tmp_path)
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda name: asked.append(name) or [])
+    log_model(tracker, tracker.start_child(None, "relative"), "out/merged", "model")
+    for name in asked:  # the hub's client refuses such a name without asking
+        with pytest.raises(HFValidationError):
+            validate_repo_id(name)
 
 
 def test_the_alias_moves_to_the_newest(tracker: Tracker, merged: Path, tmp_path: Path):
