@@ -67,7 +67,8 @@ def check_mask_set(config: MaskConfig, bench: Workbench) -> None:
     """
     problems = list(config.problems())
     try:
-        check_device(config.device)
+        if config.needs_calibration or config.device != "auto":  # other masks need no device
+            check_device(config.device)
     except UserError as error:
         problems.append(str(error))
     if problems:

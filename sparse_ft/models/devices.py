@@ -2,50 +2,89 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from typing import TYPE_CHECKING
 
 from sparse_ft.errors import UserError
+from sparse_ft.nvidia import hides_gpus, nvidia_driver, torch_build, unusable
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["check_device", "device_name", "itemsize", "resolve_device", "resolve_dtype"]
+__all__ = ["UnusableGpuError", "check_device", "device_name", "itemsize", "resolve_device", "resolve_dtype"]
 
 _DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes
-_EVERYWHERE = ("auto", "cpu")
+
+
+class UnusableGpuError(UserError):
+    """This machine has an NVIDIA GPU that the installed torch cannot use: nothing computes on the CPU instead unless
+    that is asked for."""
+
+    failure_class = "worker_lost"  # of a worker elsewhere: its machine fails, not its cells
 
 
 def check_device(device: str) -> None:
-    """`resolve_device` for its error alone; takes no torch for a device that is everywhere.
+    """`resolve_device` for its errors alone, as far as they are known without torch, where the device needs none.
 
     Raises:
         UserError: no such device here.
+        UnusableGpuError: ``auto``, and a GPU that the installed torch cannot use.
     """
-    if device not in _EVERYWHERE:
+    if device == "auto":
+        _refuse_unusable()
+    elif device != "cpu":
         resolve_device(device)
 
 
 def resolve_device(device: str = "auto") -> torch.device:
-    """The device of that name; ``auto`` is the first CUDA device, else the CPU.
+    """The device of that name; ``auto`` is the first CUDA device, or the CPU of a machine without an NVIDIA GPU.
 
     Raises:
         UserError: no such device here.
+        UnusableGpuError: a GPU that the installed torch cannot use.
     """
     import torch
 
     if device == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+        if torch.cuda.is_available():
+            return torch.device("cuda:0")
+        _refuse_unusable(asked=True)
+        return torch.device("cpu")
     try:
         found = torch.device(device)
     except RuntimeError:
         raise UserError(f"device '{device}' is no device; use auto, cpu, cuda or cuda:N") from None
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        if not torch.cuda.is_available():
+            _refuse_unusable(asked=True)
         raise UserError(
             f"device '{device}' is not here: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA "
             "devices; use auto or cpu, or install a torch built for your GPU"
         )
     return torch.device("cuda", found.index or 0) if found.type == "cuda" else found
+
+
+def _refuse_unusable(asked: bool = False) -> None:
+    """Raises UnusableGpuError where there is a GPU that torch cannot use; for what only torch itself can say, it is
+    ``asked``."""
+    driver = None if hides_gpus(os.environ) else nvidia_driver()
+    if driver is None:
+        return
+    if (problem := unusable(driver, torch_build(), _cuda_error() if asked else None)) is not None:
+        raise UnusableGpuError(f"device: {problem}.")
+
+
+def _cuda_error() -> str:
+    """What torch says when it has to use a GPU and cannot."""
+    import torch
+
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+        return str(error).partition("\n")[0].rstrip(".") + (f", with CUDA_VISIBLE_DEVICES={hidden}" if hidden else "")
+    return "it sees no GPU"
 
 
 def device_name(device: torch.device) -> str:

@@ -21,7 +21,6 @@ from sparse_ft.models.loading import (
     load_state_into,
     load_tokenizer,
     prunable_shapes,
-    resolve_device,
     resolve_dtype,
     save_model,
 )
@@ -59,15 +58,6 @@ def test_dtype_names():
     assert resolve_dtype("float16", torch.device("cuda")) == torch.float16
     with pytest.raises(UserError, match="int8"):
         resolve_dtype("int8", "cpu")
-
-
-def test_device_names():
-    assert resolve_device("cpu") == torch.device("cpu")
-    assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
-    with pytest.raises(UserError, match="abacus"):
-        resolve_device("abacus")
-    with pytest.raises(UserError, match="cuda:99"):
-        resolve_device("cuda:99")
 
 
 # -- loading
