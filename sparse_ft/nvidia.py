@@ -74,8 +74,8 @@ def unusable(driver: Driver | None, torch: TorchBuild | None, failed: str | None
     if torch.cuda is None:
         return f"{here}, but torch {torch.version} is built without CUDA; {_remedy(driver, torch)}"
     if torch.cuda[0] > driver.cuda[0]:
-        needs = f"is built for CUDA {_dotted(torch.cuda)}, which this driver is too old for"
-        return f"{here}, but torch {torch.version} {needs}; {_remedy(driver, torch)}"
+        needs = f"torch {torch.version} is built for CUDA {_dotted(torch.cuda)}, which this driver is too old for"
+        return f"{here}, but {needs}; {_remedy(driver, torch)}"
     if failed is None:
         return None
     return f"{here}, but torch {torch.version}, built for CUDA {_dotted(torch.cuda)}, cannot use it: {failed}; {_ELSE}"
