@@ -61,9 +61,9 @@ def train_here(training: Training) -> Trained:
         # Of the other modes the trained model is the merged one, bit for bit: it is scored after the merge.
         adapter = None if mode.masked_update else scores.answers(adapted)
     with clock("merge"):
-        merged = merge_all_lora_weights(adapted, cell.rounding, cell.seed)
+        merged = merge_all_lora_weights(adapted, cell.rounding, cell.seed, progress)
     with clock("save"):
-        save_model(merged, saved_tokenizer(training.base.folder), training.target)
+        save_model(merged, saved_tokenizer(training.base.folder), training.target, progress=progress)
     return Trained(merged, base_violations, exact=mode.masked_update, adapter=adapter)
 
 

@@ -80,8 +80,8 @@ def rebuild(tracker: Tracker, run_id: str, target: Path, bench: Workbench) -> Pa
             else:
                 adapted = load_sparse_lora(model, adapter, begun.masks)
             with atomic_folder(target) as made:
-                merged = merge_all_lora_weights(adapted, cell.rounding, cell.seed) if trains else model
-                save_model(merged, saved_tokenizer(bench.checkpoint(cell.model).folder), made)
+                merged = merge_all_lora_weights(adapted, cell.rounding, cell.seed, bench.progress) if trains else model
+                save_model(merged, saved_tokenizer(bench.checkpoint(cell.model).folder), made, progress=bench.progress)
                 if (problem := not_of(run, made)) is not None:
                     raise UserError(f"{problem}; rebuild on the kind of device that the cell ran on. Nothing is kept.")
     return target

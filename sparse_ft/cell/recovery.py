@@ -151,6 +151,6 @@ def _train(
             report=lambda step, values: bench.progress.measured(step, named("recover", values)),
         )  # fmt: skip
     shutil.rmtree(scratch, ignore_errors=True)
-    merged = merge_all_lora_weights(adapted, cell.rounding, cell.seed)
-    save_model(merged, saved_tokenizer(base.folder), place)
+    merged = merge_all_lora_weights(adapted, cell.rounding, cell.seed, bench.progress)
+    save_model(merged, saved_tokenizer(base.folder), place, progress=bench.progress)
     return named("recover", {"loss": trained.loss_curve, **trained.parts})

@@ -39,11 +39,13 @@ def register_cell(
     result: CellResult,
     progress: Progress = SILENT,
     said: Callable[[str], None] = print,
+    move: bool = False,
 ) -> str:
     """Logs the merged checkpoint as a model of the run and registers it under ``cell.register_as``.
 
     ``auto`` stands for ``MODEL-TASK-sparse``. A model that keeps its zeros gets the alias of its level, such
-    as ``sparse70``; ``said`` is told where a model of another kind had it.
+    as ``sparse70``; ``said`` is told where a model of another kind had it. With ``move`` its files go into the store
+    one by one instead of being copied, for a run from which the model can be rebuilt.
 
     Returns:
         the address to load it from: ``models:/NAME@sparse70``, or ``models:/NAME/VERSION`` without alias.
@@ -61,7 +63,9 @@ def register_cell(
         **{tag: result.tags.get(tag) for tag in _WEIGHTS},
     }
     params = flatten_config(cell.canonical(), "")
-    logged = log_model(tracker, run_id, result.merged, "model", card=card, tags=tags, params=params, progress=progress)
+    logged = log_model(
+        tracker, run_id, result.merged, "model", card=card, tags=tags, params=params, progress=progress, move=move
+    )
     link_scores(tracker, run_id, logged, {name: _measured_on(name) for name in result.metrics if _is_final(name)})
     version = register_model(tracker, logged, name, alias=alias, tags=tags, description=_cut(card), said=said)
     address = f"models:/{name}@{alias}" if alias else f"models:/{name}/{version}"

@@ -60,7 +60,9 @@ class _Untrained:
         from sparse_ft.models.loading import save_model, saved_tokenizer
 
         with training.clock("save"):
-            save_model(training.model, saved_tokenizer(training.base.folder), training.target)
+            save_model(
+                training.model, saved_tokenizer(training.base.folder), training.target, progress=training.progress
+            )
         return Trained(training.model, exact=True)
 
 

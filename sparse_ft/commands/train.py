@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -94,7 +95,9 @@ def _run(config: TrainConfig, given: GivenMasks | None, bench: Workbench) -> int
         log_cell_result(tracker, run_id, result, cell_note(config, result, cell_command(config, identity)))
         address = None
         if config.register_as is not None:
-            address = register_cell(tracker, run_id, config, result, bench.progress)
+            address = register_cell(tracker, run_id, config, result, bench.progress, move=config.keep == "adapter")
+            if config.keep != "all":
+                shutil.rmtree(result.merged)
     if Tag.WARNING in result.tags:
         print(f"train: warning: {result.tags[Tag.WARNING]}", file=sys.stderr)
     console = wide_console()

@@ -18,12 +18,15 @@ from sparse_ft.lora.full import release_masked_weights
 from sparse_ft.lora.function import effective_weight
 from sparse_ft.lora.layer import MaskedBase
 from sparse_ft.lora.rounding import DITHERED_DTYPES, noise_key
+from sparse_ft.progress import SILENT, Progress
 from sparse_ft.settings.shared import ROUNDINGS
 
 __all__ = ["adapted_layers", "merge_all_lora_weights", "refuse_shared"]
 
 
-def merge_all_lora_weights(model: nn.Module, rounding: str = "dithered", seed: int = 0) -> PreTrainedModel:
+def merge_all_lora_weights(
+    model: nn.Module, rounding: str = "dithered", seed: int = 0, progress: Progress = SILENT
+) -> PreTrainedModel:
     """The trained model as a plain transformers model: adapters merged, nothing of PEFT left.
 
     In ``sparse_to_sparse`` each weight is written by the arithmetic of the forward pass, so the logits stay the same
@@ -36,6 +39,7 @@ def merge_all_lora_weights(model: nn.Module, rounding: str = "dithered", seed: i
         rounding: of plain PEFT adapters in bfloat16 or float16: dithered or nearest. Adapters of a
             `SparseLoRAConfig` know their own.
         seed: of the dithered rounding of plain adapters.
+        progress: told about the layers.
 
     Raises:
         UserError: an adapter on a weight that another module uses too, or a rounding that there is not; nothing was
@@ -47,12 +51,16 @@ def merge_all_lora_weights(model: nn.Module, rounding: str = "dithered", seed: i
     model = getattr(model, "module", model)  # of DistributedDataParallel
     if isinstance(model, PeftModel):
         refuse_shared(model.get_base_model())
-        for name, layer in adapted_layers(model):
+        layers = list(adapted_layers(model))
+        progress.start("merge", len(layers), "layers")
+        for name, layer in layers:
             if not layer.merged:
                 _merge(layer, noise_key(name, seed) if rounding == "dithered" else None)
             weight = _adapted_parameter(layer).detach()
             if not all(torch.isfinite(block).all() for block in weight.reshape(-1).split(1 << 18)):
                 raise ValueError(f"the merged weights of {name} are not finite; did training diverge?")
+            progress.advance()
+        progress.stop()
         model = model.unload()
     release_masked_weights(model)
     return model

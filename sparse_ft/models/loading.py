@@ -33,6 +33,7 @@ from sparse_ft.models.opening import open_checkpoint
 from sparse_ft.models.packed import PackedCheckpoint
 from sparse_ft.models.skeleton import model_config
 from sparse_ft.models.tokenizers import leave_open, pad_inside
+from sparse_ft.progress import SILENT, Progress
 
 __all__ = [
     "apply_masks",
@@ -173,6 +174,7 @@ def save_model(
     tokenizer: PreTrainedTokenizerBase | None,
     folder: str | Path,
     max_shard_size: str = "2GB",
+    progress: Progress = SILENT,
 ) -> Path:
     """Writes a plain Hugging Face checkpoint; the folder appears when it is complete.
 
@@ -185,6 +187,7 @@ def save_model(
         folder: to be written.
         max_shard_size: of one file. Saving takes memory for no more than two of them, reading for one
             (a tensor that is larger than that has a file of its own).
+        progress: told when all of it is written.
 
     Raises:
         UserError: the folder holds something that is no checkpoint.
@@ -197,6 +200,8 @@ def save_model(
     if unmerged:
         raise ValueError(f"merge the adapters first: the model has {unmerged[0]}")
     _repair_generation_config(model)
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    progress.start("save", size, "B")
     with quiet_transformers(), atomic_folder(folder) as part, _shard_by_shard(model):
         model.save_pretrained(part, max_shard_size=max_shard_size)
         if tokenizer is not None:
@@ -204,6 +209,8 @@ def save_model(
         mode = (part / "config.json").stat().st_mode
         for file in part.glob("*.safetensors"):  # safetensors writes them for the owner's eyes only
             file.chmod(mode)
+    progress.advance(size)
+    progress.stop()
     return folder
 
 

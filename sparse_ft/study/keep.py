@@ -118,7 +118,7 @@ def _keep(
     cell = replace(logged_cell(tracker, run), register_as="auto")
     protocol = {k.removeprefix("protocol/"): v for k, v in run.params.items() if k.startswith("protocol/")}
     result = CellResult(metrics=run.metrics, protocol=protocol, tags=run.tags, merged=target)
-    address = register_cell(tracker, run.run_id, cell, result, said=said)
+    address = register_cell(tracker, run.run_id, cell, result, said=said, move=True)
     shutil.rmtree(target)
     tracker.log(run.run_id, tags={Tag.MODEL_FOLDER: ""})
     return Path(address)

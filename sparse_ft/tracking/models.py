@@ -125,6 +125,7 @@ def log_model(
     tags: Mapping[str, Any] | None = None,
     params: Mapping[str, Any] | None = None,
     progress: Progress = SILENT,
+    move: bool = False,
 ) -> str:
     """Logs a merged checkpoint as a model of mlflow's transformers flavour, with a pyfunc.
 
@@ -140,6 +141,8 @@ def log_model(
         tags: on the model.
         params: on the model.
         progress: told about the files.
+        move: each file of weights leaves the folder when the store has it, so that there is no second copy of a
+            checkpoint that can be made again.
 
     Returns:
         The model's address, ``models:/m-...``.
@@ -167,6 +170,8 @@ def log_model(
             for path in weights:
                 client.log_model_artifact(logged.model_id, str(path), _WEIGHTS)
                 progress.advance(path.stat().st_size)
+                if move:
+                    path.unlink()
         client.finalize_logged_model(logged.model_id, "READY")
     except BaseException:
         with suppress(MlflowException):  # a store that is gone must not hide why, nor that Ctrl-C was pressed

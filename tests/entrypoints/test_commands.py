@@ -127,6 +127,7 @@ def test_a_trained_model_is_registered_and_validates_from_the_registry(command, 
     assert f"registered: {uri}" in shown
     file = tmp_path / "cell" / "masks" / "masks_sparsity70_unstructured.safetensors"
     assert command("validate", checkpoint=uri, masks=file)[0] == 0
+    assert not (tmp_path / "cell" / "merged").exists()  # the registry has it; the adapter is what is kept
 
 
 @pytest.mark.parametrize(

@@ -227,6 +227,13 @@ def test_mlflows_own_way_to_take_a_folder_is_not_open_yet(merged: Path, tmp_path
         mlflow.transformers.save_model(str(merged), path=str(tmp_path / "model"), task="text-generation")
 
 
+def test_a_model_that_is_moved_leaves_no_second_copy(tracker: Tracker, merged: Path, tmp_path: Path):
+    folder = Path(shutil.copytree(merged, tmp_path / "moved"))
+    uri = log_model(tracker, tracker.start_child(None, "moved"), folder, "model", move=True)
+    assert not list(folder.glob("*.safetensors"))
+    assert digest(resolve_model(uri, tracker.uri)) == digest(merged)
+
+
 def test_a_folder_named_like_a_hub_repository_is_not_looked_up(tracker: Tracker, merged: Path, tmp_path, monkeypatch):
     shutil.copytree(merged, tmp_path / "out" / "merged")
     monkeypatch.chdir(tmp_path)
