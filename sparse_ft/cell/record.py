@@ -13,7 +13,7 @@ from sparse_ft.cell.result import CellResult
 from sparse_ft.levels import level_steps, levels_text
 from sparse_ft.masks.statistics import block_sparsities
 from sparse_ft.models.devices import device_name, resolve_device
-from sparse_ft.pruning.output import MaskFile, error_points
+from sparse_ft.pruning.output import MaskFile, block_error, error_points
 from sparse_ft.settings.cell import CellConfig
 from sparse_ft.settings.command_line import command_line
 from sparse_ft.settings.commands import MaskConfig
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = [
     "cell_command",
     "device_tags",
+    "error_curves",
     "log_cell_inputs",
     "log_cell_result",
     "log_failure",
@@ -157,13 +158,23 @@ def log_masks(tracker: Tracker, run_id: str, files: Sequence[MaskFile], points: 
     curves = {
         "sparsity/target": [(step(file.sparsity), file.sparsity) for file in files],
         "sparsity/achieved": [(step(file.sparsity), file.achieved) for file in files],
+        **error_curves(files),
     }
-    for file in files:
-        for number, errors in enumerate(file.metadata.get("reconstruction", {"blocks": []})["blocks"], 1):
-            for name, value in error_points(file.sparsity, errors["before"], errors["after"]).items():
-                curves.setdefault(name, []).append((number, value))
     tracker.log(run_id, curves=points.rest(curves), tags={**mask_tags(files), Tag.STEPS: steps})
     log_mask_files(tracker, run_id, files)
+
+
+def error_curves(files: Sequence[MaskFile]) -> dict[str, list[tuple[int, float]]]:
+    """What was measured of each block when these masks were made, metric -> [(block, value)]."""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for file in files:
+        if errors := file.metadata.get("block_errors"):
+            measured = [(number, error) for number, error in enumerate(errors, 1) if error is not None]
+            curves[block_error(file.sparsity)] = measured
+        for number, around in enumerate(file.metadata.get("reconstruction", {"blocks": []})["blocks"], 1):
+            for name, value in error_points(file.sparsity, around["before"], around["after"]).items():
+                curves.setdefault(name, []).append((number, value))
+    return curves
 
 
 def log_mask_files(tracker: Tracker, run_id: str, files: Sequence[MaskFile]) -> None:

@@ -46,6 +46,7 @@ def _run(config: TrainConfig, given: GivenMasks | None, bench: Workbench) -> int
     from sparse_ft.cell.record import (
         cell_command,
         device_tags,
+        error_curves,
         log_cell_inputs,
         log_cell_result,
         log_mask_files,
@@ -88,7 +89,7 @@ def _run(config: TrainConfig, given: GivenMasks | None, bench: Workbench) -> int
             if kind is not None:
                 *_, masks = make_masks(kind, bench, folder / "masks")  # ascending: the cell's own level is the last
                 log_mask_files(tracker, run_id, [masks])
-                tracker.log(run_id, tags=mask_tags([masks]))
+                tracker.log(run_id, tags=mask_tags([masks]), curves=points.rest(error_curves([masks])))
             tracker.log(run_id, tags={Tag.CELL_KEY: cell_key(config, identity, masks.checksum if masks else "")})
             result = run_cell(config, masks, bench, folder, trainer, Watch(run_id), warn_foreign=True)
         result.series = points.rest(result.series)

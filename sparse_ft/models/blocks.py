@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import init_empty_weights
@@ -24,9 +24,15 @@ from sparse_ft.models.loading import load_state_into, quiet_transformers
 from sparse_ft.models.names import Slot, role, slots
 from sparse_ft.models.skeleton import model_config
 
-__all__ = ["BlockModel", "HiddenStates", "InputWatch", "sample_batches"]
+__all__ = ["BlockModel", "HiddenStates", "InputWatch", "Target", "sample_batches"]
 
 _BATCH_TOKENS = 2048  # tokens that go through a block at once
+
+
+class Target(Protocol):
+    """Takes what leaves a block, some samples at a time."""
+
+    def write(self, samples: slice, values: torch.Tensor) -> None: ...
 
 
 class HiddenStates:
@@ -141,7 +147,7 @@ class BlockModel:
         self,
         block: int,
         states: HiddenStates,
-        target: HiddenStates | None = None,
+        target: Target | None = None,
         watch: InputWatch | None = None,
         advance: Callable[[int], None] | None = None,
     ) -> None:

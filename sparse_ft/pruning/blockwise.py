@@ -7,9 +7,11 @@ hidden states of its own; a weight pruned at a level is pruned at every higher o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,8 +22,8 @@ from sparse_ft.progress import SILENT, Progress
 from sparse_ft.pruning.blockstate import BlockState
 from sparse_ft.pruning.blocktuning import tune_block
 from sparse_ft.pruning.importance import Importance, Statistics, score, wanda, with_floor
-from sparse_ft.pruning.output import error_points
-from sparse_ft.pruning.passes import Results, Visit, run_blocks
+from sparse_ft.pruning.output import block_error, error_points
+from sparse_ft.pruning.passes import ERROR, Results, Visit, run_blocks
 from sparse_ft.pruning.patterns import group_mask, layer_mask, row_mask
 from sparse_ft.pruning.reconstruct import samples_taken
 from sparse_ft.pruning.rules import Inputs, load
@@ -33,7 +35,7 @@ from sparse_ft.settings.rules import HESSIANS
 
 __all__ = ["BlockPruner", "block_figures", "dense_scores"]
 
-_ERRORS = "reconstruction|errors"
+_RECONSTRUCTION = "reconstruction|errors"
 
 
 def block_figures(
@@ -99,7 +101,8 @@ class BlockPruner:
         hessians = HESSIANS in (settings.rule.needs, settings.refining.needs, settings.updating.needs)
         dense = settings.reconstructs
         more = samples_taken(len(token_ids), settings.reconstruct_epochs) if dense else 0
-        run_blocks(self.model, token_ids, len(settings.levels), self, self.state, hessians, dense, more, progress)
+        names = [block_error(level) for level in settings.levels]
+        run_blocks(self.model, token_ids, len(names), self, self.state, hessians, dense, more, progress, errors=names)
 
     def __call__(self, visit: Visit) -> Results:
         names, level, settings = self.model.names(visit.block), visit.stream, self.settings
@@ -125,7 +128,7 @@ class BlockPruner:
         if not own or update.name != rule.update:
             own = {name: self._updated(name, mask, inputs) for name, mask in masks.items()}
         if settings.reconstructs:
-            own, results[_ERRORS] = self._tuned(visit, own, masks)
+            own, results[_RECONSTRUCTION] = self._tuned(visit, own, masks)
         for name, new in own.items():
             # Whatever made them: a rule of one's own may leave -0.0, as products with a mask do.
             new = new.masked_fill(~masks[name].to(new.device), 0)
@@ -141,10 +144,22 @@ class BlockPruner:
         """The updated weight of a finished block, in the checkpoint's dtype."""
         return self.state.tensor(block, level, f"{name}|weight")
 
-    def errors(self, level: int) -> list[dict[str, float]]:
-        """What reconstruction made of every block: its error ``before`` and ``after``, and after which ``epoch``."""
-        found = [self.state.tensor(block, level, _ERRORS).tolist() for block in range(self.model.count)]
-        return [{"before": before, "after": after, "epoch": int(epoch)} for before, after, epoch in found]
+    def measured(self, level: int) -> dict[str, Any]:
+        """What was measured of every block, for the metadata: what pruning made of its output
+        (`sparse_ft.pruning.blockerror`; None where that is not finite); with a reconstruction, its error ``before`` and
+        ``after``, and after which ``epoch``."""
+        settings, blocks = self.settings, range(self.model.count)
+        errors = [float(self.state.tensor(block, level, ERROR)) for block in blocks]
+        about: dict[str, Any] = {"block_errors": [error if math.isfinite(error) else None for error in errors]}
+        if settings.reconstructs:
+            found = [self.state.tensor(block, level, _RECONSTRUCTION).tolist() for block in blocks]
+            about["reconstruction"] = {
+                "epochs": settings.reconstruct_epochs,
+                "batch": settings.reconstruct_batch,
+                "learning_rate": settings.reconstruct_learning_rate,
+                "blocks": [{"before": before, "after": after, "epoch": int(epoch)} for before, after, epoch in found],
+            }
+        return about
 
     def _choose(self, scores: Results, level: int, pruned: Results) -> Results:
         settings = self.settings

@@ -82,7 +82,7 @@ class MaskGenerator:
         self.threads = settings.threads or cores()
         self.notes: list[str] = []
         self._finished: list[BlockState] = []
-        self._errors: list[list[dict[str, float]]] = []  # of reconstruction, by level and block
+        self._measured: list[dict[str, Any]] = []  # of the blocks, by level, as the metadata say it
         self._check_inputs()
 
     def generate(
@@ -98,7 +98,7 @@ class MaskGenerator:
         """
         folder = Path(output_dir)
         files = LevelFiles(folder, self.settings.label, self.settings.levels, self.shapes, file_format)
-        self.notes, self._finished, self._errors = [], [], []
+        self.notes, self._finished, self._measured = [], [], []
         try:
             checkpoints = self._write(files, folder)
             results = files.finish(lambda level: self._metadata(level, checkpoints[level]), checkpoints, figures)
@@ -184,7 +184,7 @@ class MaskGenerator:
 
         self._check_finite()
         model = self._block_model()
-        state = self._state(folder, "prune")
+        state = self._state(folder, "prune and measure")
         pruner = BlockPruner(model, self.settings, self._counts(folder) if given is None else {}, state, given)
         pruner.run(self._tokens, self.progress)
         levels = range(len(self.settings.levels))
@@ -193,8 +193,7 @@ class MaskGenerator:
                 for name, packed in pruner.packed(level, block).items():
                     files.append(level, name, packed)
         checkpoints: list[Path | None] = [None for _ in levels]
-        if self.settings.reconstructs:
-            self._errors = [pruner.errors(level) for level in levels]
+        self._measured = [pruner.measured(level) for level in levels]
         if self.settings.changes_weights:
             checkpoints = [
                 copy_checkpoint(
@@ -370,13 +369,8 @@ class MaskGenerator:
         if settings.allocating is not UNIFORM:
             about["allocation"] = settings.allocation
         about |= settings.steps
-        if settings.reconstructs:
-            about["reconstruction"] = {
-                "epochs": settings.reconstruct_epochs,
-                "batch": settings.reconstruct_batch,
-                "learning_rate": settings.reconstruct_learning_rate,
-                "blocks": self._errors[level],
-            }
+        if self._measured:
+            about |= self._measured[level]
         if checkpoint is not None:  # the masks belong to the updated weights
             about["source_fingerprint"] = about["fingerprint"]
             about["fingerprint"] = open_checkpoint(checkpoint).fingerprint

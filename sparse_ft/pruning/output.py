@@ -19,7 +19,7 @@ from sparse_ft.masks.mask_set import MaskSet, count_kept
 from sparse_ft.masks.statistics import statistics_of_counts
 from sparse_ft.settings.commands import FORMATS
 
-__all__ = ["LevelFiles", "MaskFile", "error_points"]
+__all__ = ["LevelFiles", "MaskFile", "block_error", "error_points"]
 
 
 @dataclass(frozen=True)
@@ -179,6 +179,12 @@ class LevelFiles:
         """Other formats cannot be written row by row: they are converted from a safetensors file."""
         hidden = "" if self._format == "safetensors" else ".converting-"
         return paths.masks.with_name(f"{hidden}{paths.masks.stem}.safetensors")
+
+
+def block_error(sparsity: float) -> str:
+    """The metric of what a level makes of a block's output (see `sparse_ft.pruning.blockerror`):
+    ``prune/block_error_70``."""
+    return f"prune/block_error_{level_label(sparsity)}"
 
 
 def error_points(sparsity: float, before: float, after: float) -> dict[str, float]:

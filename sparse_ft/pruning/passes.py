@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,10 +12,12 @@ import torch
 
 from sparse_ft.models.blocks import BlockModel, HiddenStates, InputWatch
 from sparse_ft.progress import SILENT, Progress
+from sparse_ft.pruning.blockerror import FirstOutputs
 from sparse_ft.pruning.blockstate import UNPRUNED, BlockState
 
-__all__ = ["Results", "Visit", "run_blocks"]
+__all__ = ["ERROR", "Results", "Visit", "run_blocks"]
 
+ERROR = "output|error"  # among the results of a block: see `sparse_ft.pruning.blockerror`
 Results = dict[str, torch.Tensor]
 
 
@@ -57,6 +59,7 @@ def run_blocks(
     progress: Progress = SILENT,
     stage: str = "prune blocks",
     watch: Callable[[BlockModel, int], Any] | None = None,
+    errors: Sequence[str] = (),
 ) -> None:
     """Takes every block once: watches its inputs, lets ``visitor`` judge and change it, sends the text through.
 
@@ -69,6 +72,8 @@ def run_blocks(
         dense: send the text through the dense model beside.
         more: samples that the visitor says it works on at every visit.
         watch: makes what watches a block instead of its inputs, a context.
+        errors: the metrics, one a stream, of what the visitor's changes make of a block's output. Measured on the way,
+            but for the last block, through which the first samples go once more.
     """
     samples = len(token_ids)
     each = streams * (2 * samples + more) + (samples if dense else 0)
@@ -76,8 +81,8 @@ def run_blocks(
     progress.advance(state.done * each)
     shape = (*token_ids.shape, model.model.config.hidden_size)
 
-    def states(block: int, stream: int | str) -> HiddenStates:
-        return HiddenStates(state.hidden(block, stream), shape, model.dtype)
+    def states(block: int, stream: int | str, first: int = samples) -> HiddenStates:
+        return HiddenStates(state.hidden(block, stream), (first, *shape[1:]), model.dtype)
 
     if state.done == 0:
         model.embed(token_ids, state.hidden(0, 0))
@@ -95,11 +100,19 @@ def run_blocks(
             module = model.load(block)
             seen = watch(model, block) if watch else InputWatch(model, model.names(block), hessians)
             inputs, targets = states(block, stream), states(block + 1, UNPRUNED) if dense else None
-            model.run(block, inputs, watch=seen, advance=advance)
+            outputs = FirstOutputs(*shape[:2]) if errors else None
+            model.run(block, inputs, outputs, seen, advance)
             results = visitor(Visit(block, stream, module, seen, inputs, targets, results, advance, measured))
-            state.save(block, stream, results)
             if block + 1 < model.count:
                 model.run(block, inputs, states(block + 1, stream))
+            elif outputs:
+                some = (states(number, stream, outputs.samples) for number in (block, block + 1))
+                model.run(block, *some)
+            if outputs:
+                error = outputs.error(inputs, states(block + 1, stream, outputs.samples))
+                results[ERROR] = torch.tensor(error, dtype=torch.float64)
+                measured({errors[stream]: error})
+            state.save(block, stream, results)
             advance(samples)
         model.unload(block)
         state.finish(block)

@@ -169,7 +169,7 @@ def test_blocks_have_their_errors_while_others_are_pruned(tmp_path):
     tracker, config = Tracker(), MaskConfig(model="tiny-llama", sparsities=(0.5, 0.6), **TUNED)
     run_id, other = tracker.start("masks"), tracker.start("masks")
     seen = []
-    bench = Workbench(AtBlock(lambda: seen.extend(_until(lambda: tracker.curve(run_id, "prune/error_after_60")))))
+    bench = Workbench(AtBlock(lambda: seen.extend(_until(lambda: tracker.curve(run_id, "prune/block_error_60")))))
     with live(tracker, run_id, bench, tmp_path) as points:
         files = make_masks(config, bench, tmp_path / "masks")
     log_masks(tracker, run_id, files, points)
@@ -178,6 +178,10 @@ def test_blocks_have_their_errors_while_others_are_pruned(tmp_path):
     for file, level in zip(files, ("50", "60"), strict=True):
         blocks = file.metadata["reconstruction"]["blocks"]
         assert len(blocks) > 1 and blocks[0]["before"] > blocks[0]["after"] > 0
+        changed = list(enumerate(file.metadata["block_errors"], 1))
+        assert len(changed) == len(blocks)
+        for run in (run_id, other):
+            assert tracker.curve(run, f"prune/block_error_{level}") == changed
         for when in ("before", "after"):
             curve = [(number, errors[when]) for number, errors in enumerate(blocks, 1)]
             for run in (run_id, other):
@@ -195,7 +199,7 @@ def test_a_single_cell_has_the_curves_of_all_that_it_does(tmp_path, small):
         ("recover/loss", "recover/learning_rate", "recover/grad_norm", "recover/tokens_per_second_curve"), 4
     )
     counts |= dict.fromkeys(("recover/ce", "recover/kl", "recover/squarehead"), 4)
-    counts |= dict.fromkeys(("prune/error_before_50", "prune/error_after_50"), 2)
+    counts |= dict.fromkeys(("prune/block_error_50", "prune/error_before_50", "prune/error_after_50"), 2)
     for metric, count in counts.items():
         steps, times = zip(*_points(Tracker(), run.run_id, metric), strict=True)
         assert list(steps) == list(range(1, count + 1)), metric

@@ -244,7 +244,8 @@ def test_a_killed_run_goes_on_at_its_block(tiny_model, text, tmp_path, how):
         assert (left.checkpoint is None) == (right.checkpoint is None) == masks_alone
         if left.checkpoint is not None:
             assert Checkpoint(left.checkpoint).fingerprint == Checkpoint(right.checkpoint).fingerprint
-        assert left.metadata.get("reconstruction") == right.metadata.get("reconstruction")
+        for measured in ("block_errors", "reconstruction"):
+            assert left.metadata.get(measured) == right.metadata.get(measured)
     assert not state.exists()
 
 
