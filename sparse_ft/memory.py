@@ -13,10 +13,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["peak_bytes", "release_memory", "reset_peak", "trim_heap"]
+__all__ = ["free_bytes", "held_bytes", "peak_bytes", "release_memory", "reset_peak", "trim_heap"]
 
 _CLEAR = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
+_CONTAINER = Path("/sys/fs/cgroup")  # inside a container its own limits lie there, in the files of cgroup v2 or v1
+_LIMITS = (
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
+)
 
 
 def reset_peak(device: torch.device | str = "cpu") -> bool:
@@ -49,6 +54,44 @@ def peak_bytes(device: torch.device | str = "cpu") -> int:
                 return int(line.split()[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def held_bytes(device: torch.device | str = "cpu") -> int:
+    """Bytes held now, counted as `peak_bytes` counts: allocated on a CUDA device, else resident in this process."""
+    import psutil
+    import torch
+
+    if torch.device(device).type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return psutil.Process().memory_info().rss
+
+
+def free_bytes(device: torch.device | str = "cpu") -> int:
+    """Bytes that this process could take besides those it holds, as things stand.
+
+    Of a CUDA device what is free there and what torch has reserved and does not use, within the process's own limit;
+    else of the machine's memory what the system calls available, within the container's limit.
+    """
+    import psutil
+    import torch
+
+    if torch.device(device).type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        allocated = torch.cuda.memory_allocated(device)
+        fraction = getattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)  # newer than torch 2.6
+        allowed = int(total * fraction(device)) - allocated
+        return max(0, min(free + torch.cuda.memory_reserved(device) - allocated, allowed))
+    return max(0, min(psutil.virtual_memory().available, _left_in_container(_CONTAINER)))
+
+
+def _left_in_container(folder: Path) -> float:
+    """Bytes below the limit of the control group whose files are in ``folder``; infinity where it has none."""
+    for limit, usage, statistics, reclaimed in _LIMITS:
+        with suppress(OSError, ValueError):  # not there, or "max"
+            left = int((folder / limit).read_text()) - int((folder / usage).read_text())
+            lines = dict(line.split() for line in (folder / statistics).read_text().splitlines())
+            return left + int(lines.get(reclaimed, 0))  # pages of files, which give way
+    return float("inf")
 
 
 def release_memory() -> None:

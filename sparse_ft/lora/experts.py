@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 
 from sparse_ft.lora.function import masked_weight, prune_
 from sparse_ft.lora.layer import MaskedBase
+from sparse_ft.lora.remaking import Remade
 from sparse_ft.settings.modes import MODES, SPARSE_TO_SPARSE
 
 __all__ = ["ParamWrapper", "expert_factors"]
@@ -22,12 +23,15 @@ __all__ = ["ParamWrapper", "expert_factors"]
 class _MaskedProxy(nn.Module):
     """Stands in for the parameter while the experts run: W -> ``(W + s B A) . M``."""
 
-    def __init__(self, factors: tuple[Tensor, Tensor], packed: Tensor, scaling: float, key: int | None) -> None:
+    def __init__(self, layer: ParamWrapper, adapter_name: str, remade: Remade | None) -> None:
         super().__init__()
-        self.factors, self.packed, self.scaling, self.key = factors, packed, scaling, key
+        self.terms = layer.factors(adapter_name), layer.required_mask(), layer.scaling[adapter_name]
+        self.key, self.remade = layer.rounding_key(adapter_name), remade
 
     def forward(self, weight: Tensor) -> Tensor:
-        return masked_weight(weight, *self.factors, self.packed, self.scaling, self.key)
+        factors, packed, scaling = self.terms
+        effective = masked_weight(weight, *factors, packed, scaling, self.key)
+        return effective if self.remade is None else self.remade.watch(effective)
 
 
 def expert_factors(layer: peft_layer.ParamWrapper, adapter_name: str) -> tuple[Tensor, Tensor]:
@@ -82,7 +86,7 @@ class ParamWrapper(MaskedBase, peft_layer.ParamWrapper):
 
     @contextmanager
     def _activate_lora(self, active_adapters: list[str]) -> Iterator[None]:
-        packed = self.required_mask()
+        self.required_mask()
         if self.lifted:
             yield
             return
@@ -93,12 +97,13 @@ class ParamWrapper(MaskedBase, peft_layer.ParamWrapper):
             return
         module, name = self.get_base_layer(), self.parameter_name
         trainable = self.get_param().requires_grad
-        proxy = _MaskedProxy(self.factors(adapter), packed, self.scaling[adapter], self.rounding_key(adapter))
+        remade = None if self.keeps else Remade(lambda: self.effective_weight(adapter))
+        proxy = _MaskedProxy(self, adapter, remade)
         # unsafe: without it torch runs the whole proxy once more, only to compare shapes.
         parametrize.register_parametrization(module, name, proxy, unsafe=True)
         module.parametrizations[name].original.requires_grad_(trainable)
         try:
-            with parametrize.cached():
+            with parametrize.cached(), remade or nullcontext():
                 yield
         finally:
             self._remove_parametrizations()

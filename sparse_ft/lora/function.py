@@ -141,10 +141,12 @@ def masked_linear(
     scaling: float,
     bias: Tensor | None = None,
     key: int | None = None,
+    keep: bool = False,
 ) -> Tensor:
     """``y = x ((W + s B A) . M)^T + bias``, differentiable in ``x``, ``A``, ``B`` and ``bias``.
 
-    Keeps x, A, B and the bits for backward, and references to W; the effective weight is made again there.
+    Keeps x, A, B and the bits for backward, and references to W; the effective weight is made again there, unless it is
+    kept: the same bits either way.
     With T tokens, d = in = out: 6Td^2 + 8d^2 r floating point operations a step, against 4Td^2 + 12Tdr of
     LoRA on a frozen W.
 
@@ -153,6 +155,7 @@ def masked_linear(
         weight: ``W [out, in]``, a constant; None stands for zero (the adapter's part alone).
         packed: ``uint8 [out, ceil(in/8)]``.
         key: of the dithered rounding, see `effective_weight`; its gradient is taken as that of the sum.
+        keep: whether the effective weight stays in memory until backward, where the gradient of ``x`` needs it.
 
     Returns:
         ``[..., out]`` in the dtype of ``x`` (of autocast, where that is on).
@@ -160,7 +163,7 @@ def masked_linear(
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
         x = x.to(torch.get_autocast_dtype(kind))
-    return _MaskedLinear.apply(x, weight, factor_a, factor_b, packed, scaling, bias, key)
+    return _MaskedLinear.apply(x, weight, factor_a, factor_b, packed, scaling, bias, key, keep)
 
 
 def masked_weight(
@@ -214,29 +217,31 @@ def _factor_gradients(
 
 class _MaskedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, factor_a, factor_b, packed, scaling, bias, key):
-        ctx.save_for_backward(x, weight, factor_a, factor_b, packed)
-        ctx.scaling, ctx.key = scaling, key
+    def forward(ctx, x, weight, factor_a, factor_b, packed, scaling, bias, key, keep):
         effective = effective_weight(weight, factor_a, factor_b, packed, scaling, key).to(x.dtype)
+        kept = effective if keep and ctx.needs_input_grad[0] else None
+        ctx.save_for_backward(x, weight, factor_a, factor_b, packed, kept)
+        ctx.scaling, ctx.key = scaling, key
         return F.linear(x, effective, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
-        x, weight, factor_a, factor_b, packed = ctx.saved_tensors
+        x, weight, factor_a, factor_b, packed, effective = ctx.saved_tensors
         grad = grad_output.reshape(-1, grad_output.shape[-1])
         grad_x = grad_a = grad_b = grad_bias = None
         if ctx.needs_input_grad[0]:
-            effective = effective_weight(weight, factor_a, factor_b, packed, ctx.scaling, ctx.key).to(grad.dtype)
+            if effective is None:
+                effective = effective_weight(weight, factor_a, factor_b, packed, ctx.scaling, ctx.key).to(grad.dtype)
             grad_x = torch.mm(grad, effective).view(x.shape)
-            del effective  # the weight gradient below is as large: never hold both
+            del effective  # if it was made here, the weight gradient below is as large: never hold both
         needs = (ctx.needs_input_grad[2], ctx.needs_input_grad[3])
         if any(needs):
             gradient = prune_(torch.mm(grad.t(), x.reshape(-1, x.shape[-1])), packed)
             grad_a, grad_b = _factor_gradients(gradient, factor_a, factor_b, ctx.scaling, needs)
         if ctx.needs_input_grad[6]:
             grad_bias = grad.sum(0)
-        return grad_x, None, grad_a, grad_b, None, None, grad_bias, None
+        return grad_x, None, grad_a, grad_b, None, None, grad_bias, None, None
 
 
 class _MaskedWeight(torch.autograd.Function):

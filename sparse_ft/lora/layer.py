@@ -14,6 +14,7 @@ from sparse_ft.errors import UserError
 from sparse_ft.lora.function import effective_weight, masked_linear, prune_, rank_one_factors
 from sparse_ft.lora.rounding import noise_key
 from sparse_ft.masks.mask_set import unpack_bits
+from sparse_ft.settings.lora import AUTO
 from sparse_ft.settings.modes import SPARSE_MODES, SPARSE_TO_SPARSE
 
 __all__ = ["MaskedBase", "SparseLinearVariant", "SparseLoRALayer"]
@@ -29,6 +30,8 @@ class MaskedBase:
     sparse_mask: Tensor | None
     noise_name: str = ""
     lifted: bool = False  # whether the base works alone and as it is; see `sparse_ft.lora.whole`
+    keep_effective: str = AUTO  # of the settings; see `sparse_ft.lora.keeping`
+    keeps: bool = False  # whether the effective weight stays in memory from forward to backward
 
     def init_mask(self) -> None:
         """Declares the buffers; to be called once, after ``nn.Module.__init__``."""
@@ -80,6 +83,12 @@ class MaskedBase:
         if self.sparse_mask is None:
             raise UserError("This sparse LoRA has no mask attached: load it with sparse_ft.lora.load_sparse_lora.")
         return self.sparse_mask
+
+    @property
+    def makes_effective(self) -> bool:
+        """Whether a training step makes the effective weight."""
+        adapter = self.single_adapter()
+        return adapter is not None and self.is_masked(adapter)
 
     def factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         """``A [..., r, in]`` and ``B [..., out, r]`` in their own dtype, as autograd follows them."""
@@ -140,9 +149,9 @@ class SparseLinearVariant(LoraVariant):
         if module.training and isinstance(dropout, nn.Dropout):
             # Dropout touches the adapter's input alone, so W and the masked product need a pass each.
             factor_a, factor_b = factor_a.to(x.dtype), factor_b.to(x.dtype)
-            return base(x) + masked_linear(dropout(x), None, factor_a, factor_b, packed, scaling)
+            return base(x) + masked_linear(dropout(x), None, factor_a, factor_b, packed, scaling, keep=module.keeps)
         key = module.rounding_key(active_adapter)
-        return masked_linear(x, base.weight, factor_a, factor_b, packed, scaling, base.bias, key)
+        return masked_linear(x, base.weight, factor_a, factor_b, packed, scaling, base.bias, key, module.keeps)
 
     @staticmethod
     def merge_safe(module: SparseLoRALayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
@@ -173,6 +182,10 @@ class SparseLoRALayer(MaskedBase, Linear):
     def is_masked(self, adapter_name: str) -> bool:
         """Whether this adapter lives under the mask (``sparse_to_sparse``)."""
         return adapter_name in self.lora_variant
+
+    @property
+    def makes_effective(self) -> bool:
+        return super().makes_effective and self.mask_out is None  # a structured mask takes two thin products
 
     def factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         return self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from sparse_ft.errors import UserError
 from sparse_ft.lora.full import hold_masked_weights
+from sparse_ft.lora.keeping import set_keeping
 from sparse_ft.lora.layer import MaskedBase
 from sparse_ft.lora.merge import adapted_layers, refuse_shared
 from sparse_ft.lora.peft_config import SparseLoRAConfig
@@ -29,7 +30,7 @@ from sparse_ft.lora.projections import peft_targets
 from sparse_ft.masks.mask_set import MaskSet, packed_shape
 from sparse_ft.models.loading import apply_masks, prunable_shapes
 from sparse_ft.models.names import slots
-from sparse_ft.settings.lora import LoraSettings
+from sparse_ft.settings.lora import AUTO, LoraSettings
 from sparse_ft.settings.modes import DENSE, MODES, SPARSE_TO_SPARSE, TRAINED_MODES
 
 __all__ = [
@@ -53,7 +54,7 @@ def apply_sparse_lora(
     Args:
         model: a plain model of a supported family, pruned already or not: masked weights are set to zero.
         settings: rank, alpha, dropout and target modules; a PEFT configuration is taken as it is (of a
-            `SparseLoRAConfig` the mask's checksum is filled in). Unused in mode ``full``.
+            `SparseLoRAConfig` the mask's checksum is filled in), with ``keep_effective`` auto. Unused in mode ``full``.
         mode: dense, sparse_to_dense, sparse_to_sparse or full.
         masks: required by the sparse modes; ``full`` also works without (plain fine-tuning).
         seed: of the dithered rounding of a sparse adapter made from `LoraSettings`.
@@ -83,6 +84,7 @@ def apply_sparse_lora(
         apply_masks(model, masks)  # checks that they fit, before the model is changed
     with _without_false_alarms():
         model = get_peft_model(model, config)
+    set_keeping(model, getattr(settings, "keep_effective", AUTO))
     return model if masks is None else attach_masks(model, masks)
 
 

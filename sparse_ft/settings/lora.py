@@ -10,7 +10,9 @@ from sparse_ft.errors import UserError
 from sparse_ft.settings import shared
 from sparse_ft.settings.field import Settings, setting
 
-__all__ = ["LoraSettings", "projections_text", "read_projections"]
+__all__ = ["ALWAYS", "AUTO", "KEEPING", "NEVER", "LoraSettings", "projections_text", "read_projections"]
+
+AUTO, ALWAYS, NEVER = KEEPING = ("auto", "always", "never")
 
 
 def read_projections(text: str) -> tuple[str, ...] | None:
@@ -52,6 +54,14 @@ class LoraSettings(Settings):
         write=projections_text,
     )
     rounding: str = shared.rounding()
+    keep_effective: str = setting(
+        AUTO,
+        "whether the weights that sparse_to_sparse computes with, (W + s B A) . M, stay in memory from forward to"
+        " backward or are made again there: always, never, or where the device has the room (auto asks after the first"
+        " batch). The same bits either way.",
+        choices=KEEPING,
+        result=False,
+    )
 
     def problems(self) -> Iterator[str]:
         """What is wrong with the values, one sentence each."""

@@ -14,6 +14,7 @@ from sparse_ft.cell.record import log_cell_inputs, log_mask_inputs
 from sparse_ft.pruning.output import MaskFile
 from sparse_ft.settings.cell import CellConfig
 from sparse_ft.settings.commands import MaskConfig
+from sparse_ft.settings.lora import NEVER
 from sparse_ft.tracking.record import Kind, Tag
 from sparse_ft.tracking.runs import Tracker
 
@@ -163,8 +164,8 @@ class CellJob(Job):
         log_cell_inputs(tracker, run_id, self.cell, identity, self.planned, tags, self.tuned, self.mask_levels)
 
     def halved(self) -> CellJob | None:
-        """The job with half the batch and twice the accumulation (the same examples in every step); None where
-        that was done already or the batch is one."""
+        """The job with half the batch and twice the accumulation (the same examples in every step), and no effective
+        weights kept; None where that was done already or the batch is one."""
         cell, size = self.cell, self.cell.batch_size
         if self.is_reduced or size < 2:
             return None
@@ -176,6 +177,7 @@ class CellJob(Job):
             batch_size=smaller,
             gradient_accumulation=cell.gradient_accumulation * (size // smaller),
             eval_batch_size=max(1, scored // 2) if isinstance(scored, int) else scored,
+            keep_effective=NEVER,
         )
         tags = {**self.tags, Tag.REDUCED_BATCH: f"{size} -> {smaller}"}
         return replace(self.again(), cell=cell, planned=self.planned or self.cell, tags=tags)

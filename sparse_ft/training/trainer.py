@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from sparse_ft.environment import arithmetic_variables, one_process
 from sparse_ft.errors import UserError
 from sparse_ft.lora.adamw import DitheredAdamW
+from sparse_ft.lora.keeping import Keeping
 from sparse_ft.lora.rounding import DITHERED_DTYPES
 from sparse_ft.memory import peak_bytes, reset_peak
 from sparse_ft.progress import SILENT, Progress
@@ -77,6 +78,7 @@ def train(
     watch = Watch(settings, progress, report, distillation.parts if distillation else {})
     if settings.gradient_checkpointing is not None:
         model.enable_input_require_grads()  # reentrant checkpoints need an input that requires a gradient
+    keeping = Keeping(model, device, progress.say)
     trainer = _Trainer(
         model=model,
         args=_arguments(settings, output_dir, device),
@@ -86,6 +88,7 @@ def train(
         optimizer_cls_and_kwargs=_optimizer(settings, model),
         distillation=distillation,
         schedule=settings.schedule,
+        keeping=keeping,
     )
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -103,21 +106,28 @@ def train(
             trainer.train()
     finally:
         progress.stop()
+        kept = keeping.chosen
+        keeping.end()
         model.config.use_cache = use_cache
         if settings.gradient_checkpointing is not None:
             model.activation_checkpointing_disable()
             model.disable_input_require_grads()
         model.eval()
-    return watch.result(peak_bytes(device), _protocol(settings, model, rows, device))
+    protocol = _protocol(settings, model, rows, device)
+    if kept is not None:
+        protocol["effective_weights"] = kept
+    return watch.result(peak_bytes(device), protocol)
 
 
 class _Trainer(Trainer):
     """The Trainer with a schedule of our own, for in its warmup the first step has learning rate 0 and changes nothing;
-    and with a teacher's loss where there is one."""
+    with a teacher's loss where there is one; and with effective weights kept where the first batch leaves the room."""
 
-    def __init__(self, *args: Any, distillation: Distillation | None, schedule: str, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, distillation: Distillation | None, schedule: str, keeping: Keeping, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self._distillation, self._schedule = distillation, schedule
+        self._distillation, self._schedule, self._keeping = distillation, schedule, keeping
         if distillation is not None:
             self.model_accepts_loss_kwargs = False  # the mean of each batch's loss, not the model's own sum
 
@@ -126,6 +136,12 @@ class _Trainer(Trainer):
         if self._distillation is None:
             return super().compute_loss(model, for_model(inputs), return_outputs, num_items_in_batch)
         return self._distillation.loss(model, inputs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Forward and backward of one batch."""
+        loss = super().training_step(*args, **kwargs)
+        self._keeping.after_batch()
+        return loss
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         """Linear up, then as the schedule says; step k of n has a factor above 0."""

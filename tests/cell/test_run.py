@@ -10,6 +10,7 @@ from sparse_ft.cell.workbench import Workbench
 from sparse_ft.errors import DataMissingError, ModelUnavailableError, UserError
 from sparse_ft.masks.mask_set import MaskSet
 from sparse_ft.models.checkpoint import Checkpoint
+from sparse_ft.progress import Progress
 from sparse_ft.settings.cell import CellConfig, mask_set_of
 
 
@@ -73,6 +74,23 @@ def test_every_number_has_its_protocol(run):
     assert [step for step, _ in result.series["train/loss_curve"]] == [1, 2]
     stages = sum(v for k, v in result.metrics.items() if k.startswith("time/") and k != "time/total_seconds")
     assert stages == pytest.approx(result.metrics["time/total_seconds"], rel=0.05, abs=0.2)
+
+
+@pytest.mark.parametrize("model", ["tiny-llama", "tiny-mixtral"])
+def test_keeping_effective_weights_changes_no_number_and_is_said(run, bench, model, monkeypatch):
+    keys, merged, losses, said, lines = set(), set(), set(), {}, []
+    monkeypatch.setattr(bench, "progress", Progress())
+    bench.progress.say = lines.append
+    for choice in ("auto", "always", "never"):
+        cell, _, result, _ = run(model=model, dtype="bfloat16", keep_effective=choice)
+        keys.add(cell.key())
+        merged.add(result.tags["merged_fingerprint"])
+        losses.add(str(result.series["train/loss_curve"]))
+        said[choice] = result.protocol["train_effective_weights"]
+    assert len(keys) == len(merged) == len(losses) == 1
+    assert said == {"auto": "kept", "always": "kept", "never": "made again"}  # there is room for a tiny model
+    assert [line.startswith("effective weights are kept for backward (keep_effective auto)") for line in lines] == [1]
+    assert "train_effective_weights" not in run(mode="dense")[2].protocol
 
 
 @pytest.mark.parametrize(

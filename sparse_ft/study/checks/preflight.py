@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +17,13 @@ from sparse_ft.cell.trainer import LOCAL
 from sparse_ft.cell.training import Trainer
 from sparse_ft.cell.workbench import Workbench
 from sparse_ft.errors import UserError
-from sparse_ft.models.devices import check_device, resolve_device
+from sparse_ft.models.devices import check_device, itemsize, resolve_device
+from sparse_ft.models.names import role
 from sparse_ft.settings.cell import CellConfig
 from sparse_ft.settings.commands import MaskConfig
 from sparse_ft.settings.corpora import TASK
 from sparse_ft.settings.field import defaults, plain_values
+from sparse_ft.settings.lora import ALWAYS
 from sparse_ft.settings.modes import MODES
 from sparse_ft.settings.training_data import TrainingDataSettings
 from sparse_ft.study.checks.disk import disk_problems, gigabytes, model_bytes
@@ -99,15 +102,16 @@ def _rows_of(cell: CellConfig) -> tuple[Any, ...]:
 
 
 def _memory_problem(plan: Plan, bench: Workbench, workers: int) -> str | None:
-    """The weights alone are what a cell cannot do without: only what certainly does not fit is refused."""
+    """What a cell cannot do without are the weights, and the effective ones that it keeps always: only what certainly
+    does not fit is refused."""
     needs = []
     for cell in plan.configs:
         copies = 4 if MODES[cell.mode].trains_weights else 1  # with gradients and two moments
-        size = copies * model_bytes(cell, bench)
+        size = copies * model_bytes(cell, bench) + _kept_bytes(cell, bench)
         if cell.has_teacher and not cell.lifts_masks:
             size += model_bytes(replace(cell, model=teacher_model(cell, bench)), bench)
-        needs.append((size, cell.model, resolve_device(cell.device)))
-    size, model, device = max(needs, key=lambda need: need[0])
+        needs.append((size, cell.model, resolve_device(cell.device), cell.keep_effective))
+    size, model, device, keeping = max(needs, key=lambda need: need[0])
     if device.type == "cuda":
         import torch
 
@@ -119,8 +123,25 @@ def _memory_problem(plan: Plan, bench: Workbench, workers: int) -> str | None:
         return None
     return (
         f"{sharing} worker(s) with {model} need at least {gigabytes(sharing * size)} of memory and {there} "
-        f"{gigabytes(free)}; use fewer workers (max_workers), dtype bfloat16, or a smaller model."
+        f"{gigabytes(free)}; use fewer workers (max_workers), dtype bfloat16,"
+        f"{' keep_effective: auto,' if keeping == ALWAYS else ''} or a smaller model."
     )
+
+
+def _kept_bytes(cell: CellConfig, bench: Workbench) -> int:
+    """Of effective weights that are kept always. The first block's inputs may need no gradient: it is left out. Blocks
+    under gradient checkpointing keep theirs one after another."""
+    single = cell.method in ("unstructured", "semi_structured", "random") and cell.masks is None
+    mode = MODES[cell.mode]
+    if not (cell.keep_effective == ALWAYS and mode.lora and mode.keeps_zeros and single):
+        return 0
+    checkpoint, blocks = bench.checkpoint(cell.model), Counter()
+    for name, shape in checkpoint.prunable_shapes().items():
+        what = role(checkpoint.config, name)
+        blocks[what.block] += math.prod(shape) if what.is_adapted(cell.target_modules) else 0
+    counted = [count for block, count in blocks.items() if block]
+    most = max(counted, default=0) if cell.gradient_checkpointing else sum(counted)
+    return itemsize(cell.dtype, cell.device) * most
 
 
 def _places(settings: CellConfig | MaskConfig, bench: Workbench, *texts: str) -> list[str | Path]:

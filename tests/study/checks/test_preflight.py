@@ -1,4 +1,5 @@
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -8,8 +9,8 @@ from sparse_ft.errors import UserError
 from sparse_ft.settings.cell import CellConfig
 from sparse_ft.settings.commands import MaskConfig, SweepConfig
 from sparse_ft.settings.parser import Parser
-from sparse_ft.study.checks.disk import estimate_disk
-from sparse_ft.study.checks.preflight import check_plan, check_resources
+from sparse_ft.study.checks.disk import estimate_disk, model_bytes
+from sparse_ft.study.checks.preflight import _memory_problem, check_plan, check_resources
 from sparse_ft.study.driver import sweep
 from sparse_ft.study.executors import executor_problems
 from sparse_ft.study.plan import make_plan
@@ -56,6 +57,26 @@ def test_a_disk_and_a_memory_that_are_too_small_are_both_named(small, tmp_path):
     problems = check_resources(plan, bench, tmp_path, None, 10**9)
     assert any("memory" in problem for problem in problems)
     assert any(f"disk of {tmp_path}" in problem and "GB" in problem for problem in problems)
+
+
+@pytest.mark.parametrize(
+    ("how", "more"),
+    [
+        ({}, False),
+        ({"keep_effective": "never"}, False),
+        ({"keep_effective": "always"}, True),
+        ({"keep_effective": "always", "method": "structured"}, False),
+        ({"keep_effective": "always", "mode": ["sparse_to_dense"]}, False),
+    ],
+)
+def test_effective_weights_that_are_kept_whatever_the_room_count_as_memory(small, monkeypatch, how, more):
+    grid = {"model": ["tiny-llama"], "sparsity": [0.5], "mode": how.pop("mode", ["sparse_to_sparse"])}
+    plan, bench = make_plan(Study("s", grid, {**small, "seed": 0, **how})), Workbench()
+    (cell, *_) = plan.configs
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=model_bytes(cell, bench)))
+    problem = _memory_problem(plan, bench, 1)
+    assert (problem is not None) == more
+    assert problem is None or "keep_effective: auto" in problem
 
 
 def test_data_that_nothing_can_be_learned_from_is_named_before_the_first_cell(small, tmp_path):
