@@ -81,6 +81,7 @@ RUN = {
     r"sparse-ft (NAME|train|validate|analyze|sweep|compute_masks)": STARTED,
     r"python benchmarks/(commands|live|rounding|sparse_lora)\.py .*": BY_HAND + "its table stands beside it",
     r"python -m benchmarks\.\w+ .*": BY_HAND + "its table stands beside it",
+    r"python convert_hf_to_gguf.py .*": BY_HAND + "what it gave stands beside it",
     r"python -m lm_eval run": BY_HAND + "its scores were ours; what it calls is compared in tests/evaluation",
     r"python -m sparse_ft\.cerebras\.modelzoo\.cszoo fit FIT.yaml --target_device CSX --validate_only": WAFER
     + "lowering.py::test_every_mode_lowers_with_the_sparsity_that_was_measured",
