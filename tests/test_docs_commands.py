@@ -62,6 +62,8 @@ RUN = {
     r"sparse-ft \w+ --help": "tests/test_cli.py::test_a_commands_own_help",
     r"sparse-ft sweep --config configs/full.yaml --dry-run": HUB,
     r"sparse-ft sweep --config configs/full.yaml --executor ray .*": SLURM,
+    r"sparse-ft sweep --config configs/full.yaml --executor submitit .*": "tests/study/executors/test_submitit.py"
+    "::test_the_workers_are_one_array_and_ctrl_c_takes_it_from_the_queue",
     r"sparse-ft sweep --config configs/tiny_full.yaml --dry_run true": STARTED,
     r"sparse-ft train --model tiny-llama .* --train_data rows.jsonl .*": OWN_ROWS,
     r"sparse-ft train --model tiny-llama .*": STARTED,

@@ -73,7 +73,7 @@ def mlproject():
 def test_the_tests_lock_pins_everything_and_holds_every_extra_but_that_of_the_site(lock, project):
     assert all(lock.values())
     extras = project["optional-dependencies"]
-    assert set(extras) == {"cerebras", "ray", "postgresql", "s3", "test", "docs"}
+    assert set(extras) == {"cerebras", "ray", "submitit", "postgresql", "s3", "test", "docs"}
     wanted = [line for name, extra in extras.items() if name != "docs" for line in extra] + project["dependencies"]
     assert {Requirement(line).name for line in extras["test"]} >= {"sparse_ft", "pytest"}
     assert {_canonical(Requirement(line).name) for line in wanted} - {"sparse-ft"} <= set(lock)
@@ -83,7 +83,7 @@ def test_the_tests_lock_pins_everything_and_holds_every_extra_but_that_of_the_si
 def test_the_demos_lock_holds_what_the_program_needs_and_no_more(lock, base, project):
     needed = _needed(project["dependencies"])
     assert base == {name: version for name, version in lock.items() if name in needed}
-    assert not {"ray", "pytest", "ruff", "moto", "boto3", "psycopg", "h5py", "hdf5plugin"} & set(base)
+    assert not {"ray", "submitit", "pytest", "ruff", "moto", "boto3", "psycopg", "h5py", "hdf5plugin"} & set(base)
 
 
 @pytest.mark.parametrize("name", ["base.txt", "lock.txt"])

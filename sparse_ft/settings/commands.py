@@ -4,13 +4,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from sparse_ft.settings import shared
 from sparse_ft.settings.executors import EXECUTORS, executors_help
 from sparse_ft.settings.field import Settings, setting
 from sparse_ft.settings.model import DataSettings, ModelSettings
 from sparse_ft.settings.pruning import PruningSettings
+from sparse_ft.settings.slurm import read_slurm, slurm_text
 
 __all__ = [
     "FIGURES",
@@ -173,6 +176,12 @@ class SweepConfig(Settings):
     )
     ray_address: str | None = setting(
         None, "a running Ray cluster to join (auto finds one), or none for one on this machine."
+    )
+    slurm: Mapping[str, Any] | None = setting(
+        None,
+        "what executor submitit asks SLURM for, such as {partition: gpu, time: 1440, gpus_per_node: 1}, or none.",
+        read=read_slurm,
+        write=slurm_text,
     )
     cerebras: str | None = setting(
         None, "YAML file that says where trainer cerebras trains (see docs/cerebras.md), or none.", path=()

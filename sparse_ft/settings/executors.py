@@ -16,17 +16,20 @@ class Executor:
             makes it.
         where: ends "cells run ...", for --help.
         several: whether it has several workers, each in a process that sees one GPU alone.
+        elsewhere: whether these are on other machines than the driver's.
     """
 
     name: str
     where: str
     several: bool
+    elsewhere: bool = False
 
 
 SERIAL = Executor("serial", "one after another here", several=False)
 PROCESS = Executor("process", "in worker processes on this machine", several=True)
 RAY = Executor("ray", "on a Ray cluster", several=True)
-EXECUTORS = {executor.name: executor for executor in (SERIAL, PROCESS, RAY)}
+SUBMITIT = Executor("submitit", "as jobs of a SLURM cluster", several=True, elsewhere=True)
+EXECUTORS = {executor.name: executor for executor in (SERIAL, PROCESS, RAY, SUBMITIT)}
 
 
 def executors_help() -> str:

@@ -20,7 +20,7 @@ from sparse_ft.study.checks.disk import estimate_disk
 from sparse_ft.study.checks.preflight import check_plan, check_resources
 from sparse_ft.study.checks.time import estimate_time
 from sparse_ft.study.display import Display, shown_display
-from sparse_ft.study.executors import executor_problems, make_executor, worker_count
+from sparse_ft.study.executors import executor_problems, make_executor, runs_elsewhere, worker_count
 from sparse_ft.study.heartbeat import close_open_runs, driving, interruptible
 from sparse_ft.study.phases import Hole, Phases, holes_table
 from sparse_ft.study.plan import Plan
@@ -117,7 +117,8 @@ class Session(ABC):
             return 1 if problems else 0
         if not problems:
             folder, artifacts = Path(self.config.output_dir), artifact_location(tracking_uri(), self.plan.study.name)
-            problems = check_resources(self.expected, self.bench, folder, artifacts, self.workers)
+            here = not runs_elsewhere(self.config)
+            problems = check_resources(self.expected, self.bench, folder, artifacts, self.workers, here)
         if problems:
             raise UserError(f"The study {self.plan.study.name} cannot start. " + " | ".join(problems))
         self.check()
@@ -218,7 +219,7 @@ def resume_command(config: SweepConfig, parent: str, failed: Iterable[str] = ())
     said = plain_values(config)
     values = {name: said[name] for name in ("config", "executor", "max_workers")}
     values |= {"resume": parent, "output_dir": config.output_dir}
-    elsewhere = ("ray_address", "trainer", "cerebras")
+    elsewhere = ("ray_address", "slurm", "trainer", "cerebras")
     values |= {name: said[name] for name in elsewhere if getattr(config, name) is not None}
     if asked := parse_retry(config.retry) | ({"bug"} & set(failed)):
         values["retry"] = ",".join(sorted(asked))

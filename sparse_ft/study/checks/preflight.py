@@ -68,11 +68,14 @@ def check_plan(plan: Plan, bench: Workbench, trainer: Trainer = LOCAL, repeat: b
     return [*checks.problems, *trainer.missing()]
 
 
-def check_resources(plan: Plan, bench: Workbench, folder: Path, artifacts: str | None, workers: int) -> list[str]:
+def check_resources(
+    plan: Plan, bench: Workbench, folder: Path, artifacts: str | None, workers: int, here: bool = True
+) -> list[str]:
     """Whether disk and memory can hold a plan that `check_plan` has nothing against. One line a problem.
-    For the arguments see `sparse_ft.study.checks.disk.disk_problems`."""
+    For the arguments see `sparse_ft.study.checks.disk.disk_problems`; workers that are not ``here`` have memory of
+    their own."""
     problems = disk_problems(plan, bench, folder, artifacts, workers)
-    return problems + list(filter(None, [_memory_problem(plan, bench, workers)]))
+    return problems + list(filter(None, [_memory_problem(plan, bench, workers) if here else None]))
 
 
 def check_examples(cell: CellConfig, bench: Workbench) -> None:

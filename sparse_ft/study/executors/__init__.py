@@ -1,10 +1,11 @@
-"""Where jobs run: in the driver's process, in worker processes, or on a Ray cluster."""
+"""Where jobs run: in the driver's process, in worker processes, on a Ray cluster, or as jobs of SLURM."""
 
 from __future__ import annotations
 
 import re
+from importlib import import_module
 from pathlib import Path
-from pkgutil import resolve_name
+from types import ModuleType
 
 from sparse_ft.errors import UserError
 from sparse_ft.settings.commands import SweepConfig
@@ -14,7 +15,7 @@ from sparse_ft.study.plan import Plan
 from sparse_ft.study.queue import Listener, RunningExecutor
 from sparse_ft.study.worker import WorkerSetup
 
-__all__ = ["executor_problems", "make_executor", "worker_count"]
+__all__ = ["executor_problems", "make_executor", "runs_elsewhere", "worker_count"]
 
 
 def make_executor(
@@ -23,18 +24,27 @@ def make_executor(
     """The executor that a configuration asks for, of a row of `sparse_ft.settings.executors.EXECUTORS`.
 
     Raises:
-        UserError: ray is asked for and not installed, or its cluster does not answer.
+        UserError: what it needs is not installed, or its cluster does not answer.
     """
-    start = resolve_name(f"sparse_ft.study.executors.{EXECUTORS[config.executor].name}:start")
-    return start(config, setup, listen, workers, logs)
+    return _module(config).start(config, setup, listen, workers, logs)
+
+
+def runs_elsewhere(config: SweepConfig) -> bool:
+    """Whether workers may be on other machines than this one."""
+    return EXECUTORS[config.executor].elsewhere or config.ray_address is not None
+
+
+def _module(config: SweepConfig) -> ModuleType:
+    return import_module(f"sparse_ft.study.executors.{EXECUTORS[config.executor].name}")
 
 
 def executor_problems(config: SweepConfig, plan: Plan) -> list[str]:
     """What an executor cannot run, one line each; empty where it can start."""
     if not EXECUTORS[config.executor].several:
         return []
+    found = getattr(_module(config), "problems", lambda config: [])(config)
     named = dict.fromkeys(cell.device for cell in plan.configs if re.fullmatch(r"cuda:0*[1-9]\d*", cell.device))
-    return [
+    return found + [
         f"device is {device}, but a worker of executor {config.executor} sees one GPU alone, and calls it cuda:0; "
         "leave device at auto, and name the GPUs to use in CUDA_VISIBLE_DEVICES"
         for device in named
