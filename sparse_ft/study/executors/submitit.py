@@ -115,6 +115,7 @@ class SubmititExecutor(WorkerPool):
             self._executor.update_parameters(**asked)
         except (AssertionError, NameError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(f"executor submitit: {str(error).splitlines()[0]}") from None
+        self._accounts = cluster == "local" or _keeps_accounts()
         self._submitted: list[SubmittedHandle] = []  # no worker number has them yet
         self._dismissed: list[SubmittedHandle] = []
         self._wanted = 1
@@ -152,7 +153,7 @@ class SubmititExecutor(WorkerPool):
             jobs = self._executor.map_array(serve, [self._setup] * count, folders, [self._life] * count)
         except (OSError, RuntimeError, subprocess.CalledProcessError) as error:  # in sbatch's own words
             raise UserError(f"executor submitit: the cluster refused the workers: {str(error)[-300:]}") from None
-        self._submitted = [SubmittedHandle(job, folder) for job, folder in zip(jobs, folders, strict=True)]
+        self._submitted = [SubmittedHandle(*pair, self._accounts) for pair in zip(jobs, folders, strict=True)]
 
     def _wait(self, busy: Mapping[int, SubmittedHandle]) -> None:
         time.sleep(_LOOK)
@@ -166,13 +167,18 @@ class SubmititExecutor(WorkerPool):
 class SubmittedHandle(WorkerHandle):
     """The driver's end of one job: it is sent jobs, and sends messages, through two files.
 
+    Args:
+        submitted: the job, as submitit has it.
+        folder: with the two files.
+        accounts: whether the cluster can be asked what became of it; else only its messages, and silence, tell.
+
     Attributes:
         heard: when something came from it last, by the monotonic clock.
     """
 
-    def __init__(self, submitted: Any, folder: Path):
+    def __init__(self, submitted: Any, folder: Path, accounts: bool):
         super().__init__()
-        self._submitted = submitted
+        self._submitted, self._accounts = submitted, accounts
         self._jobs, self._messages = Mailbox(folder / "jobs"), Mailbox(folder / "messages")
         self._begun, self._asked, self._forced, self._trouble = False, 0.0, 0.0, ""
         self.heard = time.monotonic()
@@ -193,7 +199,7 @@ class SubmittedHandle(WorkerHandle):
             if kind != "alive":
                 yield kind, *values
         if gone:
-            raise self._lost(f"its state is {self._submitted.state}")
+            raise self._lost(f"its state is {self._submitted.state}" if self._accounts else "it has ended")
         if self._trouble or (self._begun and time.monotonic() - self.heard > _SILENT):
             raise self._lost(self._trouble or "it shows no sign of life")
 
@@ -212,7 +218,7 @@ class SubmittedHandle(WorkerHandle):
     def kill(self, after: float = 0) -> None:
         """Takes the job from the cluster, whether it runs or waits for its turn."""
         give_up = time.monotonic() + after
-        while not (done := self._submitted.done()) and time.monotonic() < give_up:
+        while not (done := self._is_done()) and time.monotonic() < give_up:
             time.sleep(_LOOK)
         if not done:
             self._submitted.cancel(check=False)
@@ -225,7 +231,11 @@ class SubmittedHandle(WorkerHandle):
         self._asked = now
         if force := self._begun and now - max(self.heard, self._forced) > 2 * _BEAT:
             self._forced = now
-        return self._submitted.done(force_check=force)
+        return self._is_done(force)
+
+    def _is_done(self, force: bool = False) -> bool:
+        job = self._submitted
+        return job.done(force_check=force) if self._accounts else job.paths.result_pickle.exists()
 
     def _lost(self, why: str) -> WorkerLostError:
         job = self._submitted
@@ -326,6 +336,14 @@ def _shown(life: Path) -> str:
         return life.read_text()
     except OSError:  # closed, or out of reach: it shows nothing
         return ""
+
+
+def _keeps_accounts() -> bool:
+    """Whether ``sacct``, which submitit asks, answers: SLURM runs without accounts too."""
+    try:
+        return subprocess.run(["sacct", "--noheader", "-j", "1"], capture_output=True).returncode == 0
+    except OSError:
+        return False
 
 
 def _submitit() -> Any:

@@ -171,16 +171,17 @@ def test_a_study_that_cannot_be_submitted_is_refused_before_it_has_a_run(study_f
 
 BATCH = """#!/bin/sh
 echo "$(basename "$0") $*" >> {log}
-case "$0" in *sbatch) cp "$1" {script}; echo "Submitted batch job 4711";; *sacct) echo "JobID|State|NodeList";; esac
+case "$0" in *sbatch) cp "$1" {script}; echo "Submitted batch job 4711";; *sacct) exit {status};; esac
 """
 
 
-def test_the_workers_are_one_array_and_ctrl_c_takes_it_from_the_queue(study, tmp_path, monkeypatch):
+@pytest.mark.parametrize("accounts", [True, False])
+def test_the_workers_are_one_array_and_ctrl_c_takes_it_from_the_queue(study, tmp_path, monkeypatch, accounts):
     """With programs of SLURM's names, which answer as a cluster does whose queue is long."""
     log, script = tmp_path / "log", tmp_path / "script"
     for name in ("sbatch", "srun", "scancel", "sacct"):
         (tmp_path / "bin").mkdir(exist_ok=True)
-        (tmp_path / "bin" / name).write_text(BATCH.format(log=log, script=script))
+        (tmp_path / "bin" / name).write_text(BATCH.format(log=log, script=script, status=int(not accounts)))
         (tmp_path / "bin" / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     _, _, setup, jobs = study
@@ -195,7 +196,10 @@ def test_the_workers_are_one_array_and_ctrl_c_takes_it_from_the_queue(study, tmp
     with pytest.raises(KeyboardInterrupt):
         executor.run(Queue(jobs(3)))
     executor.close()
-    lines = [line for line in log.read_text().splitlines() if not line.startswith("sacct")]
+    asked, *lines = log.read_text().splitlines()
+    assert asked == "sacct --noheader -j 1"
+    if accounts:  # else nobody is asked again, for there is no answer
+        lines = [line for line in lines if not line.startswith("sacct")]
     assert lines[0].startswith("sbatch ") and sorted(lines[1:]) == [f"scancel 4711_{number}" for number in range(3)]
     said = script.read_text()
     for line in ("array=0-2%3", "partition=gpu", "account=mine", "time=60", "gpus-per-node=1", "no-requeue"):
