@@ -55,10 +55,11 @@ smoke: $(READY)
 ui: $(READY)
 	$(BIN)/mlflow ui --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}"
 
-# torch goes in first and pinned: left to the resolver it may be replaced by a larger build.
+# torch goes in first and pinned: left to the resolver it may be replaced by a larger build. Beside an NVIDIA GPU it comes
+# from the index whose CUDA the driver runs.
 $(READY): requirements/base.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' requirements/base.txt)"
+	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' requirements/base.txt)" $$($(BIN)/python -m requirements.torch_index)
 	$(BIN)/python -m pip install --quiet --requirement requirements/base.txt
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	touch $@

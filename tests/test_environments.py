@@ -105,7 +105,7 @@ def test_make_installs_for_the_demo_what_it_needs_and_adds_to_it_for_the_tests()
     demo, test = (_made(target) for target in ("demo", "test"))
     installs = [line.split("--quiet ")[1] for line in test if " pip install " in line]
     assert installs == [
-        "\"$(grep '^torch==' requirements/base.txt)\"",
+        "\"$(grep '^torch==' requirements/base.txt)\" $(.venv/bin/python -m requirements.torch_index)",
         "--requirement requirements/base.txt",
         "--no-deps --editable .",
         "--requirement requirements/lock.txt",
