@@ -11,7 +11,7 @@ DOCS_READY := $(DOCS)/.ready
 # `mlflow run` starts `python`: the one of the environment.
 RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 
-.PHONY: demo test test-slow test-all lint docs study-page format lock smoke ui clean
+.PHONY: demo test test-slow test-all lint docs image study-page format lock smoke ui clean
 
 demo: $(READY)
 	$(RUN) MLFLOW_EXPERIMENT_NAME=$${MLFLOW_EXPERIMENT_NAME:-sparse_ft} $(BIN)/mlflow run . --env-manager local
@@ -35,6 +35,13 @@ lint: $(TESTS_READY)
 # The site, in site/index.html. Its tools read the sources without importing them: an environment of its own, without torch.
 docs: $(DOCS_READY)
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
+
+# The image sparse_ft, where a container engine answers; TORCH=cu130 makes the one for GPUs. Its Dockerfile is linted anywhere.
+image: $(TESTS_READY)
+	$(BIN)/python -m pip install --quiet --requirement requirements/hadolint.txt
+	$(BIN)/hadolint Dockerfile
+	if docker info > /dev/null 2>&1; then docker build --build-arg TORCH=$(or $(TORCH),cpu) --tag sparse_ft . && docker run --rm sparse_ft sparse-ft --version; \
+	else echo "not built: no container engine answers to docker info"; fi
 
 # docs/answer.md and its figure, from the numbers in docs/study/ (docs/answer.py says how these are made).
 study-page: $(READY)

@@ -29,7 +29,7 @@ SLURM = BY_HAND + "on a real SLURM, two of its nodes on one machine, with config
 # The first pattern that fits the whole command counts.
 RUN = {
     r"make (demo|ui)": CLEAN,
-    r"make (test|test-slow|lint|docs|test-cerebras)": CI,
+    r"make (test|test-slow|lint|docs|image|test-cerebras)": CI,
     r"make study-page": ANSWER + "the_page_is_made_of_the_numbers_to_the_byte",
     r"make test-modelzoo MODELZOO=\S+": BY_HAND + "against ModelZoo Release_2.10.0, as docs/cerebras.md says",
     r"\. \.venv/bin/activate": CLEAN,
