@@ -137,12 +137,15 @@ def nvidia_driver() -> Driver | None:
 
 
 def torch_build() -> TorchBuild | None:
-    """How the installed torch was built, by the file that it says so in; None where there is none."""
+    """How the installed torch was built, by the file that it says so in; None where there is none, or it is for other
+    GPUs than NVIDIA's."""
     spec = find_spec("torch")
     file = Path(spec.origin).with_name("version.py") if spec is not None and spec.origin else None
     if file is None or not file.is_file():
         return None
     said = runpy.run_path(str(file))
+    if said.get("hip"):  # for AMD's GPUs, which may stand beside NVIDIA's
+        return None
     return _build(str(said.get("__version__")), said.get("cuda"))
 
 

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.machinery import ModuleSpec
 
 import pynvml
 import pytest
@@ -137,6 +138,18 @@ def test_how_torch_was_built_is_known_without_importing_it():
     assert said == str(wanted) and torch_build() == wanted
 
 
-def test_a_torch_that_is_not_there_says_nothing(monkeypatch, tmp_path):
+def test_a_torch_that_is_not_there_says_nothing(monkeypatch):
     monkeypatch.setattr("sparse_ft.nvidia.find_spec", lambda name: None)
     assert torch_build() is None
+
+
+@pytest.mark.parametrize(
+    ("cuda", "hip", "found"),
+    [("'13.0'", None, TorchBuild("2.13.0", (13, 0))), (None, None, TorchBuild("2.13.0", None)), (None, "'6.4'", None)],
+)
+def test_a_build_for_amd_is_not_held_against_nvidias_gpus(monkeypatch, tmp_path, cuda, hip, found):
+    (tmp_path / "version.py").write_text(f"__version__ = '2.13.0'\ncuda = {cuda}\nhip = {hip}\n")
+    monkeypatch.setattr(
+        "sparse_ft.nvidia.find_spec", lambda name: ModuleSpec(name, None, origin=str(tmp_path / "x.py"))
+    )
+    assert torch_build() == found
