@@ -114,6 +114,8 @@ def check(command: Command) -> None:
             assert step in STEPS or step == "NAME"
         case ["python", "-m", "lm_eval" as program, *options] | ["python", "-m" | "-u", program, *options]:
             assert_flags(program, options)
+        case ["python", "convert_hf_to_gguf.py", *_]:
+            pass  # llama.cpp's own script
         case ["python", file, *options] if file.endswith(".py"):
             assert (ROOT / file).is_file()
             assert_flags(file.removesuffix(".py").replace("/", "."), options)
