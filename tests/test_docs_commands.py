@@ -41,7 +41,7 @@ RUN = {
     r"pip install 'sparse_ft\[.*\]'": CLEAN,
     r"mlflow server .*": TEAM,
     r"export MLFLOW_TRACKING_URI=.*": TEAM,
-    r"mlflow models serve .*": "tests/tracking/test_models.py::test_a_model_is_served",
+    r"mlflow models serve( .*)?": "tests/tracking/test_models.py::test_a_model_is_served",
     r"mlflow runs delete": BY_HAND + "a failed cell deleted, its study resumed: the cell ran again",
     r"mlflow run \. -e analyze .*": STARTED,
     r"mlflow run \. -e sweep .* -P config=configs/full.yaml -P executor=process -P resume=PARENT_RUN_ID": RESUMED,
