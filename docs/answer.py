@@ -234,12 +234,12 @@ def added(study: Study) -> list[dict[str, str]]:
         row("a dense teacher in recovery", rule, level, (plain, "_recovered"), (taught, "_recovered"))
     for rule, level in lines:
         adapter, whole = (study.trained(rule, level, mode, study.steps) for mode in (s2s, full))
-        row("all weights in place of adapters, recovery", rule, level, (adapter, "_recovered"), (whole, "_recovered"))
+        row("all weights instead of adapters in recovery", rule, level, (adapter, "_recovered"), (whole, "_recovered"))
         row("fine-tuning all weights on the task, after recovery", rule, level, (whole, "_recovered"), (whole, ""))
     for rule, level in lines:
         sparse, dense = (study.trained(rule, level, mode, study.steps) for mode in (s2s, s2d))
-        row("a dense adapter in place of a sparse one", rule, level, (sparse, ""), (dense, ""))
-        row("re-masking what the dense adapter made", rule, level, (dense, ""), (dense, "_remasked"))
+        row("a dense instead of a sparse adapter", rule, level, (sparse, ""), (dense, ""))
+        row("re-masking after the dense adapter", rule, level, (dense, ""), (dense, "_remasked"))
     return rows
 
 

@@ -130,8 +130,8 @@ def test_the_study_at_a_tiny_size_makes_a_page(tmp_path):
     page = ANSWER["page"](tmp_path / "numbers")
     cells = pd.read_csv(tmp_path / "numbers/cells.csv")
     assert (cells["status"] == "FINISHED").all() and f"{len(cells)} of {len(cells)} cells finished" in page
-    adds = ("recovery on text", "a dense teacher in recovery", "re-masking what the dense adapter made")
-    adds += ("all weights in place of adapters, recovery",)
+    adds = ("recovery on text", "a dense teacher in recovery", "re-masking after the dense adapter")
+    adds += ("all weights instead of adapters in recovery",)
     for words in (
         *(f"| {what} | ALPS, 50 % |" for what in adds),
         "| 2:4, magnitude |",
