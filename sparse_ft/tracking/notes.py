@@ -30,7 +30,8 @@ and take a metric against *Step*, which is the sparsity in percent, or in tenths
 
 def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> str:
     """A table whose first columns, so many, are words, and the others numbers."""
-    lines = [_row(heads), _row(["---"] * words + ["---:"] * (len(heads) - words)), *map(_row, rows)]
+    rule = _row(["---"] * words + ["---:"] * (len(heads) - words), " | ")
+    lines = [_row(heads), rule, *map(_row, rows)]
     return "\n".join(lines)
 
 
@@ -39,5 +40,6 @@ def command_block(command: str) -> str:
     return f"To do it again:\n\n```\n{command}\n```"
 
 
-def _row(values: Sequence[str]) -> str:
-    return "| " + " | ".join(str(value).replace("|", "\\|").replace("\n", " ") for value in values) + " |"
+def _row(values: Sequence[str], between: str = "&nbsp;&nbsp; | ") -> str:
+    """A line of a table; MLflow's pages put no room between columns, and cut off plain blanks."""
+    return "| " + between.join(str(value).replace("|", "\\|").replace("\n", " ") for value in values) + " |"

@@ -19,10 +19,10 @@ def test_a_note_is_a_sentence_the_numbers_and_how_to_do_it_again():
         f"{cell.title}: the model was pruned to 50 % and fine-tuned on boolq for 7"
         " steps; accuracy 0.750; after the merge 50 % of the weights are zero, 0 masked weights are not zero.",
         "",
-        "| model | accuracy | loss | perplexity |",
+        "| model&nbsp;&nbsp; | accuracy&nbsp;&nbsp; | loss&nbsp;&nbsp; | perplexity |",
         "| --- | ---: | ---: | ---: |",
-        "| pruned | 0.500 | – | – |",
-        "| tuned | 0.750 ± 0.010 | 1.5000 | 1,234 |",
+        "| pruned&nbsp;&nbsp; | 0.500&nbsp;&nbsp; | –&nbsp;&nbsp; | – |",
+        "| tuned&nbsp;&nbsp; | 0.750 ± 0.010&nbsp;&nbsp; | 1.5000&nbsp;&nbsp; | 1,234 |",
         "",
         "**Warning**: merge_cost: a | b",
         "",
@@ -36,6 +36,11 @@ def test_a_note_is_a_sentence_the_numbers_and_how_to_do_it_again():
 
 def test_what_was_not_pruned_or_not_tuned_is_not_said_to_be():
     dense = cell_note(CellConfig(mode="dense"), CellResult(metrics={"eval/loss": 1.0, "eval/loss_untuned": 2.0}), None)
-    assert "pruned" not in dense and "| untuned | – | 2.0000 | – |" in dense and "again" not in dense
+    assert (
+        "pruned" not in dense
+        and "| untuned&nbsp;&nbsp; | –&nbsp;&nbsp; | 2.0000&nbsp;&nbsp; | – |" in dense
+        and "again" not in dense
+    )
     pruned = cell_note(CellConfig(mode="pruned"), CellResult(metrics={"eval/loss": 1.0}), None)
-    assert "tuned" not in pruned and "| pruned | – | 1.0000 | – |" in pruned
+    assert "tuned" not in pruned
+    assert "| pruned&nbsp;&nbsp; | –&nbsp;&nbsp; | 1.0000&nbsp;&nbsp; | – |" in pruned

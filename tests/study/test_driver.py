@@ -96,7 +96,17 @@ def test_curves_have_the_sparsity_as_step_and_stand_apart(run_study, capsys):
     address = re.search(r"http://127\.0\.0\.1:5000/#/experiments/(\d+)/runs\?viewStateShareKey=(\w+)", shown)
     assert address.groups() == (parent.experiment_id, parent.run_id)
     tags = tracker.client.get_experiment(parent.experiment_id).tags
-    view = json.loads(tags[f"mlflow.sharedViewState.{parent.run_id}"])
+    saved = tags[f"mlflow.sharedViewState.{parent.run_id}"]
+    view, metrics = json.loads(saved), set(_of(children, "cell")[0].metrics)
+    assert len(saved) < 4000  # a tag of an experiment holds 5,000
+    charts = [chart for chart in view["compareRunCharts"] if chart["metricSectionId"] == "study"]
+    drawn = {chart.get("metricKey") or chart["yaxis"]["key"] for chart in charts}
+    assert {"eval/perplexity", "eval/accuracy", "train/loss_curve"} <= drawn <= metrics
+    sections = [(section["name"], section["display"]) for section in view["compareRunSections"]]
+    assert sections[0] == ("The study", True) and {name.split("/")[0] for name in metrics} == {
+        n for n, _ in sections[1:]
+    }
+    assert not any(shown for _, shown in sections[1:])
     assert len(tracker.search(view["searchFilter"])) == 2 and "metrics.`eval/accuracy`" in view["selectedColumns"]
 
 

@@ -73,7 +73,11 @@ def test_everything_stands_where_an_mlflow_user_looks_for_it(read, tmp_path):
 
     # Notes: of the study, of a cell, of the experiment.
     note = study.tags["mlflow.note.content"]
-    assert "BoolQ on tiny-llama" in note and "| unstructured wanda |" in note and "`report/report.html`" in note
+    assert (
+        "BoolQ on tiny-llama" in note
+        and "| unstructured wanda&nbsp;&nbsp; |" in note
+        and "`report/report.html`" in note
+    )
     assert sparse.tags["command"] in sparse.tags["mlflow.note.content"]
     assert f"accuracy {sparse.metrics['eval/accuracy']:.3f}" in sparse.tags["mlflow.note.content"]
     experiment = client.get_experiment(study.experiment_id)
@@ -119,7 +123,7 @@ def test_everything_stands_where_an_mlflow_user_looks_for_it(read, tmp_path):
     assert tables(tracker, study, "summary.json").equals(table)
     (analysis,) = tracker.search("tags.kind = 'analysis'", study.experiment_id)
     assert len(tables(tracker, analysis, "summary.json")) == 2
-    assert "| unstructured wanda |" in analysis.tags["mlflow.note.content"]
+    assert "| unstructured wanda&nbsp;&nbsp; |" in analysis.tags["mlflow.note.content"]
 
 
 def tables(tracker: Tracker, run, name: str) -> pd.DataFrame:

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Mapping
 
+import mlflow
+
 from sparse_ft.progress import Progress
 from sparse_ft.study.queue import Listener, Queue
 from sparse_ft.study.worker import WorkerSetup
@@ -58,6 +60,17 @@ class Prompt(WorkerSetup):
     def build(self, bench=None):
         live.EVERY_SECONDS = 0.1  # in the worker's own process
         return super().build(bench)
+
+
+class Measured(WorkerSetup):
+    """Real workers that measure their machine ten times a second, as ``system/worker/...``, from a job's beginning."""
+
+    def build(self, bench=None):
+        mlflow.set_system_metrics_node_id("worker")  # in the worker's own process
+        worker = super().build(bench)
+        measured = worker._tracker.system_metrics
+        worker._tracker.system_metrics = lambda run_id, after: measured(run_id, seconds=0.1)
+        return worker
 
 
 class AtStep(Progress):

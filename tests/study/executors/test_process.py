@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import psutil
 import pytest
-from workers import BrokenDevice, Prompt, Watching, check_that_three_device_errors_stop_a_worker
+from workers import BrokenDevice, Measured, Prompt, Watching, check_that_three_device_errors_stop_a_worker
 
 from sparse_ft.study.executors.process import ProcessExecutor, _surroundings, default_workers, visible_gpus
 from sparse_ft.study.executors.serial import SerialExecutor
@@ -16,6 +16,10 @@ from sparse_ft.study.queue import Queue
 
 def _worker_of(tracker, parent, key):
     (run,) = [run for run in tracker.children(parent, "RUNNING") if run.tags["cell_key"] == key]
+    return _worker_pid(run)
+
+
+def _worker_pid(run):
     return int(run.tags["worker"].split(" ")[1])
 
 
@@ -140,3 +144,16 @@ def test_a_workers_curves_are_there_while_its_cell_runs(study, tmp_path):
     assert [point.step for point in points] == list(range(1, steps + 1))
     times = [point.timestamp for point in points]
     assert times == sorted(times) and times[-1] - times[0] > 200
+
+
+def test_system_metrics_are_of_the_process_that_does_the_work(study, tmp_path):
+    tracker, parent, setup, jobs = study
+    executor = ProcessExecutor(Measured(**vars(setup)), Watching(), 1, logs=tmp_path / "logs")
+    try:
+        queue = Queue(jobs(1))
+        executor.run(queue)
+    finally:
+        executor.close()
+    (cell,) = tracker.children(parent)
+    assert cell.status == "FINISHED" and _worker_pid(cell) != os.getpid()
+    assert cell.metrics["system/worker/system_memory_usage_megabytes"] > 0

@@ -51,7 +51,8 @@ def test_one_objective_ends_with_the_best_trial(run_search, tmp_path, capsys):
     assert parent.metrics["best/eval/loss"] == best["values"]["eval/loss"]
     assert cells[best["run_id"]].tags["best"] == "true"
     note = parent.tags["mlflow.note.content"]
-    assert f"| {best['number']} | {best['params']['learning_rate']} |" in note and parent.tags["command"] in note
+    row = f"| {best['number']}&nbsp;&nbsp; | {best['params']['learning_rate']}&nbsp;&nbsp; | "
+    assert row in note and parent.tags["command"] in note
     assert {"search/search.png", "search/trials.json"} <= set(tracker.artifacts(parent.run_id))
     assert "best trial" in capsys.readouterr().out
 
