@@ -80,7 +80,7 @@ $(TESTS_READY): $(READY) requirements/lock.txt
 # environment tells what of it the tests alone need.
 lock:
 	$(BIN)/python -m pip install --quiet --upgrade --editable ".[test]"
-	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' > requirements/lock.txt
+	$(BIN)/python -m pip freeze --exclude-editable | sed -e 's/+cpu$$//' -e '/^triton==/s/$$/ ; sys_platform == "linux"/' > requirements/lock.txt
 	$(PYTHON) -m venv --clear .venv-lock
 	.venv-lock/bin/python -m pip install --quiet "$$(grep '^torch==' requirements/lock.txt)"
 	.venv-lock/bin/python -m pip install --quiet --constraint requirements/lock.txt --editable .

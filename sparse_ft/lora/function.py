@@ -18,12 +18,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from sparse_ft.lora.kernels import kernels_of
 from sparse_ft.lora.rounding import DITHERED_DTYPES, block_rows, dither_into
 
 __all__ = ["effective_weight", "masked_linear", "masked_weight", "prune_", "pruned_linear", "rank_one_factors"]
 
 _INTEGERS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.bfloat16: torch.int16,
              torch.float16: torch.int16}  # fmt: skip
+_CONTIGUOUS = torch.contiguous_format
 
 
 def prune_(tensor: Tensor, packed: Tensor) -> Tensor:
@@ -42,6 +44,9 @@ def prune_(tensor: Tensor, packed: Tensor) -> Tensor:
     columns = tensor.shape[-1]
     if packed.shape != (*tensor.shape[:-1], (columns + 7) // 8) or tensor.dtype not in _INTEGERS:
         raise ValueError(f"bits {tuple(packed.shape)} do not fit {tensor.dtype} {tuple(tensor.shape)}")
+    if (kernels := kernels_of(tensor.device.type)) is not None:
+        kernels.prune_into(tensor, tensor, packed.contiguous())
+        return tensor
     rows, packed = tensor.view(_INTEGERS[tensor.dtype]).view(-1, columns), packed.reshape(-1, packed.shape[-1])
     # A CPU would widen int8 to the tensor's integers in a pass of its own, and likes blocks that fit its cache;
     # a GPU widens within the kernel and likes few kernels.
@@ -50,6 +55,15 @@ def prune_(tensor: Tensor, packed: Tensor) -> Tensor:
     else:
         _clear(rows, packed, torch.int8, max(1, rows.shape[0]))
     return tensor
+
+
+def _pruned(tensor: Tensor, packed: Tensor) -> Tensor:
+    """What `prune_` makes of ``tensor``, in a new one."""
+    if (kernels := kernels_of(tensor.device.type)) is None:
+        return prune_(tensor.clone(memory_format=_CONTIGUOUS), packed)
+    out = torch.empty_like(tensor, memory_format=_CONTIGUOUS)
+    kernels.prune_into(out, tensor.contiguous(), packed.contiguous())
+    return out
 
 
 def _clear(rows: Tensor, packed: Tensor, dtype: torch.dtype, step: int) -> None:
@@ -86,8 +100,9 @@ def effective_weight(
 ) -> Tensor:
     """``(W + s B A) . M`` in the dtype of ``W``: the one arithmetic of forward, backward and merge.
 
-    With a key, and ``W`` in bfloat16 or float16, the sum is made in float32 and rounded by the key's noise, a block
-    of rows at a time: updates far below the weight's last bit survive in the mean. Otherwise it is made by one
+    With a key, and ``W`` in bfloat16 or float16, the sum is made in float32 and rounded by the key's noise: updates far
+    below the weight's last bit survive in the mean. On a GPU one kernel does it, in an order of its own (see
+    `sparse_ft.lora.fused`); elsewhere torch, a block of rows at a time. Otherwise it is made by one
     ``addmm`` (``baddbmm`` for stacks) of factors in the dtype of ``W``, and rounded once to the nearest. Adding a
     product that was rounded before gives another weight in bfloat16.
 
@@ -117,7 +132,13 @@ def _dithered(
     out: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """`effective_weight` by dithered rounding; beside the result, memory for a block of rows."""
-    out = torch.empty_like(weight, memory_format=torch.contiguous_format) if out is None else out
+    kernels = kernels_of(weight.device.type)
+    if kernels is not None and factor_a.shape[-2] <= kernels.LARGEST_RANK:
+        result = out if out is not None and out.is_contiguous() else torch.empty_like(weight, memory_format=_CONTIGUOUS)
+        packed = None if packed is None else packed.contiguous()
+        kernels.effective_into(result, weight.contiguous(), factor_a, factor_b, packed, scaling, key)
+        return result if out is None or out is result else out.copy_(result)
+    out = torch.empty_like(weight, memory_format=_CONTIGUOUS) if out is None else out
     for index in range(1 if weight.dim() == 2 else weight.shape[0]):
         part = [tensor if tensor is None or weight.dim() == 2 else tensor[index]
                 for tensor in (weight, factor_a, factor_b, packed, out)]  # fmt: skip
@@ -256,7 +277,7 @@ class _MaskedWeight(torch.autograd.Function):
     def backward(ctx, gradient):
         factor_a, factor_b, packed = ctx.saved_tensors
         # Autograd may hand the same gradient to others: mask a copy.
-        gradient = prune_(gradient.clone(memory_format=torch.contiguous_format), packed)
+        gradient = _pruned(gradient, packed)
         needs = (ctx.needs_input_grad[1], ctx.needs_input_grad[2])
         return None, *_factor_gradients(gradient, factor_a, factor_b, ctx.scaling, needs), None, None, None
 
@@ -265,7 +286,7 @@ class _PrunedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, packed, bias):
         ctx.save_for_backward(weight, packed)
-        return F.linear(x, prune_(weight.clone(), packed), bias)
+        return F.linear(x, _pruned(weight, packed), bias)
 
     @staticmethod
     @once_differentiable
@@ -274,7 +295,7 @@ class _PrunedLinear(torch.autograd.Function):
         grad = grad_output.reshape(-1, grad_output.shape[-1])
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = torch.mm(grad, prune_(weight.clone(), packed).to(grad.dtype))
+            grad_x = torch.mm(grad, _pruned(weight, packed).to(grad.dtype))
             grad_x = grad_x.view(*grad_output.shape[:-1], weight.shape[-1])
         if ctx.needs_input_grad[3]:
             grad_bias = grad.sum(0)

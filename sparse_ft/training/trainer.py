@@ -17,6 +17,7 @@ from sparse_ft.environment import arithmetic_variables, one_process
 from sparse_ft.errors import UserError
 from sparse_ft.lora.adamw import DitheredAdamW
 from sparse_ft.lora.keeping import Keeping
+from sparse_ft.lora.kernels import made_by
 from sparse_ft.lora.rounding import DITHERED_DTYPES
 from sparse_ft.memory import peak_bytes, reset_peak
 from sparse_ft.progress import SILENT, Progress
@@ -115,7 +116,7 @@ def train(
         model.eval()
     protocol = _protocol(settings, model, rows, device)
     if kept is not None:
-        protocol["effective_weights"] = kept
+        protocol |= {"effective_weights": kept, "effective_weights_by": made_by(device)}
     return watch.result(peak_bytes(device), protocol)
 
 
