@@ -143,7 +143,7 @@ class SparseLinearVariant(LoraVariant):
             # (B A) . M = (m_out . B)(A . m_in): two thin products, no weight gradient. Only while training:
             # evaluation below uses the very weight that merge writes.
             low = F.linear(module._cast_input_dtype(dropout(x), factor_a.dtype), factor_a * module.mask_in)
-            update = F.linear(low, factor_b * module.mask_out.unsqueeze(1)) * scaling
+            update = F.linear(low * scaling, factor_b * module.mask_out.unsqueeze(1))  # scaled while it is thin
             output = base(x)
             return (output + update).to(output.dtype)
         if module.training and isinstance(dropout, nn.Dropout):
