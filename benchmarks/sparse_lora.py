@@ -7,8 +7,10 @@
 
 The variants take turns in one process, so that whatever else the machine does hits them alike; ratios are
 taken within a round, figures are medians over the rounds. "Ours" rounds with dither, as it does by default; what that
-takes is printed below each table as a ratio to rounding to the nearest, with its limit beside it. Needs torch,
-transformers, peft, safetensors and sparse_ft, nothing else.
+takes is printed below each table as a ratio to rounding to the nearest, with its limit beside it. It makes the
+effective weights again in backward (`keep_effective: never`), or keeps them (always); on a GPU its kernels make them,
+and in a row of its own plain torch. Beside a ratio stands its goal. Needs torch, transformers, peft, safetensors and
+sparse_ft, nothing else.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import torch
 from peft import LoraConfig
@@ -27,15 +30,25 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparse_ft.lora import LoraSettings, SparseLoRAConfig, SparseLoRALayer, apply_sparse_lora
+from sparse_ft.lora import LoraSettings, SparseLoRAConfig, SparseLoRALayer, apply_sparse_lora, function
+from sparse_ft.lora.keeping import set_keeping
+from sparse_ft.lora.kernels import kernels_of, made_by
 from sparse_ft.masks.mask_set import MaskSet, pack_bits
 from sparse_ft.models.names import role
+from sparse_ft.settings.lora import ALWAYS, NEVER
 from sparse_ft.settings.modes import DENSE, SPARSE_TO_SPARSE
 
 SPARSITY = 0.5
 SCALING = 2.0  # alpha / r
 DITHER_LIMIT = 1.10  # of a whole training step on a CPU
+OURS = "ours, unstructured"
+KEPT = "ours, unstructured, kept"
 NEAREST = "ours, unstructured, to the nearest"
+BY_TORCH = "ours, unstructured, by torch"
+NAIVE = "naive, unstructured"
+# (device, dtype) -> most of plain LoRA's time: of a map, of a step with the best of making again and keeping.
+GOALS = {("cuda", "bfloat16"): (0.80, 1.00), ("cpu", "float32"): (None, 1.25)}
+STRUCTURED_GOAL = 1.00
 
 
 class NaiveLayer(nn.Module):
@@ -139,18 +152,20 @@ def linear_steps(d: int, tokens: int, rank: int, dtype: torch.dtype, device: tor
             layer.weight.data *= mask.to(device)
         return layer
 
-    def sparse(kind: str, rounding: str = "dithered") -> nn.Module:
+    def sparse(kind: str, rounding: str = "dithered", keep: str = NEVER) -> nn.Module:
         mask = random_mask(d, d, kind, 1)
         layer = SparseLoRALayer(base(mask), "default", config=SparseLoRAConfig(**common, rounding=rounding), **common)
         layer.attach_mask(pack_bits(mask), kind)
+        set_keeping(layer, keep)
         return layer
 
     layers = {
         "plain LoRA": PeftLinear(base(), "default", config=LoraConfig(**common), **common),
-        "ours, unstructured": sparse("unstructured"),
+        OURS: sparse("unstructured"),
+        KEPT: sparse("unstructured", keep=ALWAYS),
         NEAREST: sparse("unstructured", "nearest"),
         "ours, structured": sparse("structured"),
-        "naive, unstructured": NaiveLayer(base(), rank, random_mask(d, d, "unstructured", 1).to(device)),
+        NAIVE: NaiveLayer(base(), rank, random_mask(d, d, "unstructured", 1).to(device)),
     }
     for layer in layers.values():
         layer.to(device).train()
@@ -163,7 +178,19 @@ def linear_steps(d: int, tokens: int, rank: int, dtype: torch.dtype, device: tor
         x.grad = None
         layer.zero_grad(set_to_none=True)
 
-    return {name: (lambda layer=layer: step(layer)) for name, layer in layers.items()}
+    return also_by_torch({name: (lambda layer=layer: step(layer)) for name, layer in layers.items()}, device)
+
+
+def also_by_torch(steps: dict[str, Callable], device: torch.device) -> dict[str, Callable]:
+    """The steps, and where kernels do the work a step in which plain torch does it."""
+    if kernels_of(device.type) is None:
+        return steps
+
+    def by_torch() -> None:
+        with mock.patch.object(function, "kernels_of", lambda kind: None):
+            steps[OURS]()
+
+    return {**steps, BY_TORCH: by_torch}
 
 
 def model_steps(
@@ -185,11 +212,14 @@ def model_steps(
         return MaskSet(packed, prunable_shapes(model))
 
     def prepared(kind: str) -> nn.Module:
-        rounding = "nearest" if kind == NEAREST else "dithered"
-        model, settings = make(), LoraSettings(lora_r=rank, lora_alpha=SCALING * rank, rounding=rounding)
+        rounding, keep = "nearest" if kind == NEAREST else "dithered", ALWAYS if kind == KEPT else NEVER
+        model, settings = (
+            make(),
+            LoraSettings(lora_r=rank, lora_alpha=SCALING * rank, rounding=rounding, keep_effective=keep),
+        )
         if kind == "plain LoRA":
             model = apply_sparse_lora(model, settings, DENSE.name)
-        elif kind == "naive, unstructured":
+        elif kind == NAIVE:
             model = with_naive_layers(model, rank, masks(model, "unstructured"))
         else:
             model = apply_sparse_lora(model, settings, SPARSE_TO_SPARSE.name, masks(model, kind.split(", ")[1]))
@@ -199,7 +229,7 @@ def model_steps(
         return model.train()
 
     steps = {}
-    for kind in ("plain LoRA", "ours, unstructured", NEAREST, "ours, structured", "naive, unstructured"):
+    for kind in ("plain LoRA", OURS, KEPT, NEAREST, "ours, structured", NAIVE):
         model = prepared(kind)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
         ids = torch.randint(3, model.config.vocab_size, (rows, length), device=device)
@@ -211,7 +241,7 @@ def model_steps(
             optimizer.zero_grad(set_to_none=True)
 
         steps[kind] = step
-    return steps
+    return also_by_torch(steps, device)
 
 
 def with_naive_layers(model: nn.Module, rank: int, masks: MaskSet) -> nn.Module:
@@ -261,17 +291,21 @@ def llama_7b(layers: int, device: torch.device) -> Callable[[], nn.Module]:
     return make
 
 
-def table(title: str, results: dict[str, dict], flops: dict[str, float], rate: float, limit: float | None) -> None:
-    """Prints one table; ``limit``: of dithered rounding's ratio, where there is one."""
+def table(
+    title: str, results: dict[str, dict], flops: dict[str, float], rate: float, limit: float | None, goal: float | None
+) -> None:
+    """Prints one table; ``limit``: of dithered rounding's ratio, ``goal``: of ours to plain LoRA, or None."""
     plain = results["plain LoRA"]
+    goals = {OURS: goal, KEPT: goal, "ours, structured": None if goal is None else STRUCTURED_GOAL}
     print(f"\n{title}")
-    print("| variant | ms a step | x plain | peak MB | x plain | TFLOP/s | of matmul |")
-    print("|---|---:|---:|---:|---:|---:|---:|")
+    print("| variant | ms a step | x plain | goal | peak MB | x plain | TFLOP/s | of matmul |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|")
     for name, row in results.items():
         cells = [
             name,
             f"{1e3 * row['seconds']:.1f}",
             f"{row['ratio']:.2f}",
+            "" if goals.get(name) is None else f"{goals[name]:.2f}",
             f"{row['peak_bytes'] / 1e6:.1f}",
             f"{row['peak_bytes'] / plain['peak_bytes']:.2f}",
         ]
@@ -279,13 +313,13 @@ def table(title: str, results: dict[str, dict], flops: dict[str, float], rate: f
         row["flops_per_second"] = speed
         cells += [f"{speed / 1e12:.3f}", f"{speed / rate:.2f}"]
         print("| " + " | ".join(cells) + " |")
-    ratio = f"dithered / nearest, unstructured: {results['ours, unstructured']['to_nearest']:.3f}"
+    ratio = f"dithered / nearest, unstructured: {results[OURS]['to_nearest']:.3f}"
     print(ratio + (f" (limit {limit:.2f})" if limit else ""))
 
 
 def gemm_flops(weights: float, tokens: int, recompute: bool) -> dict[str, float]:
     """Floating point operations of the big products alone: forward, dX, and dW where a variant needs it."""
-    three = {"ours, unstructured": 3, NEAREST: 3, "naive, unstructured": 3}
+    three = dict.fromkeys((OURS, KEPT, NEAREST, BY_TORCH, NAIVE), 3)
     passes = {"plain LoRA": 2, "ours, structured": 2, **three}
     return {name: 2.0 * (count + recompute) * tokens * weights for name, count in passes.items()}
 
@@ -322,17 +356,19 @@ def main() -> None:
     device = torch.device(args.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
     print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, sparsity {SPARSITY}, r = {args.rank}")
+    print(f"effective weights made by {made_by(device)}")
     figures: dict[str, dict] = {}
     for dtype_name in args.dtypes.split(","):
         mixed = dtype_name == "mixed"
         dtype = torch.bfloat16 if mixed else getattr(torch, dtype_name)
         rate = matmul_rate(device, torch.float32 if mixed else dtype, 8192 if device.type == "cuda" else 2048, clock)
+        map_goal, step_goal = GOALS.get((device.type, dtype_name), (None, None))
         print(f"\n{dtype_name}: matrix product {rate / 1e12:.3f} TFLOP/s")
         if args.d and not mixed:
             steps = linear_steps(args.d, args.tokens, args.rank, dtype, device)
             results = alternate(steps, args.rounds, device, clock)
             title = f"one linear map, {dtype_name}, d = {args.d}, T = {args.tokens}"
-            table(title, results, gemm_flops(args.d**2, args.tokens, False), rate, None)
+            table(title, results, gemm_flops(args.d**2, args.tokens, False), rate, None, map_goal)
             figures[title] = results
         makers = {}
         if args.model:
@@ -345,7 +381,8 @@ def main() -> None:
             weights = block_weights(make())
             title = f"{label}, {dtype_name}, {args.rows} x {args.length} tokens, checkpointing {args.checkpointing}"
             flops = gemm_flops(weights, args.rows * args.length, args.checkpointing)
-            table(title, results, flops, rate, DITHER_LIMIT if device.type == "cpu" else None)
+            step_goal = None if args.checkpointing else step_goal
+            table(title, results, flops, rate, DITHER_LIMIT if device.type == "cpu" else None, step_goal)
             figures[title] = results
             del steps
     if args.json:

@@ -98,6 +98,8 @@ def test_the_study_of_a_small_gpu_at_a_tiny_size(tmp_path, data):
     runs = _run_small(study, tmp_path, {"model": "tiny-qwen3", "score": ["hellaswag"], "data_dir": str(data)})
     assert len(runs) == 2 + 2 * 2 + 1 and {run.metrics["sparsity/violations"] for run in runs} == {0}
     assert sum("eval/perplexity_recovered" in run.metrics for run in runs) == 1
+    kept = [run.params.get("protocol/train_effective_weights") for run in runs if run.params["cfg/mode"] != "pruned"]
+    assert sorted(kept, key=str) == [None] + 3 * ["kept"]  # the dense one makes none; tiny ones leave the room
 
 
 def test_the_study_of_modern_models_at_a_tiny_size(tmp_path, data):
