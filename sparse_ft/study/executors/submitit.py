@@ -118,13 +118,13 @@ class SubmititExecutor(WorkerPool):
         self._accounts = cluster == "local" or _keeps_accounts()
         self._submitted: list[SubmittedHandle] = []  # no worker number has them yet
         self._dismissed: list[SubmittedHandle] = []
-        self._wanted = 1
+        self._queue = Queue(())
         self._life = self._folder / f"driver-{uuid.uuid4().hex}"
         self._closing = threading.Event()
 
     def run(self, queue: Queue) -> None:
         """Runs the queue empty; its first workers are one array."""
-        self._wanted = min(self.workers, queue.left)
+        self._queue = queue
         super().run(queue)
 
     def close(self) -> None:
@@ -137,8 +137,9 @@ class SubmititExecutor(WorkerPool):
 
     def _start(self, number: int) -> SubmittedHandle:
         if not self._submitted:
-            there = sum(handle is not None and handle.is_alive() for handle in self._handles)
-            self._submit(max(1, self._wanted - there))
+            others = [handle for handle in self._handles if handle is not None]
+            there = sum(handle.job is not None or handle.is_alive() for handle in others)
+            self._submit(max(1, min(self.workers, self._queue.left) - there))
         return self._submitted.pop(0)
 
     def _submit(self, count: int) -> None:
@@ -157,11 +158,14 @@ class SubmititExecutor(WorkerPool):
 
     def _wait(self, busy: Mapping[int, SubmittedHandle]) -> None:
         time.sleep(_LOOK)
-        for number, handle in enumerate(self._handles):
-            if handle is not None and handle.job is None and time.monotonic() - handle.heard > _IDLE:
+        long_ago = time.monotonic() - _IDLE
+        idle = [handle for handle in self._handles if handle is not None and handle.job is None]
+        for handle in (*idle, *self._submitted):
+            if handle.heard < long_ago:
                 handle.dismiss()
                 self._dismissed.append(handle)
-                self._handles[number] = None
+        self._handles = [None if handle in self._dismissed else handle for handle in self._handles]
+        self._submitted = [handle for handle in self._submitted if handle not in self._dismissed]
 
 
 class SubmittedHandle(WorkerHandle):

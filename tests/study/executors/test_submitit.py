@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -20,13 +22,17 @@ submitit = pytest.importorskip("submitit", reason="submitit is an optional extra
 
 from sparse_ft.study.executors import submitit as module  # noqa: E402
 from sparse_ft.study.executors.mailbox import Mailbox  # noqa: E402
-from sparse_ft.study.executors.submitit import SubmititExecutor, parameters  # noqa: E402
+from sparse_ft.study.executors.submitit import SubmititExecutor, SubmittedHandle, parameters  # noqa: E402
 
 LOCAL = {"cluster": "local"}
 
 
 def _jobs_of_submitit():
-    return [p for p in psutil.Process().children(recursive=True) if "submitit" in " ".join(p.cmdline())]
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # that of a lost worker ends in this moment
+            found += [process] if "submitit" in " ".join(process.cmdline()) else []
+    return found
 
 
 def _gone(processes):
@@ -207,15 +213,32 @@ def test_the_workers_are_one_array_and_ctrl_c_takes_it_from_the_queue(study, tmp
     assert not list((tmp_path / "logs" / "submitit").glob("driver-*"))  # so that one which starts all the same ends
 
 
+def test_a_replacement_leaves_the_messages_of_those_at_work_alone(study, tmp_path, monkeypatch):
+    _, _, setup, jobs = study
+    executor = SubmititExecutor(setup, Watching(), 4, logs=tmp_path / "logs", slurm=LOCAL)
+    asked = []
+    monkeypatch.setattr(executor, "_submit", lambda count: asked.append(count) or executor._submitted.extend("ab"))
+    for name in ("jobs", "messages"):
+        Mailbox(tmp_path / "busy" / name).create()
+    paths = SimpleNamespace(result_pickle=tmp_path / "none", stdout=tmp_path / "none")
+    busy = SubmittedHandle(SimpleNamespace(job_id="1", paths=paths), tmp_path / "busy", accounts=False)
+    executor._queue = Queue(jobs(3))
+    busy.assign(executor._queue.take(0))
+    executor._handles[0] = busy
+    Mailbox(tmp_path / "busy" / "messages").put([("opened", "run")])
+    assert (executor._start(1), executor._start(2), asked) == ("a", "b", [2])  # for three jobs, of which one is at work
+    assert list(busy.messages()) == [("opened", "run")]
+
+
 def test_a_worker_out_of_work_gives_its_place_back(study, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_IDLE", 0.1)
     executor = SubmititExecutor(study[2], Watching(), 1, logs=tmp_path / "logs", slurm=LOCAL)
     executor._submit(1)
-    handle = executor._handles[0] = executor._submitted.pop()
+    (handle,) = executor._submitted
     try:
         time.sleep(0.2)
         executor._wait({})
-        assert executor._handles == [None]
+        assert executor._submitted == [] and executor._handles == [None]
         assert handle._submitted.result() is None  # by itself
         assert not handle.is_alive()
     finally:
