@@ -146,7 +146,7 @@ def _dithered(
         step = block_rows(base)
         for begin in range(0, base.shape[0], step):
             rows = slice(begin, begin + step)
-            total = torch.addmm(base[rows].float(), b[rows], a, alpha=scaling)
+            total = base[rows].float().addmm_(b[rows], a, alpha=scaling)
             dither_into(target[rows], total, key, index * base.shape[0] + begin)
             if bits is not None:
                 prune_(target[rows], bits[rows])
