@@ -100,8 +100,8 @@ class Checkpoint:
         return sorted(filter(self._has_place, self._entries))
 
     @cached_property
-    def _stored_names(self) -> list[str]:
-        """`names` as the files have them."""
+    def stored_names(self) -> list[str]:
+        """`names` as the files have them: the experts of a block may be one tensor."""
         return sorted(filter(self._has_place, self._stored))
 
     @cached_property
@@ -289,6 +289,22 @@ class Checkpoint:
         """Shape of every prunable tensor, by name."""
         return {name: self.shape(name) for name in self.prunable}
 
+    def rows(self, name: str, which: slice) -> torch.Tensor:
+        """A range of a tensor's rows (along its first axis), in memory of its own; of the file no more is read."""
+        import torch
+
+        shape = self.shape(name)
+        if not shape:
+            return self.tensor(name)
+        first, last, _ = which.indices(shape[0])
+        size, found = (
+            self.nbytes(name) // max(1, shape[0]),
+            torch.empty(last - first, *shape[1:], dtype=self.dtype(name)),
+        )
+        if found.numel():
+            found.view(torch.uint8).numpy().reshape(-1)[:] = self.raw(name)[first * size : last * size]
+        return found
+
     @cached_property
     def fingerprint(self) -> str:
         """16 hex digits that tell these weights from any others.
@@ -300,7 +316,7 @@ class Checkpoint:
         def digest(name: str) -> bytes:
             return hashlib.sha256(self.raw(name)).digest()
 
-        names = self._stored_names
+        names = self.stored_names
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing leaves the interpreter to others
             return self.combined(dict(zip(names, pool.map(digest, names), strict=True)))
 
@@ -311,7 +327,7 @@ class Checkpoint:
             digests: more than the model's own are no matter.
         """
         identity = hashlib.sha256()
-        for name in self._stored_names:
+        for name in self.stored_names:
             identity.update(f"{name} {self._entry(name).described}\n".encode() + digests[name])
         return identity.hexdigest()[:16]
 
@@ -323,7 +339,7 @@ class Checkpoint:
     def _sampled_fingerprint(self) -> str:
         """Version 0.1.0's: every prunable tensor's name, dtype, shape and 12 KiB (head, middle, tail) of its bytes."""
         identity = hashlib.sha256()
-        for name in prunable_names(self.config, self._stored_names):
+        for name in prunable_names(self.config, self.stored_names):
             entry, raw = self._entry(name), self.raw(name)
             identity.update(f"{name} {entry.described}\n".encode())
             for start in (0, max(0, raw.size // 2 - 2048), max(0, raw.size - 4096)):

@@ -28,6 +28,7 @@ from sparse_ft.masks.mask_set import MaskSet
 from sparse_ft.models.checkpoint import Checkpoint
 from sparse_ft.models.devices import resolve_device, resolve_dtype
 from sparse_ft.models.families import TEXT_NAMES, architecture_of
+from sparse_ft.models.hollow import is_hollow
 from sparse_ft.models.names import has_fused_experts, listed_shapes, place, prunable_names, slots
 from sparse_ft.models.opening import open_checkpoint
 from sparse_ft.models.packed import PackedCheckpoint
@@ -249,7 +250,8 @@ def prunable_shapes(model: PreTrainedModel, fused: bool = False) -> dict[str, tu
 
 @torch.no_grad()
 def apply_masks(model: PreTrainedModel, masks: MaskSet) -> None:
-    """Sets every masked weight of the model to zero (+0.0, even where it was negative), in place.
+    """Sets every masked weight of the model to zero (+0.0, even where it was negative), in place. Of a model without
+    weights (`sparse_ft.models.hollow`) the shapes are looked at.
 
     Raises:
         UserError: the masks are not exactly those of this model's prunable tensors; nothing was changed.
@@ -258,7 +260,8 @@ def apply_masks(model: PreTrainedModel, masks: MaskSet) -> None:
     check_masks(masks, prunable_shapes(model, fused=has_fused_experts(config, masks.shapes)))
     for name, slot in slots(config, masks.shapes).items():
         weight = slot.view(model.get_parameter(slot.parameter))
-        weight.masked_fill_(~masks[name].to(weight.device), 0)
+        if not is_hollow(weight):
+            weight.masked_fill_(~masks[name].to(weight.device), 0)
 
 
 @torch.no_grad()

@@ -65,7 +65,7 @@ class CerebrasCheckpoint(Checkpoint):
         """All tensors: the file's others are ModelZoo's own."""
         return sorted(self._stored)
 
-    _stored_names = names
+    stored_names = names
 
     @property
     def carried(self) -> list[str]:
