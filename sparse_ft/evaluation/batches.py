@@ -5,6 +5,8 @@ from __future__ import annotations
 import psutil
 import torch
 
+from sparse_ft.models.sharding import own_rows
+
 __all__ = ["rows_that_fit"]
 
 _MOST = 64
@@ -34,7 +36,8 @@ def rows_that_fit(
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
     logits = (positions or seq_len) * config.vocab_size * (size + 8)
     activations = seq_len * (6 * hidden + 3 * inner + 2 * hidden * config.num_hidden_layers) * size
-    weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    own = [own_rows(weight)[0] for weight in model.parameters()]  # of a sharded model, what this device holds
+    weights = sum(weight.numel() * weight.element_size() for weight in own)
     spare = (_memory(parameter.device) - weights) // 4
     most = _MOST
     if parameter.device.type == "cpu":

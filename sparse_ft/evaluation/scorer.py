@@ -19,6 +19,7 @@ from sparse_ft.errors import UserError
 from sparse_ft.evaluation.batches import rows_that_fit
 from sparse_ft.evaluation.finite import check_likelihoods, watched_logits
 from sparse_ft.evaluation.rows import Request, Row, branched_rows, model_inputs, single_rows
+from sparse_ft.models.sharding import is_sharded
 from sparse_ft.progress import SILENT, Progress
 from sparse_ft.tasks.examples import PairEncoder, check_ids
 
@@ -171,8 +172,8 @@ class Scorer(HFLM):
             try:
                 return call()
             except torch.OutOfMemoryError:
-                if self._asked != "auto" or self.batch_size_per_gpu == 1:
-                    raise
+                if self._asked != "auto" or self.batch_size_per_gpu == 1 or is_sharded(self.model):
+                    raise  # of a group the others would go on with the size as it was
             torch.cuda.empty_cache()
             self.batch_size_per_gpu //= 2
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sparse_ft.lora.rounding import DITHERED_DTYPES, block_rows, dither_into, noise_key
+from sparse_ft.models.sharding import own_rows
 
 __all__ = ["DitheredAdamW"]
 
@@ -49,7 +51,7 @@ class DitheredAdamW(torch.optim.Optimizer):
             state = self.state[parameter]
             if not state:
                 state["step"] = 0
-                state.update({name: torch.zeros_like(parameter, dtype=torch.float32) for name in _MOMENTS})
+                state.update({name: torch.zeros_like(own_rows(parameter)[0], dtype=torch.float32) for name in _MOMENTS})
             state["step"] += 1
             key = noise_key(f"optimizer {number}", self._seed) + state["step"] * 0x9E3779B9
             _update(parameter, *(state[name] for name in _MOMENTS), state["step"], group, key & 0xFFFFFFFF)
@@ -66,10 +68,12 @@ class DitheredAdamW(torch.optim.Optimizer):
 
 
 def _update(parameter: Tensor, first: Tensor, second: Tensor, step: int, group: dict[str, Any], key: int) -> None:
-    """One step of one parameter, a block of rows at a time."""
+    """One step of one parameter, a block of rows at a time; of a sharded one, of this process's rows of it."""
     lr, (beta1, beta2), decay = group["lr"], group["betas"], group["weight_decay"]
-    columns = parameter.shape[-1] if parameter.dim() else 1
-    weight, gradient, m, v = (t.view(-1, columns) for t in (parameter.data, parameter.grad.contiguous(), first, second))
+    (own, begins), gradient = own_rows(parameter), own_rows(parameter.grad)[0].contiguous()
+    columns = parameter.shape[-1] if parameter.dim() > 1 else max(1, own.numel())
+    weight, gradient, m, v = (t.view(-1, columns) for t in (own, gradient, first, second))
+    before = begins * math.prod(parameter.shape[1:-1])
     size = block_rows(weight)
     for begin in range(0, weight.shape[0], size):
         rows = slice(begin, begin + size)
@@ -78,7 +82,12 @@ def _update(parameter: Tensor, first: Tensor, second: Tensor, step: int, group: 
         v[rows].mul_(beta2).addcmul_(g, g, value=1 - beta2)
         spread = (v[rows] / (1 - beta2**step)).sqrt_().add_(group["eps"])
         total = weight[rows].float().mul_(1 - lr * decay).addcdiv_(m[rows], spread, value=-lr / (1 - beta1**step))
-        if weight.dtype in DITHERED_DTYPES:
-            dither_into(weight[rows], total, key, begin)
-        else:
+        if weight.dtype not in DITHERED_DTYPES:
             weight[rows] = total
+        elif parameter.dim() > 1:
+            dither_into(weight[rows], total, key, before + begin)
+        else:  # its elements are the columns of one row, of which these are some
+            whole = torch.cat([total.new_zeros(1, begins), total], dim=1)
+            rounded = torch.empty_like(whole, dtype=weight.dtype)
+            dither_into(rounded, whole, key)
+            weight[rows] = rounded[:, begins:]

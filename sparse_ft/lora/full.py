@@ -11,8 +11,9 @@ from sparse_ft.lora.function import prune_
 from sparse_ft.masks.mask_set import MaskSet, pack_bits
 from sparse_ft.models.loading import apply_masks
 from sparse_ft.models.names import parameter_masks
+from sparse_ft.models.sharding import own_masks, own_rows
 
-__all__ = ["hold_masked_weights", "release_masked_weights"]
+__all__ = ["hold_masked_weights", "masked_gradients", "release_masked_weights"]
 
 _HANDLES = "_sparse_ft_gradient_masks"
 
@@ -38,6 +39,21 @@ def hold_masked_weights(model: PreTrainedModel, masks: MaskSet | None) -> PreTra
         handles.append(parameter.register_hook(_gradient_mask(pack_bits(mask).to(parameter.device))))
     setattr(model, _HANDLES, handles)
     return model
+
+
+def masked_gradients(model: PreTrainedModel, masks: MaskSet) -> Callable[[], None]:
+    """What masks the gradients of a sharded model, in place, after each backward pass: hooks see none of them.
+
+    Each process keeps the bits of its own rows.
+    """
+    held = list(own_masks(model, masks))
+
+    def mask() -> None:
+        for parameter, index, packed in held:
+            if parameter.grad is not None:
+                prune_(own_rows(parameter.grad)[0][index], packed)
+
+    return mask
 
 
 def release_masked_weights(model: PreTrainedModel) -> None:

@@ -14,6 +14,7 @@ from sparse_ft.errors import UserError
 from sparse_ft.lora.function import effective_weight, masked_linear, prune_, rank_one_factors
 from sparse_ft.lora.rounding import noise_key
 from sparse_ft.masks.mask_set import unpack_bits
+from sparse_ft.models.hollow import is_hollow
 from sparse_ft.settings.lora import AUTO
 from sparse_ft.settings.modes import SPARSE_MODES, SPARSE_TO_SPARSE
 
@@ -54,7 +55,7 @@ class MaskedBase:
         return noise_key(self.noise_name, seed) if rounding == "dithered" else None
 
     def attach_mask(self, packed: Tensor, name: str) -> None:
-        """Takes the bits ``uint8 [..., ceil(C/8)]`` and zeroes the masked base weights, in place.
+        """Takes the bits ``uint8 [..., ceil(C/8)]`` and zeroes the masked base weights, in place, where there are any.
 
         Args:
             packed: the bits.
@@ -67,12 +68,19 @@ class MaskedBase:
         packed = packed.to(weight.device)
         if self.sparse_mask is not None and not torch.equal(self.sparse_mask, packed):
             raise ValueError("another mask is attached to this layer")
-        prune_(weight.data, packed)
+        if not is_hollow(weight):
+            prune_(weight.data, packed)
         self.sparse_mask, self.noise_name = packed, name
         if weight.dim() == 2:
             factors = rank_one_factors(unpack_bits(packed, weight.shape[-1]))
             if factors is not None:
                 self.mask_out, self.mask_in = (factor.to(weight.device) for factor in factors)
+
+    def share_mask(self) -> None:
+        """Makes the bits a parameter that is not trained: what shards parameters shards them with their weight."""
+        packed = self.required_mask()
+        del self.sparse_mask
+        self.register_parameter("sparse_mask", nn.Parameter(packed, requires_grad=False))
 
     def required_mask(self) -> Tensor:
         """The attached bits.

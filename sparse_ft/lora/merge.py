@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -21,7 +21,7 @@ from sparse_ft.lora.rounding import DITHERED_DTYPES, noise_key
 from sparse_ft.progress import SILENT, Progress
 from sparse_ft.settings.shared import ROUNDINGS
 
-__all__ = ["adapted_layers", "merge_all_lora_weights", "refuse_shared"]
+__all__ = ["adapted_layers", "adapted_parameter", "merge_all_lora_weights", "merge_layers", "refuse_shared"]
 
 
 def merge_all_lora_weights(
@@ -51,19 +51,35 @@ def merge_all_lora_weights(
     model = getattr(model, "module", model)  # of DistributedDataParallel
     if isinstance(model, PeftModel):
         refuse_shared(model.get_base_model())
-        layers = list(adapted_layers(model))
-        progress.start("merge", len(layers), "layers")
-        for name, layer in layers:
-            if not layer.merged:
-                _merge(layer, noise_key(name, seed) if rounding == "dithered" else None)
-            weight = _adapted_parameter(layer).detach()
-            if not all(torch.isfinite(block).all() for block in weight.reshape(-1).split(1 << 18)):
-                raise ValueError(f"the merged weights of {name} are not finite; did training diverge?")
-            progress.advance()
-        progress.stop()
+        merge_layers(list(adapted_layers(model)), rounding, seed, progress)
         model = model.unload()
     release_masked_weights(model)
     return model
+
+
+def merge_layers(
+    layers: Sequence[tuple[str, BaseTunerLayer]], rounding: str, seed: int, progress: Progress = SILENT
+) -> None:
+    """Merges adapters into their weights, in place, where they are not merged yet.
+
+    Args:
+        layers: by the names that `adapted_layers` gives.
+        rounding: as `merge_all_lora_weights` takes it.
+        seed: as there.
+        progress: told of every layer.
+
+    Raises:
+        ValueError: a merged weight is not finite.
+    """
+    progress.start("merge", len(layers), "layers")
+    for name, layer in layers:
+        if not layer.merged:
+            _merge(layer, noise_key(name, seed) if rounding == "dithered" else None)
+        weight = adapted_parameter(layer).detach()
+        if not all(torch.isfinite(block).all() for block in weight.reshape(-1).split(1 << 18)):
+            raise ValueError(f"the merged weights of {name} are not finite; did training diverge?")
+        progress.advance()
+    progress.stop()
 
 
 def adapted_layers(model: PeftModel) -> Iterator[tuple[str, BaseTunerLayer]]:
@@ -118,7 +134,7 @@ def _merge(layer: BaseTunerLayer, key: int | None) -> None:
         (name,) = names
         if masked:
             key = layer.rounding_key(name)
-        weight = _adapted_parameter(layer).data
+        weight = adapted_parameter(layer).data
         if masked and layer.is_masked(name):
             layer.effective_weight(name, out=weight)
             layer.merged_adapters.append(name)
@@ -131,7 +147,8 @@ def _merge(layer: BaseTunerLayer, key: int | None) -> None:
     layer.merge()  # PEFT adds the product, made in float32, to the weight in place
 
 
-def _adapted_parameter(layer: BaseTunerLayer) -> Tensor:
+def adapted_parameter(layer: BaseTunerLayer) -> Tensor:
+    """The weight that a layer's adapters change."""
     return getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight"))
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from sparse_ft.settings.training import TrainingSettings
 from sparse_ft.tasks.examples import Example, check_ids
 from sparse_ft.training.collator import AnswerCollator, for_model
 from sparse_ft.training.distillation import Distillation
+from sparse_ft.training.shares import Shares, clip_gradients, shares_of
 from sparse_ft.training.watch import Report, TrainingResult, Watch
 
 __all__ = ["train"]
@@ -44,10 +46,13 @@ def train(
     callbacks: Sequence[TrainerCallback] = (),
     distillation: Distillation | None = None,
     report: Report = lambda step, values: None,
+    after_backward: Callable[[], None] = lambda: None,
 ) -> TrainingResult:
     """Trains the parameters of ``model`` that require gradients, in place, and leaves it in eval mode.
 
-    In one process, whatever a launcher left in the environment (see `sparse_ft.environment`). The learning rate
+    In one process, whatever a launcher left in the environment (see `sparse_ft.environment`); where the parameters are
+    sharded, each process of the group calls this, with the same arguments, and reads its rows of every batch: see
+    `sparse_ft.training.shares`. The learning rate
     climbs to its peak in ceil(``warmup_fraction`` * steps) equal stairs and then stays there, or falls in a line or
     half a cosine that reaches 0 after the last step: no step has a learning rate of 0.
 
@@ -61,6 +66,7 @@ def train(
             numbers of tokens.
         callbacks: of the Trainer, besides the ones that measure here. What they take counts as training time.
         report: told what every step gave, as it ends; see `sparse_ft.training.watch.Watch`.
+        after_backward: called after each batch, before gradients are measured or used.
 
     Raises:
         UserError: settings that cannot train, or no examples.
@@ -75,7 +81,7 @@ def train(
     attention = model.config._attn_implementation
     if any(len(example.documents) > 1 for example in examples) and attention not in _APART:
         raise UserError(f"packing needs attention of {' or '.join(_APART)}, this model has {attention}; leave it off.")
-    device = next(model.parameters()).device
+    device, shares = next(model.parameters()).device, shares_of(model)
     watch = Watch(settings, progress, report, distillation.parts if distillation else {})
     if settings.gradient_checkpointing is not None:
         model.enable_input_require_grads()  # reentrant checkpoints need an input that requires a gradient
@@ -90,6 +96,8 @@ def train(
         distillation=distillation,
         schedule=settings.schedule,
         keeping=keeping,
+        shares=shares,
+        after_backward=after_backward,
     )
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -117,32 +125,49 @@ def train(
     protocol = _protocol(settings, model, rows, device)
     if kept is not None:
         protocol |= {"effective_weights": kept, "effective_weights_by": made_by(device)}
-    return watch.result(peak_bytes(device), protocol)
+    return watch.result(shares.largest(peak_bytes(device)), protocol)
 
 
 class _Trainer(Trainer):
     """The Trainer with a schedule of our own, for in its warmup the first step has learning rate 0 and changes nothing;
-    with a teacher's loss where there is one; and with effective weights kept where the first batch leaves the room."""
+    with a teacher's loss where there is one; with effective weights kept where the first batch leaves the room; and
+    with a share of each batch where there are several processes, of which the Trainer itself need not know: it sees the
+    whole batch, and the loss of all."""
 
     def __init__(
-        self, *args: Any, distillation: Distillation | None, schedule: str, keeping: Keeping, **kwargs: Any
+        self,
+        *args: Any,
+        distillation: Distillation | None,
+        schedule: str,
+        keeping: Keeping,
+        shares: Shares,
+        after_backward: Callable[[], None],
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self._distillation, self._schedule, self._keeping = distillation, schedule, keeping
+        self._shares, self._after_backward = shares, after_backward
         if distillation is not None:
             self.model_accepts_loss_kwargs = False  # the mean of each batch's loss, not the model's own sum
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The model's own loss, or the weighted parts beside a teacher's."""
         if self._distillation is None:
-            return super().compute_loss(model, for_model(inputs), return_outputs, num_items_in_batch)
+            rows = for_model(self._shares.rows(inputs))
+            return self._shares.own(super().compute_loss(model, rows, return_outputs, num_items_in_batch))
         return self._distillation.loss(model, inputs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Forward and backward of one batch."""
+        """Forward and backward of one batch; gives the loss of all of it."""
         loss = super().training_step(*args, **kwargs)
         self._keeping.after_batch()
-        return loss
+        self._after_backward()
+        return self._shares.mean(loss)
+
+    def _clip_grad_norm(self, model):
+        if self._shares.size == 1:
+            return super()._clip_grad_norm(model)
+        return clip_gradients(model, self.args.max_grad_norm)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         """Linear up, then as the schedule says; step k of n has a factor above 0."""
@@ -179,6 +204,19 @@ class _Arguments(TrainingArguments):
         return min(1, super().n_gpu)
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Holds back the warning that there are other processes, of which the Trainer need not know."""
+    logger = logging.getLogger("transformers.training_args")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@_quiet()
 def _arguments(settings: TrainingSettings, output_dir: str | Path, device: torch.device) -> TrainingArguments:
     checkpointing = settings.gradient_checkpointing
     arguments = _Arguments(
