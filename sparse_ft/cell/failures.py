@@ -19,6 +19,7 @@ __all__ = [
     "SETTLED",
     "CellTimeoutError",
     "Failure",
+    "MemberLostError",
     "ValidationFailedError",
     "WorkerLostError",
     "classify",
@@ -107,6 +108,12 @@ class WorkerLostError(RuntimeError):
     """The process that ran the cell is gone."""
 
 
+class MemberLostError(WorkerLostError):
+    """A process that ran the cell together with this one is gone."""
+
+    keeps_process = True
+
+
 class CellTimeoutError(BaseException):
     """The cell took longer than it may. No `Exception`, as KeyboardInterrupt is none: it comes in the middle of
     anything, and whoever handles all errors of a library's call must not take it for one of them.
@@ -115,11 +122,15 @@ class CellTimeoutError(BaseException):
 
 @dataclass(frozen=True)
 class Failure:
-    """One failed cell: its class, one line for the summary, and the whole traceback."""
+    """One failed cell: its class, one line for the summary, and the whole traceback.
+
+    ``keeps_process``: where the class says that its process can run no other cell, this one can.
+    """
 
     kind: str
     message: str
     traceback: str
+    keeps_process: bool = False
 
 
 def classify(error: BaseException) -> Failure:
@@ -133,7 +144,7 @@ def classify(error: BaseException) -> Failure:
     message = masked(" ".join(f"{error}".split())) or type(error).__name__
     if isinstance(error, RuntimeError) and not isinstance(error, UserError) and len(message) > 300:
         message = message[:297] + "..."
-    return Failure(_kind(error), message, text)
+    return Failure(_kind(error), message, text, getattr(error, "keeps_process", False))
 
 
 def parse_retry(text: str | None) -> frozenset[str]:

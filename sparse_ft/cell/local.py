@@ -17,7 +17,7 @@ from sparse_ft.models.loading import save_model, saved_tokenizer
 from sparse_ft.settings.modes import MODES
 from sparse_ft.training import TrainingResult, train
 
-__all__ = ["train_here"]
+__all__ = ["log_training", "train_here"]
 
 
 def train_here(training: Training) -> Trained:
@@ -47,7 +47,7 @@ def train_here(training: Training) -> Trained:
                 report=lambda step, values: progress.measured(step, named("train", values)),
             )
     shutil.rmtree(training.folder / "trainer", ignore_errors=True)
-    _log(result, trained, timed=rungs is None)
+    log_training(result, trained, timed=rungs is None)
     if rungs is not None:
         result.series[RUNG_LOSS] = rungs.losses
     if cell.keep != "none" and mode.lora:
@@ -67,9 +67,10 @@ def train_here(training: Training) -> Trained:
     return Trained(merged, base_violations, exact=mode.masked_update, adapter=adapter)
 
 
-def _log(result: CellResult, trained: TrainingResult, timed: bool) -> None:
+def log_training(result: CellResult, trained: TrainingResult, timed: bool) -> None:
+    """Adds what a training gave and cost to a result; ``timed``: nobody scored in between."""
     measured = {"train/loss": trained.loss, "memory/peak_bytes": trained.peak_bytes}
-    if timed:  # nobody scored in between
+    if timed:
         measured["train/tokens_per_second"] = trained.tokens_per_second
         measured["train/samples_per_second"] = trained.samples_per_second
     result.metrics.update({name: value for name, value in measured.items() if value is not None})

@@ -20,22 +20,25 @@ NO_WEIGHT_MOVED = "no_weight_moved"
 
 @torch.no_grad()
 def weights_moved(
-    model: PreTrainedModel, start: Checkpoint, masks: MaskSet | None, target_modules: Iterable[str] | None
+    merged: PreTrainedModel | Checkpoint, start: Checkpoint, masks: MaskSet | None, target_modules: Iterable[str] | None
 ) -> float:
     """Share of the kept weights of the trained tensors that are not what training began with.
 
-    Holds one tensor beside the model.
+    Holds a tensor or two beside the model.
 
     Args:
-        model: merged, before any re-masking.
-        start: the checkpoint that training began with; its weights count as rounded to the model's dtype.
+        merged: the model, before any re-masking, or its checkpoint.
+        start: the checkpoint that training began with; its weights count as rounded to the merged ones' dtype.
         masks: what was kept; None: all of it.
         target_modules: the projections that were trained; None: all prunable ones.
     """
     trained = [name for name in start.prunable if role(start.config, name).is_adapted(target_modules)]
     moved = kept = 0
-    for name, slot in slots(model.config.to_dict(), trained).items():
-        weight = slot.view(model.get_parameter(slot.parameter))
+    for name, slot in slots(start.config, trained).items():
+        if isinstance(merged, Checkpoint):
+            weight = merged.tensor(name)
+        else:
+            weight = slot.view(merged.get_parameter(slot.parameter))
         changed = weight != start.tensor(name).to(weight.device, weight.dtype)
         mask = None if masks is None else masks[name].to(weight.device)
         moved += int((changed if mask is None else changed & mask).sum())

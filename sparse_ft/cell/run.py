@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from transformers import PreTrainedModel
+
 from sparse_ft.cell.clock import Clock
+from sparse_ft.cell.group_model import GroupModel
 from sparse_ft.cell.masks import foreign_masks
 from sparse_ft.cell.measure import measure_forms
 from sparse_ft.cell.merge_cost import NO_WEIGHT_MOVED, merge_warning, weights_moved
@@ -112,11 +115,7 @@ def _run(
             result.protocol.update({f"train_{name}": value for name, value in trained_on.protocol.items()})
     scores = Scores(cell, name or cell.title, bench, tokenizer, task, folder)
 
-    with clock("load"), bench.borrow(cell, start if begun.smaller else None) as model:
-        if start is not checkpoint and not begun.smaller:
-            load_state_into(model, start, start.prunable)
-        if masks is not None:
-            apply_masks(model, masks)
+    with clock("load"), _lent(cell, bench, begun, mask_file) as model:
         pruned = masks is not None and masks.n_pruned > 0  # masks that keep all leave the model as it is
         if cell.score_untuned or not mode.trains:
             with clock("eval_untuned" if mode.trains else "eval"):
@@ -146,7 +145,8 @@ def _run(
         if mode.trains:
             with clock("merge"):
                 targets = cell.target_modules if mode.lora else None
-                moved = weights_moved(trained.model, start, masks, targets)
+                merged = Checkpoint(training.target) if isinstance(trained.model, GroupModel) else trained.model
+                moved = weights_moved(merged, start, masks, targets)
                 result.metrics["train/weights_moved"] = moved
                 if moved == 0:
                     result.warn(
@@ -172,7 +172,10 @@ def _run(
             result.add_scores(scored, "_remasked")
         elif mode.loses_zeros:
             with clock("eval_remasked"):
-                remask(trained.model, masks)
+                if isinstance(trained.model, GroupModel):
+                    trained.model.group.do("remask")
+                else:
+                    remask(trained.model, masks)
                 result.add_scores(scores(trained.model, "score re-masked").metrics, "_remasked")
     if cell.keep == "all" or cell.register_as is not None:
         result.merged = training.target
@@ -185,6 +188,28 @@ def _run(
     result.tables |= scores.tables
     result.metrics.update(clock.metrics())
     return result
+
+
+@contextmanager
+def _lent(
+    cell: CellConfig, bench: Workbench, begun: Start, file: MaskFile | None
+) -> Iterator[PreTrainedModel | GroupModel]:
+    """The model that the cell begins with, under its masks; to be changed at will inside the block."""
+    if cell.gpus_per_cell > 1:
+        from sparse_ft.cell.group.leader import lent_by_group
+
+        bench.check_unchanged(cell.model)
+        bench.release()
+        with lent_by_group(cell, bench, begun, file) as model:
+            yield model
+        return
+    start = begun.checkpoint
+    with bench.borrow(cell, start if begun.smaller else None) as model:
+        if start is not bench.checkpoint(cell.model) and not begun.smaller:
+            load_state_into(model, start, start.prunable)
+        if begun.masks is not None:
+            apply_masks(model, begun.masks)
+        yield model
 
 
 def _log_masks(file: MaskFile, begun: Start, base: Checkpoint, foreign: bool, result: CellResult) -> None:

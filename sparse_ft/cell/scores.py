@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from sparse_ft.cell.group_model import GroupModel, on_all
 from sparse_ft.cell.identity import cell_identity, untuned_key
 from sparse_ft.cell.workbench import Workbench
 from sparse_ft.evaluation import Evaluation, answer_loss, evaluate
@@ -51,7 +52,9 @@ class Scores:
         self.written: list[tuple[Path, str]] = []
         self.tables: dict[str, list[dict[str, Any]]] = {}
 
-    def __call__(self, model: torch.nn.Module, stage: str, beside: bool = True, **changes: Any) -> Evaluation:
+    def __call__(
+        self, model: torch.nn.Module | GroupModel, stage: str, beside: bool = True, **changes: Any
+    ) -> Evaluation:
         """All scores of a model; ``stage`` names it in the progress and in the file of its answers. Without ``beside``
         those on the cell's own task alone.
 
@@ -60,7 +63,9 @@ class Scores:
         """
         progress = _Staged(self._bench.progress, stage)
         settings = replace(self._cell, **changes)
-        evaluation = evaluate(model, self._tokenizer, self._task, settings, progress, self._suite if beside else ())
+        suite = self._suite if beside else ()
+        with on_all(model, "evaluate", settings=settings, beside=bool(suite)) as own:
+            evaluation = evaluate(own, self._tokenizer, self._task, settings, progress, suite)
         self.protocol = evaluation.protocol
         stage = stage.replace(" ", "_")
         self._keep(evaluation.samples, stage)
@@ -78,12 +83,13 @@ class Scores:
             self.written.append((file, "samples"))
             self.tables[f"samples/{name}.json"] = [answer_row(sample) for sample in first_filter(samples)]
 
-    def answers(self, model: torch.nn.Module) -> dict[str, float]:
+    def answers(self, model: torch.nn.Module | GroupModel) -> dict[str, float]:
         """The loss on the right answers alone."""
         progress = _Staged(self._bench.progress, "score adapter")
-        return answer_loss(model, self._tokenizer, self._task, self._cell, progress)
+        with on_all(model, "answers", adapted=True, settings=self._cell) as own:
+            return answer_loss(own, self._tokenizer, self._task, self._cell, progress)
 
-    def untuned(self, model: PreTrainedModel, start: Checkpoint, checksum: str) -> tuple[str, Evaluation]:
+    def untuned(self, model: PreTrainedModel | GroupModel, start: Checkpoint, checksum: str) -> tuple[str, Evaluation]:
         """The scores before training, and the name of the cell that measured them.
 
         Args:

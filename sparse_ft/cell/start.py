@@ -16,7 +16,7 @@ from sparse_ft.progress import SILENT, Progress
 from sparse_ft.pruning.output import MaskFile
 from sparse_ft.settings.rules import EXPERTS
 
-__all__ = ["Start", "starting"]
+__all__ = ["Start", "fitted", "starting"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,12 @@ class Start:
     masks: MaskSet | None = None
     whole: MaskSet | None = None
     smaller: bool = False
+
+
+def fitted(file: MaskFile, base: Checkpoint) -> tuple[Checkpoint, MaskSet]:
+    """The weights that masks are of, and the masks by the names that these have."""
+    checkpoint = base if file.checkpoint is None else Checkpoint(file.checkpoint)
+    return checkpoint, refitted(checkpoint.config, file.load(), checkpoint.prunable_shapes())
 
 
 @contextmanager
@@ -54,10 +60,8 @@ def starting(file: MaskFile | None, base: Checkpoint, folder: Path, progress: Pr
     if file is None:
         yield Start(base)
         return
-    checkpoint, masks = base if file.checkpoint is None else Checkpoint(file.checkpoint), file.load()
-    shapes = checkpoint.prunable_shapes()
-    masks = refitted(checkpoint.config, masks, shapes)
-    check_masks(masks, shapes, str(checkpoint.folder.name))
+    checkpoint, masks = fitted(file, base)
+    check_masks(masks, checkpoint.prunable_shapes(), str(checkpoint.folder.name))
     if masks.metadata.get("method") != EXPERTS or not masks.n_pruned:
         yield Start(checkpoint, masks, masks)
         return

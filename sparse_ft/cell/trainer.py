@@ -5,6 +5,7 @@ What trains is imported with the first training: a study is planned and checked 
 
 from __future__ import annotations
 
+from sparse_ft.cell.group_model import GroupModel
 from sparse_ft.cell.training import Trained, Training
 from sparse_ft.lora.projections import chosen_projections
 from sparse_ft.models.checkpoint import Checkpoint
@@ -15,7 +16,8 @@ __all__ = ["LOCAL", "UNTRAINED", "LocalTrainer"]
 
 
 class LocalTrainer:
-    """Trains in this process, on the cell's device. Model, adapter and merged model share their memory."""
+    """Trains in this process, on the cell's device, or in the cell's group. Model, adapter and merged model share their
+    memory."""
 
     name, can_stop, takes_all = "local", True, False
 
@@ -35,6 +37,10 @@ class LocalTrainer:
             StoppedEarly: the judge has seen enough.
             NonFiniteLossError: training diverged.
         """
+        if training.cell.gpus_per_cell > 1:
+            from sparse_ft.cell.group.training import train_in_group
+
+            return train_in_group(training)
         from sparse_ft.cell.local import train_here
 
         return train_here(training)
@@ -60,6 +66,9 @@ class _Untrained:
         from sparse_ft.models.loading import save_model, saved_tokenizer
 
         with training.clock("save"):
+            if isinstance(training.model, GroupModel):
+                training.model.group.do("save", target=str(training.target.resolve()))
+                return Trained(training.model, exact=True)
             save_model(
                 training.model, saved_tokenizer(training.base.folder), training.target, progress=training.progress
             )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from sparse_ft.cell.clock import Clock
 from sparse_ft.cell.early_stopping import Judge
+from sparse_ft.cell.group_model import GroupModel
 from sparse_ft.cell.result import CellResult
 from sparse_ft.masks.mask_set import MaskSet
 from sparse_ft.models.checkpoint import Checkpoint
@@ -65,7 +66,7 @@ class Training:
     """
 
     cell: CellConfig
-    model: PreTrainedModel
+    model: PreTrainedModel | GroupModel
     base: Checkpoint
     start: Checkpoint
     masks: MaskSet | None
@@ -97,7 +98,7 @@ class Trained:
         adapter: where it is not: the loss on the answers before the merge; None where it was not measured.
     """
 
-    model: PreTrainedModel
+    model: PreTrainedModel | GroupModel
     base_violations: int = 0
     exact: bool = False
     adapter: Mapping[str, float] | None = None

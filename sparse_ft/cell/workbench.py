@@ -28,6 +28,8 @@ from sparse_ft.tracking.record import Tag
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from sparse_ft.cell.group.launch import Launch
+    from sparse_ft.cell.group.leader import Group
     from sparse_ft.evaluation import Evaluation
     from sparse_ft.tasks.corpora import CorpusRows
     from sparse_ft.tasks.rows import Rows
@@ -52,12 +54,16 @@ class Workbench:
 
     Attributes:
         store: the tracking store of a study's worker; None: that of the surroundings.
+        group: the processes that run cells with this one, where one did; see `sparse_ft.cell.group.leader.group_of`.
+        launch: starts such processes; None: on this machine.
     """
 
     def __init__(self, progress: Progress = SILENT, shared: Path | None = None):
         self.progress = progress
         self._shared = shared
         self.store: str | None = None
+        self.group: Group | None = None
+        self.launch: Launch | None = None
         self._checkpoints: dict[str, Checkpoint] = {}
         self._stamps: dict[str, list[tuple[int, ...]]] = {}
         self._tokenizers: dict[str, PreTrainedTokenizerBase] = {}
@@ -247,6 +253,24 @@ class Workbench:
         template = chat_template_of(self.tokenizer(model), model)
         return hashlib.sha256(template.encode()).hexdigest()[:16]
 
+    def check_unchanged(self, name: str) -> None:
+        """Raises ModelUnavailableError where the files of a model that was opened are others by now."""
+        if _stamps(self.checkpoint(name)) != self._stamps[name]:
+            raise ModelUnavailableError(
+                f"the files of {name} were changed while they were in use; resume the study to run on what is there"
+                " now."
+            )
+
+    def release(self) -> None:
+        """Drops the base model; it is loaded again when it is borrowed next."""
+        self._base = None
+
+    def end(self) -> None:
+        """Ends the processes that ran cells with this one."""
+        if self.group is not None:
+            self.group.end()
+            self.group = None
+
     @contextmanager
     def borrow(self, cell: CellConfig, instead: Checkpoint | None = None) -> Iterator[PreTrainedModel]:
         """The cell's base model, pristine, to be changed at will inside the block.
@@ -260,11 +284,7 @@ class Workbench:
 
         device = resolve_device(cell.device)
         key = (cell.model if instead is None else str(instead.folder), resolve_dtype(cell.dtype, device), device)
-        if _stamps(self.checkpoint(cell.model)) != self._stamps[cell.model]:
-            raise ModelUnavailableError(
-                f"the files of {cell.model} were changed while they were in use; resume the study to run on what is"
-                " there now."
-            )
+        self.check_unchanged(cell.model)
         if self._base is not None and self._base[0] != key:
             self._base = None  # before loading the next: two 7B models do not fit
         if self._base is None:

@@ -89,6 +89,8 @@ def trainer_plan(cell: CellConfig, config: Mapping[str, Any], device: str, clust
     Raises:
         UserError: what ModelZoo cannot do: some projections only, dropout under a mask, SparseGPT's own weights.
     """
+    if cell.gpus_per_cell > 1:
+        raise UserError("gpus_per_cell must be 1 on a Cerebras, where the cluster shares a model out itself.")
     if cell.lora_dropout and MODES[cell.mode].lora:
         raise UserError("lora_dropout must be 0 on a Cerebras: the masked update is part of the weight.")
     return TrainerPlan(

@@ -57,7 +57,7 @@ def _run(config: TrainConfig, given: GivenMasks | None, bench: Workbench) -> int
     from sparse_ft.cell.run import run_cell
     from sparse_ft.cell.teacher import check_teacher
     from sparse_ft.cell.training import Watch
-    from sparse_ft.models.devices import check_device
+    from sparse_ft.models.devices import check_device, missing_gpus
     from sparse_ft.study.checks.preflight import check_examples
     from sparse_ft.study.trainers import make_trainer
     from sparse_ft.tracking.runs import Tracker
@@ -65,6 +65,8 @@ def _run(config: TrainConfig, given: GivenMasks | None, bench: Workbench) -> int
 
     trainer, checkpoint = make_trainer(config.trainer, config.cerebras), bench.checkpoint(config.model)
     check_device(config.device)  # one that is not here makes no run
+    if problem := missing_gpus(config.device, config.gpus_per_cell):
+        raise UserError(problem)
     if config.leaves_perplexity_open:
         config = replace(config, **usual_perplexity([config]))
     config = config.settled()
@@ -91,7 +93,10 @@ def _run(config: TrainConfig, given: GivenMasks | None, bench: Workbench) -> int
                 log_mask_files(tracker, run_id, [masks])
                 tracker.log(run_id, tags=mask_tags([masks]), curves=points.rest(error_curves([masks])))
             tracker.log(run_id, tags={Tag.CELL_KEY: cell_key(config, identity, masks.checksum if masks else "")})
-            result = run_cell(config, masks, bench, folder, trainer, Watch(run_id), warn_foreign=True)
+            try:
+                result = run_cell(config, masks, bench, folder, trainer, Watch(run_id), warn_foreign=True)
+            finally:
+                bench.end()
         result.series = points.rest(result.series)
         log_cell_result(tracker, run_id, result, cell_note(config, result, cell_command(config, identity)))
         address = None

@@ -12,7 +12,15 @@ from sparse_ft.nvidia import hides_gpus, nvidia_driver, torch_build, unusable
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["UnusableGpuError", "check_device", "device_name", "itemsize", "resolve_device", "resolve_dtype"]
+__all__ = [
+    "UnusableGpuError",
+    "check_device",
+    "device_name",
+    "itemsize",
+    "missing_gpus",
+    "resolve_device",
+    "resolve_dtype",
+]
 
 _DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes
 
@@ -85,6 +93,21 @@ def _cuda_error() -> str:
         hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
         return str(error).partition("\n")[0].rstrip(".") + (f", with CUDA_VISIBLE_DEVICES={hidden}" if hidden else "")
     return "it sees no GPU"
+
+
+def missing_gpus(device: str, wanted: int) -> str | None:
+    """Why a cell cannot have so many GPUs here; None: it can, or it runs on a CPU.
+
+    Raises:
+        UserError: no such device here.
+    """
+    if device == "cpu" or wanted == 1 or resolve_device(device).type != "cuda":
+        return None
+    import torch
+
+    if wanted <= (there := torch.cuda.device_count()):
+        return None
+    return f"gpus_per_cell is {wanted}, and {there} GPUs are here; lower it, or use a machine that has them"
 
 
 def device_name(device: torch.device) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -78,6 +79,13 @@ class CellConfig(
     measure: bool = setting(
         False,
         "measure bytes and tokens per second of the merged model in every form that its masks allow (docs/serving.md).",
+        later=True,
+    )
+    gpus_per_cell: int = setting(
+        1,
+        "processes that run a cell together, each with a share of the model's parameters on its own GPU, for models"
+        " larger than one; on a CPU, processes (docs/study.md).",
+        least=1,
         later=True,
     )
     keep: str = setting(
@@ -162,7 +170,7 @@ class CellConfig(
         blank += [name for name in defaults(RecoverySettings) if name.startswith("teacher_") and not self.taught]
         if not MODES[self.mode].trains:
             values.update(rounding="nearest")
-            blank += [*_TRAINING, "max_seq_len", "score_untuned"]
+            blank += [*_TRAINING, "max_seq_len", "score_untuned", "gpus_per_cell"]
         if self.mix is None:
             blank += ["mix_weight"]
         if self.num_epochs is not None:
@@ -201,10 +209,23 @@ class CellConfig(
             yield f"sparsity is {self.sparsity}; it must lie between 0 and 1 (50 % is 0.5)."
         if self.has_teacher and self.teacher_squarehead and self.gradient_checkpointing == "reentrant":
             yield ("gradient_checkpointing reentrant hides the blocks' outputs from the teacher; take non_reentrant.")
+        if self.gpus_per_cell > 1:
+            yield from self._not_in_groups()
         if self.register_as not in (None, "auto") and (problem := name_problem(self.register_as)):
             yield problem
         if (kind := mask_set_of(self)) is not None and possible:
             yield from replace(kind, sparsities=(self.sparsity,)).problems()
+
+    def _not_in_groups(self) -> Iterator[str]:
+        said = f"gpus_per_cell is {self.gpus_per_cell}, but"
+        if re.fullmatch(r"cuda:\d+", self.device):
+            yield f"{said} device is {self.device}; leave it at auto, and name the GPUs in CUDA_VISIBLE_DEVICES."
+        if self.measure:
+            yield f"{said} measure is for one device; measure the merged checkpoint (keep: all, sparse-ft measure)."
+        if self.recovered:
+            yield f"{said} recovery trains on one device; leave recover_steps out."
+        if self.has_teacher:
+            yield f"{said} a teacher needs a cell on one device; leave teacher out."
 
 
 @dataclass(frozen=True)

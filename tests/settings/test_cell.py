@@ -22,6 +22,27 @@ def test_a_key_ignores_where_results_go_and_nothing_else():
 
 
 @pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"measure": True}, "measure is for one device"),
+        ({"recover_steps": 2}, "recovery trains on one device"),
+        ({"teacher": "dense"}, "a teacher needs a cell on one device"),
+        ({"device": "cuda:1"}, "leave it at auto"),
+    ],
+)
+def test_what_a_group_of_processes_does_not_do_is_said(values, said):
+    (problem,) = CellConfig(gpus_per_cell=2, **values).problems()
+    assert problem.startswith("gpus_per_cell is 2, but") and said in problem
+    assert not list(CellConfig(**values).problems())
+
+
+def test_a_group_makes_another_cell_only_where_something_is_trained():
+    trained, pruned = CellConfig(), CellConfig(mode="pruned")
+    assert replace(trained, gpus_per_cell=2).key() != trained.key()
+    assert replace(pruned, gpus_per_cell=2).key() == pruned.key()
+
+
+@pytest.mark.parametrize(
     ("values", "changes"),
     [
         ({"mode": "dense"}, {"method": "structured", "sparsity": 0.9, "importance": "wanda", "pattern": "1:2"}),

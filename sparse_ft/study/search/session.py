@@ -57,6 +57,11 @@ class Search(Session):
                 f"Study {study.name}: a search with a first_rung stops trainings midway, which trainer {study.trainer} "
                 "cannot; leave first_rung out, or take trainer local."
             )
+        if self.settings.first_rung and self.gpus_per_cell > 1:
+            raise UserError(
+                f"Study {study.name}: a search with a first_rung stops trainings midway, which a group of processes "
+                "cannot; leave first_rung out, or gpus_per_cell."
+            )
         epochs = "num_epochs" in self.settings.space or any(cell.num_epochs is not None for cell in self.plan.configs)
         if self.settings.first_rung and epochs:
             raise UserError(
