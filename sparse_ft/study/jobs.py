@@ -39,7 +39,7 @@ class Outcome:
     @property
     def breaks_worker(self) -> bool:
         """Whether the process that ran the job can run no other."""
-        return self.failure is not None and self.failure.kind in BREAKS_WORKER
+        return self.failure is not None and self.failure.kind in BREAKS_WORKER and not self.failure.keeps_process
 
 
 class Job:

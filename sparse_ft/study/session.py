@@ -61,9 +61,15 @@ class Session(ABC):
     def __init__(self, config: SweepConfig, plan: Plan):
         self.config, self.plan, self.total = config, plan, len(plan.cells)
         self.trainer = study_trainer(plan.study.trainer, config)
-        self.console, self.workers, self.bench = wide_console(), worker_count(config), Workbench(shown_progress())
+        self.console, self.bench = wide_console(), Workbench(shown_progress())
+        self.workers = worker_count(config, self.gpus_per_cell)
 
     # -- what a kind of study says
+
+    @property
+    def gpus_per_cell(self) -> int:
+        """The most processes that run a cell together."""
+        return max((cell.gpus_per_cell for cell in self.plan.configs), default=1)
 
     @property
     def expected(self) -> Plan:
@@ -157,7 +163,8 @@ class Session(ABC):
 
     def _drive(self) -> None:
         start, tracker = self.start, self.tracker
-        setup = WorkerSetup(tracker.uri, start.parent, start.folder.absolute() / "untuned", self.trainer)
+        shared = start.folder.absolute() / "untuned"
+        setup = WorkerSetup(tracker.uri, start.parent, shared, self.trainer, self.gpus_per_cell)
         with shown_display(self.total) as display, tracker.system_metrics(start.parent):
             display.workers = self.workers
             executor = make_executor(self.config, setup, display, self.workers, start.folder / "logs")

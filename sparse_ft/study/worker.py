@@ -45,12 +45,14 @@ class WorkerSetup:
         parent_run_id: the study's run.
         shared: folder for scores that several cells share.
         trainer: how cells are trained.
+        gpus_per_cell: the most processes that run a cell together.
     """
 
     tracking_uri: str
     parent_run_id: str
     shared: Path
     trainer: Trainer = LOCAL
+    gpus_per_cell: int = 1
 
     def build(self, bench: Workbench | None = None) -> Worker:
         """The worker, in the process that calls, with what cells need imported: that takes seconds, which would be the
@@ -77,6 +79,10 @@ class Worker:
         bench.store = setup.tracking_uri
         self._name = process_name()
         self._unsent = setup.shared.parent / "unsent"
+
+    def close(self) -> None:
+        """Ends the processes that ran cells with this one."""
+        self._bench.end()
 
     def run(
         self, job: Job, progress: Progress = SILENT, opened: Callable[[str], None] = lambda run_id: None

@@ -110,15 +110,18 @@ def _memory_problem(plan: Plan, bench: Workbench, workers: int) -> str | None:
     needs = []
     for cell in plan.configs:
         copies = 4 if MODES[cell.mode].trains_weights else 1  # with gradients and two moments
-        size = copies * model_bytes(cell, bench) + _kept_bytes(cell, bench)
+        size = copies * model_bytes(cell, bench)
         if cell.has_teacher and not cell.lifts_masks:
             size += model_bytes(replace(cell, model=teacher_model(cell, bench)), bench)
-        needs.append((size, cell.model, resolve_device(cell.device), cell.keep_effective))
-    size, model, device, keeping = max(needs, key=lambda need: need[0])
+        device = resolve_device(cell.device)
+        each = cell.gpus_per_cell if device.type == "cuda" else 1  # processes on CPUs share the memory
+        size = math.ceil(size / each) + _kept_bytes(cell, bench)
+        needs.append((size, cell.model, device, each, cell.keep_effective))
+    size, model, device, each, keeping = max(needs, key=lambda need: need[0])
     if device.type == "cuda":
         import torch
 
-        sharing = math.ceil(workers / max(1, torch.cuda.device_count()))
+        sharing = math.ceil(workers * each / max(1, torch.cuda.device_count()))
         free, there = torch.cuda.mem_get_info(device)[1], "the GPU has"
     else:
         sharing, free, there = workers, psutil.virtual_memory().total, "this machine has"
@@ -126,7 +129,7 @@ def _memory_problem(plan: Plan, bench: Workbench, workers: int) -> str | None:
         return None
     return (
         f"{sharing} worker(s) with {model} need at least {gigabytes(sharing * size)} of memory and {there} "
-        f"{gigabytes(free)}; use fewer workers (max_workers), dtype bfloat16,"
+        f"{gigabytes(free)}; use fewer workers (max_workers), dtype bfloat16, more GPUs for a cell (gpus_per_cell),"
         f"{' keep_effective: auto,' if keeping == ALWAYS else ''} or a smaller model."
     )
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from types import ModuleType
 
 from sparse_ft.errors import UserError
+from sparse_ft.models.devices import missing_gpus
 from sparse_ft.settings.commands import SweepConfig
-from sparse_ft.settings.executors import EXECUTORS
+from sparse_ft.settings.executors import EXECUTORS, PROCESS, SERIAL
 from sparse_ft.study.executors.process import default_workers
 from sparse_ft.study.plan import Plan
 from sparse_ft.study.queue import Listener, RunningExecutor
@@ -40,18 +41,22 @@ def _module(config: SweepConfig) -> ModuleType:
 
 def executor_problems(config: SweepConfig, plan: Plan) -> list[str]:
     """What an executor cannot run, one line each; empty where it can start."""
+    problems = []
+    if config.executor in (SERIAL.name, PROCESS.name):  # where the driver sees the workers' GPUs
+        sizes = {(cell.device, cell.gpus_per_cell): None for cell in plan.configs if cell.gpus_per_cell > 1}
+        problems = [problem for size in sizes if (problem := missing_gpus(*size))]
     if not EXECUTORS[config.executor].several:
-        return []
-    found = getattr(_module(config), "problems", lambda config: [])(config)
+        return problems
+    problems += getattr(_module(config), "problems", lambda config: [])(config)
     named = dict.fromkeys(cell.device for cell in plan.configs if re.fullmatch(r"cuda:0*[1-9]\d*", cell.device))
-    return found + [
-        f"device is {device}, but a worker of executor {config.executor} sees one GPU alone, and calls it cuda:0; "
+    return problems + [
+        f"device is {device}, but a worker of executor {config.executor} sees its own GPUs alone, from cuda:0 on; "
         "leave device at auto, and name the GPUs to use in CUDA_VISIBLE_DEVICES"
         for device in named
     ]
 
 
-def worker_count(config: SweepConfig) -> int:
+def worker_count(config: SweepConfig, gpus_per_cell: int = 1) -> int:
     """How many workers a configuration asks for.
 
     Raises:
@@ -60,7 +65,7 @@ def worker_count(config: SweepConfig) -> int:
     if not EXECUTORS[config.executor].several:
         return 1
     if config.max_workers is None:
-        return default_workers()
+        return default_workers(gpus_per_cell)
     if config.max_workers < 1:
         raise UserError(f"max_workers is {config.max_workers}; it must be at least 1.")
     return config.max_workers

@@ -27,9 +27,10 @@ __all__ = ["ProcessExecutor", "default_workers", "start", "visible_gpus"]
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS", "RAYON_NUM_THREADS")
 
 
-def default_workers() -> int:
-    """As many as there are GPUs; without one, a worker for every four cores, at least one."""
-    return len(visible_gpus()) or max(1, cores() // 4)
+def default_workers(gpus_per_cell: int = 1) -> int:
+    """As many as there are GPUs for; without one, a worker for every four cores, at least one."""
+    gpus = len(visible_gpus())
+    return max(1, gpus // gpus_per_cell if gpus else cores() // 4)
 
 
 def visible_gpus() -> list[str]:
@@ -56,7 +57,7 @@ class ProcessExecutor(WorkerPool):
         workers: how many.
         cell_seconds: longest time for a cell; None for no limit.
         logs: folder for what the workers print.
-        gpus: to be given out in turn, one to a worker; by default `visible_gpus`.
+        gpus: to be given out in turn, as many to a worker as a cell takes; by default `visible_gpus`.
     """
 
     exit_seconds = 30.0  # a busy machine takes its time to end a process with torch in it
@@ -81,7 +82,8 @@ class ProcessExecutor(WorkerPool):
         process = spawn.Process(
             target=_serve, args=(there, self._setup, threads, log), name=f"worker {number}", daemon=True
         )
-        with _environment(_surroundings(number, threads, self._gpus)):  # torch reads these when it is imported
+        own = _surroundings(number, threads, self._gpus, self._setup.gpus_per_cell)
+        with _environment(own):  # torch reads these when it is imported
             process.start()
         there.close()
         return ProcessHandle(process, here, log)
@@ -155,6 +157,8 @@ def _serve(pipe: Connection, setup: WorkerSetup, threads: int, log: Path) -> Non
         try:
             job = pipe.recv()
         except (EOFError, OSError):
+            if worker is not None:
+                worker.close()
             return
         try:
             worker = worker or setup.build()
@@ -172,12 +176,12 @@ def _end_with_driver() -> None:
     os._exit(1)
 
 
-def _surroundings(number: int, threads: int, gpus: Sequence[str]) -> dict[str, str]:
-    """A worker's own environment: its threads, and its GPU where there are any."""
+def _surroundings(number: int, threads: int, gpus: Sequence[str], each: int = 1) -> dict[str, str]:
+    """A worker's own environment: its threads, and its GPUs where there are any."""
     values = dict.fromkeys(_THREADS, str(threads))
     values["TOKENIZERS_PARALLELISM"] = "false"
     if gpus:
-        values["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
+        values["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[(number * each + k) % len(gpus)] for k in range(each))
     return values
 
 

@@ -69,7 +69,7 @@ class SerialExecutor:
         getattr(self._listen, kind)(0, *values)
 
     def close(self) -> None:
-        """Nothing is left running."""
+        self._worker.close()
 
 
 @contextmanager

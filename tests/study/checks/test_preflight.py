@@ -2,6 +2,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from sparse_ft.cell.masks import check_mask_set
 from sparse_ft.cell.workbench import Workbench
@@ -77,6 +78,23 @@ def test_effective_weights_that_are_kept_whatever_the_room_count_as_memory(small
     problem = _memory_problem(plan, bench, 1)
     assert (problem is not None) == more
     assert problem is None or "keep_effective: auto" in problem
+
+
+def test_a_model_is_shared_out_over_the_gpus_of_a_cell(small, monkeypatch):
+    monkeypatch.setattr("sparse_ft.study.checks.preflight.resolve_device", lambda device: torch.device("cuda:0"))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    cell = {**small, "seed": 0, "dtype": "float32"}
+
+    def problem(gpus, workers):
+        grid = {"model": ["tiny-llama"], "sparsity": [0.5], "mode": ["sparse_to_dense"]}
+        plan, bench = make_plan(Study("s", grid, {**cell, "gpus_per_cell": gpus})), Workbench()
+        size = model_bytes(plan.configs[0], bench)
+        monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (0, size - 1))
+        return _memory_problem(plan, bench, workers)
+
+    assert "more GPUs for a cell (gpus_per_cell)" in problem(1, 4)
+    assert problem(2, 2) is None
+    assert "2 worker(s)" in problem(2, 4)  # two shares of half a model on each
 
 
 def test_data_that_nothing_can_be_learned_from_is_named_before_the_first_cell(small, tmp_path):

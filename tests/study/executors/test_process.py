@@ -94,6 +94,8 @@ def test_more_workers_than_gpus_share_them_and_without_any_none_is_named():
     names = [_surroundings(number, 1, ["0", "1"])["CUDA_VISIBLE_DEVICES"] for number in range(4)]
     assert names == ["0", "1", "0", "1"]
     assert "CUDA_VISIBLE_DEVICES" not in _surroundings(0, 1, [])
+    groups = [_surroundings(number, 1, ["0", "1", "2", "GPU-3"], each=2)["CUDA_VISIBLE_DEVICES"] for number in range(3)]
+    assert groups == ["0,1", "2,GPU-3", "0,1"]
 
 
 def test_the_gpus_given_out_are_those_that_torch_counts(monkeypatch):
@@ -102,6 +104,7 @@ def test_the_gpus_given_out_are_those_that_torch_counts(monkeypatch):
     assert visible_gpus() == ["0", "1"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5, GPU-9")
     assert (visible_gpus(), default_workers()) == (["5", "GPU-9"], 2)
+    assert (default_workers(2), default_workers(4)) == (1, 1)
 
 
 @pytest.mark.slow
