@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from sparse_ft.cell.failures import WorkerLostError
+from sparse_ft.cell.workbench import Workbench
 from sparse_ft.errors import UserError
 from sparse_ft.settings.commands import SweepConfig
 from sparse_ft.study.executors.pool import ProgressMessages, WorkerHandle, WorkerPool
 from sparse_ft.study.jobs import Job, Outcome
 from sparse_ft.study.queue import Listener
-from sparse_ft.study.worker import WorkerSetup
+from sparse_ft.study.worker import Worker, WorkerSetup
 
 __all__ = ["RayExecutor", "cores_each", "start"]
 
@@ -61,7 +62,7 @@ class RayExecutor(WorkerPool):
         self._ours = not self._ray.is_initialized()
         if self._ours:
             self._connect(address)
-        self._actor = self._remote()
+        self._asked = self._resources()
 
     def close(self) -> None:
         """Kills the actors, and leaves the cluster as it was."""
@@ -70,7 +71,16 @@ class RayExecutor(WorkerPool):
             self._ray.shutdown()
 
     def _start(self, number: int) -> ActorHandle:
-        return ActorHandle(self._ray, self._actor.remote(self._setup), number)
+        # Two threads: one works, one answers what has happened so far.
+        remote = self._ray.remote(max_concurrency=2, max_restarts=0, **self._asked)(_Actor)
+        place = None
+        if (each := self._setup.gpus_per_cell) > 1:
+            from sparse_ft.study.executors.ray_group import in_bundle
+
+            bundle = {"CPU": self._asked["num_cpus"]} | ({"GPU": 1} if "num_gpus" in self._asked else {})
+            place = self._ray.util.placement_group([bundle] * each, strategy="PACK")
+            remote = remote.options(scheduling_strategy=in_bundle(place, 0))
+        return ActorHandle(self._ray, remote.remote(self._setup, self._asked), number, place)
 
     def _wait(self, busy: Mapping[int, ActorHandle]) -> None:
         self._make_room(busy)
@@ -105,18 +115,22 @@ class RayExecutor(WorkerPool):
                 "or leave ray_address out."
             ) from None
 
-    def _remote(self) -> Any:
-        """The actor's class with what it asks of a node: a GPU where the cluster has any, else cores."""
-        if self._ray.cluster_resources().get("GPU", 0) > 0:
+    def _resources(self) -> dict[str, Any]:
+        """What each process asks of a node: a GPU where the cluster has any, else cores.
+
+        Raises:
+            UserError: a cell takes more GPUs than there are.
+        """
+        gpus, each = self._ray.cluster_resources().get("GPU", 0), self._setup.gpus_per_cell
+        if gpus > 0:
             asked = {"num_gpus": 1, "num_cpus": 1}
         else:
             nodes = [node["Resources"].get("CPU", 0) for node in self._ray.nodes() if node["Alive"]]
-            asked = {"num_cpus": cores_each(nodes, self.workers)}
+            asked = {"num_cpus": cores_each(nodes, self.workers * each)}
+        if 0 < gpus < each:
+            raise UserError(f"gpus_per_cell is {each}, and the Ray cluster has {gpus:g} GPUs; lower it, or add nodes.")
         threads = {"OMP_NUM_THREADS": str(asked["num_cpus"])} if "num_gpus" not in asked else {}
-        surroundings = {"env_vars": {"TOKENIZERS_PARALLELISM": "false", **threads}}
-        # Two threads: one works, one answers what has happened so far.
-        remote = self._ray.remote(max_concurrency=2, max_restarts=0, runtime_env=surroundings, **asked)
-        return remote(_Actor)
+        return asked | {"runtime_env": {"env_vars": {"TOKENIZERS_PARALLELISM": "false", **threads}}}
 
 
 @contextmanager
@@ -156,9 +170,9 @@ class ActorHandle(WorkerHandle):
         placed: whether it has answered yet: Ray may still be looking for a place.
     """
 
-    def __init__(self, ray: Any, actor: Any, number: int):
+    def __init__(self, ray: Any, actor: Any, number: int, place: Any = None):
         super().__init__()
-        self._ray, self._actor, self._number = ray, actor, number
+        self._ray, self._actor, self._number, self._place = ray, actor, number, place
         self._asked: Any = None
         self.result: Any = None
         self.placed = False
@@ -189,6 +203,8 @@ class ActorHandle(WorkerHandle):
 
     def kill(self, after: float = 0) -> None:
         self._ray.kill(self._actor)
+        if self._place is not None:  # and with it the rest of its group
+            self._ray.util.remove_placement_group(self._place)
 
     def _is_ready(self, reference: Any) -> bool:
         return bool(self._ray.wait([reference], timeout=0)[0])
@@ -197,17 +213,25 @@ class ActorHandle(WorkerHandle):
 class _Actor:
     """A worker in a process of its own, on whatever node Ray finds room."""
 
-    def __init__(self, setup: WorkerSetup):
-        self._setup = setup
+    def __init__(self, setup: WorkerSetup, asked: dict[str, Any]):
+        self._setup, self._asked = setup, asked
         self._worker = None
         self._messages: deque[tuple] = deque()
 
     def run(self, job: Job) -> Outcome:
         """Runs one job; its failure is an outcome, not an error."""
         self._messages.clear()
-        self._worker = self._worker or self._setup.build()
+        self._worker = self._worker or self._build()
         send = self._messages.append
         return self._worker.run(job, ProgressMessages(send), lambda run_id: send(("opened", run_id)))
+
+    def _build(self) -> Worker:
+        bench = Workbench(shared=self._setup.shared)
+        if self._setup.gpus_per_cell > 1:
+            from sparse_ft.study.executors.ray_group import RayLaunch
+
+            bench.launch = RayLaunch(self._asked)
+        return self._setup.build(bench)
 
     def messages(self) -> list[tuple]:
         """What has happened since the last call."""
