@@ -20,7 +20,7 @@ demo: $(READY)
 test: $(TESTS_READY)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
-# Real models, servers, killed processes: minutes.
+# What takes more than 2.5 seconds a test: real models, studies, servers, killed processes.
 test-slow: $(TESTS_READY)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 

@@ -23,6 +23,7 @@ NUMBERS = ROOT / "docs/study"
 CONFIG = ROOT / "configs/smollm2.yaml"
 
 
+@pytest.mark.slow
 def test_the_page_is_made_of_the_numbers_to_the_byte(tmp_path):
     assert ANSWER["page"](NUMBERS) == (ROOT / "docs/answer.md").read_text(encoding="utf-8")
     ANSWER["figure"](NUMBERS).savefig(tmp_path / "answer.png", dpi=150)

@@ -103,6 +103,7 @@ def test_help_and_version_load_nothing_heavy(argv):
     assert not {"torch", "numpy", "mlflow", "transformers"} & set(done.stdout.split())
 
 
+@pytest.mark.slow
 def test_without_the_extras_commands_work_that_do_not_need_them(tmp_path):
     """As after `pip install sparse_ft`: no h5py, no Ray, no driver of PostgreSQL, no boto3, no test tools."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]

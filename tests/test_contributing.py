@@ -46,6 +46,7 @@ def weather(tmp_path, monkeypatch):
     return tmp_path / "mytasks" / "weather.yaml"
 
 
+@pytest.mark.slow
 def test_a_task_of_ones_own(weather):
     (command,) = _blocks("How to add a task", "")
     _, _, *options = command.split()
@@ -60,6 +61,7 @@ def test_a_task_of_ones_own(weather):
     assert first.tags["cell_key"] != second.tags["cell_key"]
 
 
+@pytest.mark.slow
 def test_a_study_takes_the_task_from_its_folder_and_others_from_lm_eval(weather, study_file, tmp_path):
     rows = [{"id": str(n), "question": "Is snow cold?", "choices": {"text": ["no", "yes"], "label": ["A", "B"]},
              "answerKey": "B"} for n in range(4)]  # fmt: skip
@@ -85,6 +87,7 @@ def test_a_definition_may_name_its_own_rows(weather):
     assert len(task.eval_docs) == 4 and task.config.metadata["source"] == "hub:json"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "folder", "message"), [
     ("weather", "nowhere", "include_path nowhere is not a folder"),
     ("whether", "mytasks", "has no task 'whether', nor has mytasks"),

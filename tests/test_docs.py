@@ -187,6 +187,7 @@ RUN_HERE = [
 ]
 
 
+@pytest.mark.slow
 def test_the_first_steps_run_as_they_are_written(monkeypatch, tmp_path, capsys):
     """Every entry point that `getting_started.md` starts, in its order, in this process and a folder of its own."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")
@@ -226,6 +227,7 @@ def test_python_and_yaml_blocks_are_of_this_project(page, tmp_path):
         load_study(tmp_path / "study.yaml")
 
 
+@pytest.mark.slow
 def test_messages_of_the_troubleshooting_page_are_the_programs():
     said = "\n".join(messages())
     missing = []

@@ -38,6 +38,7 @@ def _trained(folder, tmp_path):
     return result, {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variables", LEFT, ids=lambda variables: next(iter(variables)))
 def test_training_is_the_same_whatever_a_launcher_left(variables, tiny_model, tmp_path, monkeypatch):
     expected, weights = _trained(tiny_model("tiny-llama"), tmp_path)

@@ -2,11 +2,13 @@
 
 import json
 
+import pytest
 from documents import ROOT
 
 from sparse_ft.tracking.runs import Tracker
 
 
+@pytest.mark.slow
 def test_the_tutorial_runs_and_keeps_every_zero(tmp_path, monkeypatch, capsys):
     notebook = json.loads((ROOT / "docs/tutorial.ipynb").read_text(encoding="utf-8"))
     bodies = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]

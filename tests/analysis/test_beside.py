@@ -101,6 +101,7 @@ def test_figures_and_curves_are_drawn_of_them_as_of_cells(runs):
     assert not any("piqa" in name for line in curves(cells) for name in line["points"])
 
 
+@pytest.mark.slow
 def test_the_analysis_has_them_everywhere(runs, tmp_path):
     result = write_analysis(runs, tmp_path, baseline="builtin")
     table = pd.read_csv(tmp_path / "scores.csv")

@@ -158,6 +158,7 @@ def number(text: str) -> float:
     return float(text.partition(" ± ")[0].replace(",", ""))
 
 
+@pytest.mark.slow
 def test_it_renders_without_a_complaint(answer, rows):
     how, found, console, _ = answer
     assert found["errors"] == [] and console == ""

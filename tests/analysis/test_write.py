@@ -19,6 +19,7 @@ def written(tmp_path_factory):
     return folder, write_analysis([*demo(), mask_run()], folder, "builtin", "Demo")
 
 
+@pytest.mark.slow
 def test_all_files_are_there(written):
     folder, result = written
     names = {path.name for path in folder.iterdir()}
@@ -69,6 +70,7 @@ def test_incomplete_studies_give_a_page_that_says_so(tmp_path, rows, notice):
         assert not result.figures and "Nothing to draw" in page
 
 
+@pytest.mark.slow
 def test_a_figure_that_is_no_longer_true_goes(tmp_path):
     write_analysis(demo(), tmp_path)
     assert (tmp_path / "figures" / "recovery.png").exists()
@@ -98,6 +100,7 @@ def test_text_from_outside_is_escaped(tmp_path):
     assert "<script>alert" not in (tmp_path / "report.html").read_text("utf-8")
 
 
+@pytest.mark.slow
 def test_progress_ends_where_it_said(tmp_path):
     class Seen(Progress):
         total = done = stopped = 0

@@ -124,6 +124,7 @@ def test_a_server_that_comes_back_has_every_point_of_every_step(tmp_path, job, a
     assert not (tmp_path / "unsent").exists()
 
 
+@pytest.mark.slow
 def test_a_server_that_stays_away_costs_no_step_and_leaves_the_rest_in_a_file(tmp_path, job, away, monkeypatch):
     start, kill, store = away
     address = start()

@@ -44,6 +44,7 @@ def push(run, *more):
     return command("push", ["--run", run.run_id, "--to", "lab/tiny", *more], "push")
 
 
+@pytest.mark.slow
 def test_checkpoint_masks_and_card_are_pushed_once_they_are_proved(hub, trained, monkeypatch, capsys, tmp_path):
     run = trained(register_as="tiny")
     monkeypatch.setenv("HF_TOKEN", "wrong")

@@ -51,6 +51,7 @@ def test_zeros_survive_both_stages_and_the_language_comes_back(run, mode, dtype)
     assert curves == {f"recover/{part}": 20 for part in ("loss", "ce", "kl", "squarehead")}
 
 
+@pytest.mark.slow
 def test_a_recovered_model_is_trained_once_for_all_that_begin_with_it(run, tmp_path):
     bench = Workbench(shared=tmp_path / "untuned")
     _, first, _ = run(bench, **RECOVER)
@@ -67,12 +68,14 @@ def test_a_recovered_model_is_trained_once_for_all_that_begin_with_it(run, tmp_p
     assert dense_adapter.metrics["sparsity/after_merge"] < 0.1  # the dense adapter is on top of it
 
 
+@pytest.mark.slow
 def test_what_is_recovered_does_not_depend_on_the_cell_before(run):
     bench = Workbench()
     run(bench, mode="full", **RECOVER)
     assert run(bench, **RECOVER)[1].tags["recovered_fingerprint"] == run(**RECOVER)[1].tags["recovered_fingerprint"]
 
 
+@pytest.mark.slow
 def test_a_recovered_model_whose_weights_were_changed_is_trained_again(run, tmp_path):
     bench = Workbench(shared=tmp_path / "untuned")
     _, first, _ = run(bench, **RECOVER)
@@ -144,6 +147,7 @@ def test_windows_of_the_tasks_texts_come_again_where_the_text_ends(tmp_path, sma
     assert len(drawn) == 16 and len({tuple(w.input_ids) for w in drawn}) > 8
 
 
+@pytest.mark.slow
 def test_a_study_recovers_tells_and_rebuilds(study_file, tmp_path, capsys):
     grid = {
         "model": ["tiny-llama"],

@@ -76,6 +76,7 @@ def test_every_number_has_its_protocol(run):
     assert stages == pytest.approx(result.metrics["time/total_seconds"], rel=0.05, abs=0.2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["tiny-llama", "tiny-mixtral"])
 def test_keeping_effective_weights_changes_no_number_and_is_said(run, bench, model, monkeypatch):
     keys, merged, losses, said, lines = set(), set(), set(), {}, []
@@ -93,6 +94,7 @@ def test_keeping_effective_weights_changes_no_number_and_is_said(run, bench, mod
     assert "train_effective_weights" not in run(mode="dense")[2].protocol
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "forms"), [("sparse_to_dense", {"dense"}), ("sparse_to_sparse", {"masked", "packed"})]
 )
@@ -105,6 +107,7 @@ def test_what_the_merged_model_takes_is_measured_where_it_is_asked_for(run, mode
     assert ("shrunk" in absent) == (mode == "sparse_to_sparse") and not (folder / "measured").exists()
 
 
+@pytest.mark.slow
 def test_a_cell_gives_the_same_numbers_after_others_used_the_model(run, bench):
     def numbers(result):
         return {k: v for k, v in result.metrics.items() if k.startswith(("eval/", "train/loss")) and "second" not in k}
@@ -145,6 +148,7 @@ def test_missing_models_and_data_have_classes_of_their_own(run):
         run(data_dir="./no-such-folder", mode="dense")
 
 
+@pytest.mark.slow
 def test_what_training_moved_and_what_the_merge_cost_is_logged_for_every_mode(run):
     for mode in ("dense", "sparse_to_dense", "sparse_to_sparse", "full"):
         _, _, result, _ = run(mode=mode, task="hellaswag", learning_rate=1e-2, target_modules=("q_proj", "v_proj"))

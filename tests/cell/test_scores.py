@@ -72,6 +72,7 @@ def test_perplexity_of_a_text_of_ones_own(trained, tmp_path):
     assert run.metrics["eval/perplexity"] > 1
 
 
+@pytest.mark.slow
 def test_a_run_logs_what_it_wrote_and_deletes_nothing(trained, tmp_path):
     """Twice into one folder, the second time with other masks and fewer scores."""
     first = trained(task="hellaswag", mode="sparse_to_dense", eval_limit=2, keep_samples="true", keep="none")

@@ -36,6 +36,7 @@ def _beside(*arguments):
     yield None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "values",
     [

@@ -150,6 +150,7 @@ print(peak_bytes() - before)
 """
 
 
+@pytest.mark.slow
 def test_memory_stays_within_a_few_tensors(tmp_path):
     """Start, merge and validation of a model of 24 blocks: what is held grows with a tensor, not with the model."""
     shape = {"hidden_size": 512, "intermediate_size": 1024, "vocab_size": 64, "num_attention_heads": 8}

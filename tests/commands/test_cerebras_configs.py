@@ -45,6 +45,7 @@ def study(tmp_path):
     return make
 
 
+@pytest.mark.slow
 def test_all_360_configurations_of_the_full_study(study, tmp_path):
     files = write_study_configs(study(), tmp_path / "out", CerebrasSettings())
     index = json.loads((tmp_path / "out" / "index.json").read_text())

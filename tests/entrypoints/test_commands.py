@@ -170,6 +170,7 @@ def test_structured_masks_come_with_smaller_models(command, tmp_path):
     torch.testing.assert_close(smaller(ids).logits, masked(ids).logits, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_analyze_writes_its_own_run_and_curves_only_once(command, tmp_path, study_of_two):
     counts = []
     for _ in range(2):
@@ -275,6 +276,7 @@ def mlflow_run(entry_point, folder, **parameters):
     return run
 
 
+@pytest.mark.slow
 def test_mlflow_run_makes_one_run_and_keeps_what_was_typed(tmp_path):
     folder = str(tmp_path / "masks")
     run = mlflow_run("compute_masks", tmp_path, model="tiny-llama", sparsities=".50", output_dir=folder, force="false")
@@ -282,6 +284,7 @@ def test_mlflow_run_makes_one_run_and_keeps_what_was_typed(tmp_path):
     assert torch.is_tensor(load_file(tmp_path / "masks" / "masks_sparsity50_unstructured.safetensors").popitem()[1])
 
 
+@pytest.mark.slow
 def test_a_folder_of_shards_is_pruned_as_the_one_file(command, tmp_path, tiny_model):
     model = load_model(tiny_model("tiny-mixtral"), "float32", "cpu")
     model.save_pretrained(tmp_path / "model", max_shard_size="100KB")

@@ -20,6 +20,7 @@ def cells():
     return [run for run in Tracker().search() if run.tags.get("kind") == "cell"]
 
 
+@pytest.mark.slow
 def test_masks_a_smaller_checkpoint_training_from_the_file_and_its_proof(command, tmp_path):
     out = tmp_path / "masks"
     how = {"model": "tiny-mixtral", "method": "experts", "sparsities": "0.25,0.5", "shrink": "true"}
@@ -58,6 +59,7 @@ def study(command, tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_a_study_over_experts_and_its_cells_made_again(study, tmp_path):
     runs = {run.params["cfg/mode"]: run for run in cells()}
     assert len(runs) == 4

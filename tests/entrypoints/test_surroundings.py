@@ -55,6 +55,7 @@ def in_ascii(name, folder, **values):
     )
 
 
+@pytest.mark.slow
 def test_a_terminal_without_utf_8_ends_as_any_other(tmp_path):
     done = in_ascii("compute_masks", tmp_path, model="tiny-llama", output_dir="café")
     assert done.returncode == 0, done.stderr

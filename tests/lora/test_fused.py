@@ -40,11 +40,13 @@ def run(*arguments, **variables):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_in_the_interpreter():
     pytest.importorskip("triton", reason="Triton comes with torch's CUDA builds and with the test environment on Linux")
     assert " passed" in run("-m", "pytest", "-q", "-x", str(INTERPRETED), TRITON_INTERPRET="1")
 
 
+@pytest.mark.slow
 def test_they_compile_for_gpus_and_round_after_each_operation(tmp_path):
     pytest.importorskip("triton", reason="Triton comes with torch's CUDA builds and with the test environment on Linux")
     assembly = run("-c", COMPILE, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))

@@ -43,6 +43,7 @@ def adapter(model):
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["sparse_to_sparse", "full"])
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "autocast"])
 def test_resuming_from_a_trainer_checkpoint_is_bit_identical(mode, bf16, tiny, make_masks, tmp_path, work):

@@ -40,6 +40,7 @@ def ask(folder, cache):
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_each_configuration_has_its_own_answer_and_is_asked_for_once(folders, tmp_path):
     small, large = (ask(folder, tmp_path / "cache") for folder in folders)
     assert small[2] and large[2]

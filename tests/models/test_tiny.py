@@ -54,6 +54,7 @@ def test_kinds_differ_in_tied_embeddings_and_head_size():
     assert None in sizes and any(size and size != 48 // 6 for size in sizes)
 
 
+@pytest.mark.slow
 def test_same_bytes_in_another_process_and_whatever_the_random_state(tmp_path: Path):
     code = """
 import sys, torch

@@ -40,6 +40,7 @@ def data(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_published_study_at_a_tiny_size(tmp_path, tiny_model, data, capsys):
     model = shutil.copytree(tiny_model("tiny-llama"), tmp_path / "Llama-2-7b-hf")
     study = yaml.safe_load((ROOT / "configs/published.yaml").read_text(encoding="utf-8"))
@@ -75,6 +76,7 @@ def test_the_published_study_at_a_tiny_size(tmp_path, tiny_model, data, capsys):
     assert Checkpoint(again).fingerprint == alps.tags["merged_fingerprint"]
 
 
+@pytest.mark.slow
 def test_the_recovery_study_at_a_tiny_size(tmp_path, data):
     study = yaml.safe_load((ROOT / "configs/recovery.yaml").read_text(encoding="utf-8"))
     study["grid"] |= {"model": ["tiny-llama"], "sparsity": [0.7], "recover_steps": [0, 2]}
@@ -90,6 +92,7 @@ def test_the_recovery_study_at_a_tiny_size(tmp_path, data):
     assert {run.metrics["sparsity/violations"] for run in runs} == {0}
 
 
+@pytest.mark.slow
 def test_the_study_of_a_small_gpu_at_a_tiny_size(tmp_path, data):
     study = yaml.safe_load((ROOT / "configs/small_gpu.yaml").read_text(encoding="utf-8"))
     for table in study["grid"]:
@@ -102,6 +105,7 @@ def test_the_study_of_a_small_gpu_at_a_tiny_size(tmp_path, data):
     assert sorted(kept, key=str) == [None] + 3 * ["kept"]  # the dense one makes none; tiny ones leave the room
 
 
+@pytest.mark.slow
 def test_the_study_of_modern_models_at_a_tiny_size(tmp_path, data):
     study = yaml.safe_load((ROOT / "configs/modern.yaml").read_text(encoding="utf-8"))
     study["grid"] |= {"model": ["tiny-llama", "tiny-qwen3"], "task": ["boolq"], "sparsity": [0.6]}
@@ -121,6 +125,7 @@ def _run_small(study, folder, cell):
     return [run for run in Tracker().search() if run.tags.get("kind") == "cell"]
 
 
+@pytest.mark.slow
 def test_the_study_on_rows_of_ones_own_at_a_tiny_size(tmp_path, data, tiny_model):
     model = shutil.copytree(tiny_model("tiny-llama"), tmp_path / "chat")
     tokenizer = AutoTokenizer.from_pretrained(model)

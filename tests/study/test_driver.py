@@ -33,6 +33,7 @@ def _of(children, kind):
     return [run for run in children if run.tags["kind"] == kind]
 
 
+@pytest.mark.slow
 def test_a_study_is_a_parent_with_a_child_for_every_cell_and_mask_set(run_study, capsys, tmp_path):
     grid = {"model": ["tiny-llama"], "sparsity": [0.5], "mode": ["sparse_to_dense", "sparse_to_sparse"]}
     status, tracker, parent, children = run_study(grid, figures="summary")
@@ -83,6 +84,7 @@ def test_a_level_of_many_digits_is_the_level_that_was_asked(run_study):
     assert cell.metrics["sparsity/achieved"] == pytest.approx(0.123456789, abs=1e-4)  # of tensors this small
 
 
+@pytest.mark.slow
 def test_curves_have_the_sparsity_as_step_and_stand_apart(run_study, capsys):
     grid = {"model": ["tiny-llama"], "sparsity": [0.3, 0.6], "mode": ["sparse_to_sparse"]}
     _, tracker, parent, children = run_study(grid, dense_baseline=False)
@@ -110,6 +112,7 @@ def test_curves_have_the_sparsity_as_step_and_stand_apart(run_study, capsys):
     assert len(tracker.search(view["searchFilter"])) == 2 and "metrics.`eval/accuracy`" in view["selectedColumns"]
 
 
+@pytest.mark.slow
 def test_a_failed_cell_says_why_and_costs_only_itself(run_study, capsys):
     grid = {"model": ["tiny-llama"], "mode": ["sparse_to_sparse"], "learning_rate": [1e-3, 9.0], "sparsity": [0.5]}
     status, tracker, _, children = run_study(grid, dense_baseline=False, cell={"max_steps": 40, "max_seq_len": 64})
@@ -164,6 +167,7 @@ def test_a_dry_run_prints_the_plan_and_runs_nothing(study_file, capsys, tmp_path
     assert not (tmp_path / "mlflow.db").exists()  # nor makes a store
 
 
+@pytest.mark.slow
 def test_a_dry_run_tells_the_time_from_the_cells_measured(run_study, study_file, capsys):
     _, _, _, children = run_study({"model": ["tiny-llama"], "sparsity": [0.5], "mode": ["sparse_to_sparse"]})
     sparse, dense = (

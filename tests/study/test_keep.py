@@ -29,6 +29,7 @@ def _cells(tracker):
     return parent, [run for run in tracker.children(parent.run_id) if run.tags["kind"] == "cell"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_rebuilt_model_is_the_merged_one_bit_for_bit(study_file, tmp_path, dtype):
     grid = {"model": ["tiny-llama"], "sparsity": [0.6], "mode": ["sparse_to_dense", "sparse_to_sparse"]}
@@ -46,6 +47,7 @@ def test_a_rebuilt_model_is_the_merged_one_bit_for_bit(study_file, tmp_path, dty
     assert _bytes(again) == _bytes(target)
 
 
+@pytest.mark.slow
 def test_models_are_kept_packed_rebuilt_and_registered_plain(study_file, tmp_path):
     grid = {"model": ["tiny-llama"], "sparsity": [0.6], "mode": ["sparse_to_dense", "full"]}
     path = study_file(grid, keep="all", keep_format="packed", cell={"dtype": "bfloat16"}, dense_baseline=False)
@@ -82,6 +84,7 @@ def test_a_run_of_before_there_was_a_choice_of_rounding_is_rebuilt_as_it_was_mad
         assert logged_cell(tracker, tracker.run(run_id)).rounding == expected
 
 
+@pytest.mark.slow
 def test_a_cell_of_version_0_1_0_is_rebuilt_bit_for_bit(study_file, tmp_path):
     """Its fingerprints saw less of the weights, and it rounded to the nearest."""
     path = study_file(
@@ -103,6 +106,7 @@ def test_a_cell_of_version_0_1_0_is_rebuilt_bit_for_bit(study_file, tmp_path):
         rebuild(tracker, run.run_id, tmp_path / "other", Workbench())
 
 
+@pytest.mark.slow
 def test_of_a_study_the_front_is_kept_whole_and_registered_where_asked(study_file, tmp_path):
     grid = {"model": ["tiny-llama"], "sparsity": [0.3, 0.9], "mode": ["sparse_to_sparse"]}
     path = study_file(grid, register=True)
@@ -126,6 +130,7 @@ def test_of_a_study_the_front_is_kept_whole_and_registered_where_asked(study_fil
     assert not list((tmp_path / "out").glob("*/models/*"))  # the registry holds the only copy
 
 
+@pytest.mark.slow
 def test_nothing_is_rebuilt_from_a_run_that_holds_no_adapter(study_file, tmp_path):
     path = study_file({"model": ["tiny-llama"], "mode": ["dense"]}, keep="none")
     assert sweep(SweepConfig(config=str(path), output_dir=str(tmp_path / "out"))) == 0

@@ -90,6 +90,7 @@ def _complete(parent_run_id, cells=CELLS):
     return runs
 
 
+@pytest.mark.slow
 def test_a_driver_killed_in_the_middle_is_resumed(driver, tmp_path, capsys):
     process, config = driver(cell={"max_steps": 6})
     database = tmp_path / "mlflow.db"
@@ -181,6 +182,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(place)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_named_holes_that_a_resumed_study_fills(small_disk, driver, tmp_path):
     process, config = driver(output_dir=small_disk, keep="none")
     _halt_after(1, process, tmp_path / "driver.log")

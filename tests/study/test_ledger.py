@@ -34,6 +34,7 @@ def _study():
     return parent, [run for run in tracker.children(parent.run_id) if run.tags["kind"] == "cell"]
 
 
+@pytest.mark.slow
 def test_a_changed_configuration_says_what_changed_and_keeps_what_is_the_same(config, capsys):
     grid = {"model": ["tiny-llama"], "sparsity": [0.3, 0.5], "mode": ["sparse_to_sparse"]}
     assert sweep(config(grid, keep="pareto")) == 0
@@ -60,6 +61,7 @@ def test_a_changed_configuration_says_what_changed_and_keeps_what_is_the_same(co
     assert len(_study()[1]) == 3
 
 
+@pytest.mark.slow
 def test_a_study_of_version_0_1_0_runs_again_and_its_cells_are_no_part_of_the_results(config, capsys):
     file = config({"model": ["tiny-llama"], "sparsity": [0.3, 0.5], "mode": ["sparse_to_sparse"]})
     assert sweep(file) == 0
@@ -76,6 +78,7 @@ def test_a_study_of_version_0_1_0_runs_again_and_its_cells_are_no_part_of_the_re
     assert "2 of 2 cells are done" in capsys.readouterr().out and len(_study()[1]) == 4
 
 
+@pytest.mark.slow
 def test_a_study_of_another_version_says_so_and_runs_again(config, capsys, monkeypatch):
     """The version stands in the identity of every cell and mask set, whatever else is the same."""
     file = config({"model": ["tiny-llama"], "sparsity": [0.5], "mode": ["sparse_to_sparse"]})
@@ -96,6 +99,7 @@ def test_a_study_of_another_version_says_so_and_runs_again(config, capsys, monke
     assert new.tags["mask_checksum"] == old.tags["mask_checksum"]
 
 
+@pytest.mark.slow
 def test_failed_cells_are_tried_again_up_to_max_retries_in_every_start(config, capsys):
     study = config({"model": ["tiny-llama"], "mode": ["dense"]}, cell={"max_steps": 100_000})
 
@@ -116,6 +120,7 @@ def test_failed_cells_are_tried_again_up_to_max_retries_in_every_start(config, c
     assert start(max_retries=2) == (1, failed(5))
 
 
+@pytest.mark.slow
 def test_what_cannot_end_differently_is_not_tried_again(config, capsys):
     grid = {"model": ["tiny-llama"], "mode": ["dense"], "learning_rate": [9.0]}
     study = config(grid, cell={"max_steps": 60, "max_seq_len": 64})
@@ -142,6 +147,7 @@ def test_what_cannot_end_differently_is_not_tried_again(config, capsys):
         sweep(study)
 
 
+@pytest.mark.slow
 def test_only_a_study_that_nobody_drives_is_resumed(config):
     study = config({"model": ["tiny-llama"], "mode": ["dense"]})
     assert sweep(study) == 0

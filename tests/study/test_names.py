@@ -65,6 +65,7 @@ def _checksums(cells, field):
     return {run.params[f"cfg/{field}"]: run.tags["mask_checksum"] for run in cells}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("axis", "cell"),
     [
@@ -85,6 +86,7 @@ def test_every_mask_set_has_a_folder_of_its_own(start, axis, cell):
     assert status == 0 and len(again) == len(cells)  # nothing is run again under the other's masks
 
 
+@pytest.mark.slow
 def test_two_models_of_one_last_name_have_their_own_masks(start, model):
     folders = [str(model("a")), str(model("b", 0.5))]
     status, _, cells = start({"model": folders})
@@ -103,6 +105,7 @@ def test_one_model_under_two_names_is_one_computation(start, model):
     assert {run.params["cfg/model"] for run in cells} == set(folders)
 
 
+@pytest.mark.slow
 def test_weights_that_change_under_their_name_are_noticed_by_a_resume(start, model, capsys):
     folder = model("a")
     grid = {"model": [str(folder)], "sparsity": [0.3, 0.5]}
@@ -121,6 +124,7 @@ def test_weights_that_change_under_their_name_are_noticed_by_a_resume(start, mod
     assert len(rows) == 1 + 2
 
 
+@pytest.mark.slow
 def test_rows_that_change_under_their_name_are_noticed_by_a_resume(start, tmp_path, capsys):
     data = tmp_path / "data"
     shutil.copytree(made_data_dir(), data)
@@ -153,6 +157,7 @@ def test_given_masks_of_other_weights_stop_a_study_before_its_first_run(start, m
     assert not Tracker().search()
 
 
+@pytest.mark.slow
 def test_trials_of_a_search_run_under_the_masks_that_are_given(study_file, tmp_path):
     about = MaskConfig(model="tiny-llama", sparsities=(0.7,))
     (file,) = make_masks(about, Workbench(), tmp_path / "mine")
@@ -175,6 +180,7 @@ def test_a_mask_file_that_is_replaced_is_not_taken_for_the_one_that_was_made(tmp
         made.load()
 
 
+@pytest.mark.slow
 def test_a_refused_rebuild_leaves_nothing_that_a_later_start_could_adopt(start, tmp_path):
     _, parent, (run,) = start({"model": ["tiny-llama"]}, keep="adapter")
     tracker, folder = Tracker(), tmp_path / "study"
@@ -188,6 +194,7 @@ def test_a_refused_rebuild_leaves_nothing_that_a_later_start_could_adopt(start, 
     assert len(said) == 2 and not list(folder.glob("models/*"))
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_not_the_runs_model_is_not_kept_as_it(start, model, tmp_path):
     _, parent, (run,) = start({"model": ["tiny-llama"]}, keep="adapter")
     tracker, folder = Tracker(), tmp_path / "study"

@@ -55,6 +55,7 @@ print("REPORT", json.dumps({"parent": parent, "free": free.run_id, "tight": tigh
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits of the address space are Linux's")
 def test_a_batch_that_does_not_fit_is_halved_once_and_the_step_stays_the_same(small, tmp_path):
     values = small | {"max_steps": 1, "batch_size": 256, "max_seq_len": 256, "perplexity_tokens": 0}

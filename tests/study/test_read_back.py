@@ -44,6 +44,7 @@ def read(store, study_file, tmp_path):
     return tracker, study, half, sparse
 
 
+@pytest.mark.slow
 def test_everything_stands_where_an_mlflow_user_looks_for_it(read, tmp_path):
     tracker, study, half, sparse = read
     client = tracker.client

@@ -20,6 +20,7 @@ def again(run, folder, leave_out=""):
     return max(Tracker().search(), key=lambda found: found.start_time)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("importance", ["wanda", "sparsegpt"])
 def test_a_level_above_others_has_the_masks_that_it_had_among_them(study_file, tmp_path, importance):
     """What a rule that reads text prunes at a level goes at every higher one: alone it would choose other weights."""

@@ -39,6 +39,7 @@ def cells():
     return [run for run in Tracker().search() if run.tags.get("kind") == "cell"]
 
 
+@pytest.mark.slow
 def test_the_zero_shot_study_at_a_tiny_size(tmp_path, data, capsys):
     """With a group of one's own in the place of mmlu, and a trained cell beside the pruned one."""
     study = yaml.safe_load((ROOT / "configs/zero_shot.yaml").read_text(encoding="utf-8"))
@@ -132,6 +133,7 @@ def test_perplexity_is_the_papers_where_their_text_is_there(tmp_path, data):
         assert {c.perplexity_corpus for c in make_plan(given).configs} == {"task"}
 
 
+@pytest.mark.slow
 def test_a_study_that_is_resumed_keeps_its_perplexity(tmp_path, data, monkeypatch):
     """Though the text, or the hub, has come or gone since: no two cells of a study differ in it."""
     config = SweepConfig(config=str(open_study(tmp_path, data)), output_dir=str(tmp_path / "out"))

@@ -23,6 +23,7 @@ def _cells():
     return {run.params["cfg/mode"] + " " + run.params.get("cfg/teacher", "none"): run for run in runs}, len(runs)
 
 
+@pytest.mark.slow
 def test_the_dense_baseline_is_made_first_and_teaches(study_file, tmp_path, small, capsys):
     grid = GRID | {"teacher": ["none", "dense", "dense_tuned"]}
     config = SweepConfig(config=str(study_file(grid, keep="none")), output_dir=str(tmp_path / "out"))
@@ -48,6 +49,7 @@ def test_the_dense_baseline_is_made_first_and_teaches(study_file, tmp_path, smal
     assert result.tags["merged_fingerprint"] == taught.tags["merged_fingerprint"]
 
 
+@pytest.mark.slow
 def test_cells_whose_teacher_failed_say_so(study_file, tmp_path, monkeypatch):
     def fails(cell, *arguments, **more):
         if cell.mode == "dense":

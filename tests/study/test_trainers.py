@@ -48,6 +48,7 @@ def run(tmp_path, small):
     return run
 
 
+@pytest.mark.slow
 def test_a_trainer_knows_its_run_writes_into_it_and_hears_of_a_smaller_batch(run):
     trainer = OwnTrainer()
     first, second = run(trainer), run(trainer, reduced_batch="2 -> 1")

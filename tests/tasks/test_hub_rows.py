@@ -45,6 +45,7 @@ def _loaded(task, splits, folder):
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", [None, "train", "test"])
 @pytest.mark.parametrize("task", TASKS)
 def test_a_wrong_answer_is_one_line_with_its_row(task, wrong, tmp_path):

@@ -95,6 +95,7 @@ def test_what_the_store_refuses_ends_the_work_soon_and_is_its_own_error(tracker:
         points.add(1, {"loss?": 0.5})  # said at the end, where no further point comes
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("prompt")
 def test_a_server_that_stays_away_leaves_a_file_and_a_line(dead, tmp_path: Path, capsys):
     tracker, run_id = dead

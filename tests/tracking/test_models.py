@@ -330,6 +330,7 @@ def test_logging_leaves_the_random_state_alone(tracker: Tracker, merged: Path):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.slow
 def test_a_fresh_process_loads_the_alias_bit_for_bit(tracker: Tracker, merged: Path):
     uri = log_model(tracker, tracker.start("cell"), merged, "merged")
     name = registered_name("tiny-llama", "boolq")

@@ -37,6 +37,7 @@ def tracker(uri: str) -> Tracker:
 # -- stores and experiments
 
 
+@pytest.mark.slow
 def test_a_new_store_is_made_silently_with_artifacts_beside_it(tmp_path: Path):
     code = (
         "from sparse_ft.tracking.runs import Tracker; from mlflow.telemetry import get_telemetry_client;"

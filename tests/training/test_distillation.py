@@ -107,6 +107,7 @@ def test_the_loss_of_a_batch_is_that_of_its_sequences_alone_padding_left_out(tea
     assert set(only.parts) == {"squarehead"}
 
 
+@pytest.mark.slow
 def test_a_taught_student_comes_nearer_to_its_teacher(teacher, masks, examples, tmp_path):
     settings = TrainingSettings(max_steps=12, batch_size=4, learning_rate=5e-3)
     distance = {}

@@ -86,6 +86,7 @@ def test_training_is_plain_gradient_descent_on_that_loss(folder, model, examples
         torch.testing.assert_close(trained, expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_accumulation_equals_one_large_batch(folder, examples, tmp_path):
     losses = []
     for batch_size, accumulation in ((8, 1), (2, 4)):
@@ -97,6 +98,7 @@ def test_accumulation_equals_one_large_batch(folder, examples, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["reentrant", "non_reentrant"])
 def test_checkpointing_changes_no_number(folder, examples, tmp_path, kind):
     curves = []
@@ -107,6 +109,7 @@ def test_checkpointing_changes_no_number(folder, examples, tmp_path, kind):
     assert curves[0] == curves[1]
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_numbers_and_another_does_not(folder, examples, tmp_path):
     curves = []
     for seed in (0, 0, 1):

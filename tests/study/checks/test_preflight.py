@@ -25,6 +25,7 @@ def _plan(small, **rest):
     return make_plan(Study("s", grid, {**small, "seed": 0}, **rest))
 
 
+@pytest.mark.slow
 def test_the_estimate_holds_and_is_not_far_off(study_file, small, tmp_path):
     grid = {"model": ["tiny-llama"], "sparsity": [0.3, 0.6], "mode": ["sparse_to_dense", "sparse_to_sparse"]}
     estimate = estimate_disk(_plan(small, keep="all"), Workbench(), 1)

@@ -23,6 +23,7 @@ def _worker_pid(run):
     return int(run.tags["worker"].split(" ")[1])
 
 
+@pytest.mark.slow
 def test_a_killed_worker_costs_its_cell_one_try_and_a_slow_cell_its_worker(study, tmp_path):
     tracker, parent, setup, jobs = study
     fast, slow = jobs(2), replace(jobs(1)[0], cell=replace(jobs(1)[0].cell, max_steps=100_000), key="slow")
@@ -63,6 +64,7 @@ def test_a_killed_worker_costs_its_cell_one_try_and_a_slow_cell_its_worker(study
     ]
 
 
+@pytest.mark.slow
 def test_two_workers_share_gpus_threads_and_scores_and_say_how_far_they_are(study, tmp_path):
     tracker, parent, setup, jobs = study
     listen = Watching()
@@ -123,6 +125,7 @@ def test_a_device_error_in_the_drivers_own_process_ends_the_phase(study):
     assert [run.tags["failure_class"] for run in tracker.children(parent)] == ["worker_lost"]
 
 
+@pytest.mark.slow
 def test_a_workers_curves_are_there_while_its_cell_runs(study, tmp_path):
     tracker, parent, setup, jobs = study
 
@@ -134,7 +137,7 @@ def test_a_workers_curves_are_there_while_its_cell_runs(study, tmp_path):
                 running = tracker.children(parent, "RUNNING")
                 self.seen = len(tracker.curve(running[0].run_id, "train/loss_curve")) if running else 0
 
-    listen, steps = Following(), 200
+    listen, steps = Following(), 600  # so many that the driver has read some of them before the last
     executor = ProcessExecutor(Prompt(**vars(setup)), listen, 1, logs=tmp_path / "logs")
     try:
         queue = Queue(jobs(1, max_steps=steps, perplexity_tokens=0, score_untuned=False))

@@ -34,6 +34,7 @@ def cluster():
     cluster.shutdown()
 
 
+@pytest.mark.slow
 def test_a_node_killed_in_the_middle_of_the_smoke_study_costs_no_cell(cluster, study_file, tmp_path):
     cluster, second = cluster
     path = study_file(SMOKE, name="smoke", cell={"max_steps": 300})
@@ -74,6 +75,7 @@ def test_a_node_killed_in_the_middle_of_the_smoke_study_costs_no_cell(cluster, s
     assert parent.metrics["study/holes"] == 0
 
 
+@pytest.mark.slow
 def test_a_device_error_costs_its_actor_and_three_in_a_row_the_worker(study):
     ray.cloudpickle.register_pickle_by_value(sys.modules["workers"])  # actors cannot import it
     check_that_three_device_errors_stop_a_worker(study, lambda setup, listen: RayExecutor(setup, listen, 1))
@@ -90,6 +92,7 @@ def test_an_address_where_no_cluster_answers_is_one_line(tmp_path):
     assert not ray.is_initialized()
 
 
+@pytest.mark.slow
 def test_a_dead_cluster_that_the_machine_remembers_is_one_line_or_no_matter(tmp_path, monkeypatch):
     """Killed clusters leave their address behind, and Ray would ask there for many minutes."""
     from sparse_ft.study.executors.ray import RayExecutor

@@ -54,6 +54,7 @@ def _kill_once(study, sign):
     return Watching(kill), killed
 
 
+@pytest.mark.slow
 def test_a_preempted_worker_costs_its_cell_one_try(study, tmp_path):
     tracker, parent, setup, jobs = study
     listen, killed = _kill_once(study, signal.SIGTERM)
@@ -118,6 +119,7 @@ def worker(study, tmp_path):
         process.wait()
 
 
+@pytest.mark.slow
 def test_a_worker_ends_when_its_driver_is_gone_and_does_not_begin_twice(worker):
     process, _, messages = worker("m._BEAT, m._SILENT = 0.2, 1.0")
     assert process.wait(60) == 1
@@ -230,6 +232,7 @@ def test_a_replacement_leaves_the_messages_of_those_at_work_alone(study, tmp_pat
     assert list(busy.messages()) == [("opened", "run")]
 
 
+@pytest.mark.slow
 def test_a_worker_out_of_work_gives_its_place_back(study, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_IDLE", 0.1)
     executor = SubmititExecutor(study[2], Watching(), 1, logs=tmp_path / "logs", slurm=LOCAL)

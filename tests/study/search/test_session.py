@@ -35,6 +35,7 @@ def run_search(study_file, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_one_objective_ends_with_the_best_trial(run_search, tmp_path, capsys):
     space = {"learning_rate": RATE, "lora_r": [2, 4], "max_steps": {"low": 2, "high": 4, "step": 2}}
     status, tracker, parent, trials = run_search({"space": space, "trials": 3})
@@ -57,6 +58,7 @@ def test_one_objective_ends_with_the_best_trial(run_search, tmp_path, capsys):
     assert "best trial" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_two_objectives_end_with_a_front_over_shared_masks(run_search):
     space = {"sparsity": [0.2, 0.8], "lora_r": [2, 4]}
     status, tracker, parent, trials = run_search({"space": space, "trials": 4, "objective": "accuracy_sparsity"})
@@ -69,6 +71,7 @@ def test_two_objectives_end_with_a_front_over_shared_masks(run_search):
     assert tracker.curve(parent.run_id, "pareto/accuracy")
 
 
+@pytest.mark.slow
 def test_trials_that_fall_behind_are_stopped_and_are_no_cells(run_search):
     # Of the trials at the only rung every second one goes on; a learning rate of nearly nothing loses.
     search = {"space": {"learning_rate": [1e-2, 1e-9]}, "trials": 6, "first_rung": 2, "reduction_factor": 2, "seed": 3}
@@ -113,6 +116,7 @@ def test_a_trial_whose_worker_is_gone_is_proposed_again(tmp_path):
     assert [trial.state for trial in again.trials] == [TrialState.FAIL, TrialState.COMPLETE]
 
 
+@pytest.mark.slow
 def test_a_search_resumes_with_the_trials_that_are_left(study_file, tmp_path):
     search = {"space": {"lora_r": [2, 4]}, "trials": 1}
     path = study_file({}, name="search", cell={"model": "tiny-llama", "mode": "dense"}, search=search)
