@@ -64,7 +64,6 @@ def numbers(result):
         ("sparse_to_dense", "float32"),
         ("sparse_to_sparse", "float32"),
         ("sparse_to_sparse", "bfloat16"),
-        ("full", "bfloat16"),
         ("pruned", "float32"),
     ],
 )
