@@ -15,7 +15,7 @@ class Executor:
         name: as flags and files spell it; the function ``start`` of ``sparse_ft.study.executors.NAME``
             makes it.
         where: ends "cells run ...", for --help.
-        several: whether it has several workers, each in a process that sees one GPU alone.
+        several: whether it has several workers, each in a process that sees its own GPUs alone.
         elsewhere: whether these are on other machines than the driver's.
     """
 

@@ -164,7 +164,7 @@ def test_a_search_that_stops_trials_midway_is_refused_where_its_trainer_cannot(s
 def test_a_search_names_a_gpu_that_no_worker_would_see_before_any_run(study_file, tmp_path):
     cell = {"model": "tiny-llama", "device": "cuda:1"}
     path = study_file({}, name="search", cell=cell, search={"space": {"lora_r": [2]}, "trials": 1})
-    with pytest.raises(UserError, match="a worker of executor process sees one GPU alone"):
+    with pytest.raises(UserError, match="a worker of executor process sees its own GPUs alone"):
         sweep(SweepConfig(config=str(path), executor="process", output_dir=str(tmp_path / "out")))
     assert Tracker().search() == []
 
