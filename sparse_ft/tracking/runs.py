@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,6 @@ import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
-from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from sqlalchemy.exc import SQLAlchemyError
 
 from sparse_ft.errors import UserError, masked
@@ -36,6 +33,7 @@ from sparse_ft.tracking.stores import (
     tracking_uri,
     unusable,
 )
+from sparse_ft.tracking.system_metrics import system_metrics
 
 __all__ = ["Tracker"]
 
@@ -200,35 +198,9 @@ class Tracker(Reader):
         if not unless():
             self.finish(run_id)
 
-    @contextmanager
-    def system_metrics(self, run_id: str, seconds: float = 10, after: float = 0) -> Iterator[None]:
-        """Logs CPU, memory, disk, network and GPU use of this machine while the block runs, from a thread.
-
-        Args:
-            run_id: whose.
-            seconds: from one sample to the next.
-            after: a block that is over sooner, in seconds, costs nothing and logs nothing.
-        """
-        logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)
-        begun: list[SystemMetricsMonitor] = []
-
-        def begin() -> None:
-            monitor = SystemMetricsMonitor(
-                run_id, sampling_interval=seconds, tracking_uri=self.uri, resume_logging=True
-            )
-            monitor.start()
-            begun.append(monitor)
-
-        timer = threading.Timer(after, begin)
-        timer.daemon = True
-        timer.start()
-        try:
-            yield
-        finally:
-            timer.cancel()
-            timer.join()
-            for monitor in begun:
-                monitor.finish()
+    def system_metrics(self, run_id: str, seconds: float = 10, after: float = 0) -> AbstractContextManager[None]:
+        """`sparse_ft.tracking.system_metrics.system_metrics` into a run of this store."""
+        return system_metrics(self.uri, run_id, seconds, after)
 
     # -- what is logged
 

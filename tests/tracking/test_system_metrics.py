@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from sparse_ft.tracking import system_metrics
 from sparse_ft.tracking.runs import Tracker
 
 
@@ -21,6 +22,14 @@ def test_a_short_block_has_no_system_metrics(tracker: Tracker):
     with tracker.system_metrics(run_id, after=60):
         assert threading.active_count() == threads + 1
     assert threading.active_count() == threads and tracker.run(run_id).metrics == {}
+
+
+def test_a_store_that_is_away_holds_nothing_up(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(system_metrics, "_ENDING_SECONDS", 0.5)
+    began = time.monotonic()
+    with system_metrics.system_metrics("http://127.0.0.1:9", "0" * 32):
+        time.sleep(0.2)  # the monitor asks for the run
+    assert time.monotonic() - began < 30  # mlflow itself tries for minutes
 
 
 def test_gpus_are_among_the_system_metrics(tracker: Tracker, monkeypatch: pytest.MonkeyPatch):
