@@ -60,7 +60,7 @@ def test_a_preempted_worker_costs_its_cell_one_try(study, tmp_path):
     listen, killed = _kill_once(study, signal.SIGTERM)
     executor = SubmititExecutor(setup, listen, 1, logs=tmp_path / "logs", slurm=LOCAL)
     try:
-        queue = Queue(jobs(2, max_steps=300))
+        queue = Queue(jobs(2, max_steps=600))
         executor.run(queue)
         processes = _jobs_of_submitit()
     finally:
@@ -81,7 +81,7 @@ def test_a_killed_worker_costs_its_cell_one_try_and_a_slow_cell_its_worker(study
     listen, _ = _kill_once(study, signal.SIGKILL)
     executor = SubmititExecutor(setup, listen, 1, logs=tmp_path / "logs", slurm=LOCAL)
     try:
-        queue = Queue(jobs(1, max_steps=300))
+        queue = Queue(jobs(1, max_steps=600))
         executor.run(queue)
         (lost,) = [outcome for outcome, over in listen.outcomes if not over]
         assert (lost.failure.kind, "its state is" in lost.failure.message) == ("worker_lost", True)
