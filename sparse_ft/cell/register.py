@@ -45,7 +45,7 @@ def register_cell(
 
     ``auto`` stands for ``MODEL-TASK-sparse``. A model that keeps its zeros gets the alias of its level, such
     as ``sparse70``; ``said`` is told where a model of another kind had it. With ``move`` its files go into the store
-    one by one instead of being copied, for a run from which the model can be rebuilt.
+    one by one instead of being copied, where the run's adapter can make the model again if the store fails meanwhile.
 
     Returns:
         the address to load it from: ``models:/NAME@sparse70``, or ``models:/NAME/VERSION`` without alias.
@@ -63,6 +63,7 @@ def register_cell(
         **{tag: result.tags.get(tag) for tag in _WEIGHTS},
     }
     params = flatten_config(cell.canonical(), "")
+    move = move and MODES[cell.mode].lora and Tag.RECOVERED_FINGERPRINT not in result.tags
     logged = log_model(
         tracker, run_id, result.merged, "model", card=card, tags=tags, params=params, progress=progress, move=move
     )

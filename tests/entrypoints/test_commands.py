@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -118,6 +120,18 @@ def test_masks_and_validation_read_a_cerebras_checkpoint(command, masks, tmp_pat
         status, _, complaint = command(name, model=tmp_path / "dense.mdl", **wanda)
         assert status == 2 and "Convert it to a Hugging Face folder" in complaint
     assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize("mode", ["sparse_to_sparse", "full"])
+def test_a_store_that_fails_while_it_registers_costs_no_model(command, tmp_path, monkeypatch, mode):
+    def away(*_, **__):
+        raise MlflowException("no more")
+
+    monkeypatch.setattr(MlflowClient, "create_model_version", away)
+    asked = {**SMALL, "sparsity": 0.7, "mode": mode, "register_as": "auto", "output_dir": tmp_path / "cell"}
+    assert command("train", **asked)[0] != 0
+    adapter, merged = tmp_path / "cell" / "adapter", tmp_path / "cell" / "merged" / "model.safetensors"
+    assert (adapter.is_dir(), merged.is_file()) == (mode != "full", mode == "full")  # one of them is left
 
 
 def test_a_trained_model_is_registered_and_validates_from_the_registry(command, tmp_path):
